@@ -1,0 +1,1 @@
+"""Everything that touches models, prompts, traces, fits and reruns."""

@@ -1,0 +1,281 @@
+"""`hlm calibrate`: decode the calibration prompts under HLM, write traces, fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibrate.errors import UserError
+from calibrate.fit import (
+    ESTIMATORS,
+    EstimatorScore,
+    LineFit,
+    estimator_score,
+    fit_line,
+    score_estimator,
+)
+from calibrate.prompts import (
+    Prompt,
+    TokenizedPrompt,
+    calibration_prompts,
+    read_prompts,
+    text_key,
+    tokenize_prompts,
+)
+from calibrate.runs import (
+    Figure,
+    git_revision,
+    open_run,
+    package_versions,
+    read_json,
+    write_json,
+)
+from calibrate.traces import Trace, finished_prompts, read_trace, shard_paths, write_shard
+from hlmtheory.clusters import mean_over_tokens
+
+if TYPE_CHECKING:
+    from calibrate.engine import DecodingSettings
+    from calibrate.pairs import LoadedPair, PairSpec
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What the user asked for, checked before any model is loaded.
+
+    Attributes
+    ----------
+    spec : PairSpec
+    prompts_source : str or None
+        File or hub id; None for the shipped prompts.
+    limit, max_new_tokens, batch_size, seed : int
+    temperature : float
+    device, dtype, trace : str
+    run : Path
+    resume : bool
+    command : list of str
+    """
+
+    spec: PairSpec
+    prompts_source: str | None
+    limit: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    temperature: float
+    device: str
+    dtype: str
+    trace: str
+    run: Path
+    resume: bool = False
+    command: list[str] = field(default_factory=list)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the tokens of the trace, as it is stored in run.json."""
+        return {
+            "pair": self.spec.name,
+            "slm": _model_settings(self.spec.slm),
+            "llm": _model_settings(self.spec.llm),
+            "prompts": self.prompts_source or "shipped",
+            "limit": self.limit,
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "device": self.device,
+            "trace": self.trace,
+            "policy": "hlm",
+        }
+
+
+def _model_settings(model: Any) -> dict[str, Any]:
+    return {
+        "label": model.label,
+        "sha256": model.sha256,
+        "drop_layers": list(model.drop_layers),
+    }
+
+
+def prepare(request: CalibrationRequest) -> list[Prompt]:
+    """Check the prompts and the run folder; loads no model.
+
+    Raises
+    ------
+    UserError, UsageError
+        One line that says what is wrong.
+    """
+    prompts = calibration_prompts(read_prompts(request.prompts_source), request.limit)
+    if not prompts:
+        raise UserError(
+            f"--prompts {request.prompts_source}: none of its prompts is in the calibration half"
+        )
+    open_run(request.run, request.settings(), request.resume)
+    return prompts
+
+
+def calibrate(
+    request: CalibrationRequest,
+    prompts: Sequence[Prompt],
+    pair: LoadedPair,
+    on_step: OnStep | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Run the calibration of a prepared request and write run.json and calibration.json.
+
+    Parameters
+    ----------
+    request : CalibrationRequest
+    prompts : sequence of Prompt
+        From :func:`prepare`.
+    pair : LoadedPair
+    on_step : callable, optional
+        See :func:`calibrate.engine.decode`.
+    on_total : callable, optional
+        Told the most tokens that may be decoded, before decoding starts.
+
+    Returns
+    -------
+    dict
+        The content of calibration.json.
+    """
+    from calibrate.engine import DecodingSettings
+    from calibrate.models import TransformerModel
+    from calibrate.timing import measure_timings
+    from hlmtheory.policies import make_policy
+
+    settings = DecodingSettings(
+        temperature=request.temperature,
+        max_new_tokens=request.max_new_tokens,
+        batch_size=request.batch_size,
+        seed=request.seed,
+        trace=request.trace,
+    )
+    tokenized = tokenize_prompts(
+        prompts, pair.tokenizer, request.max_new_tokens, pair.max_context
+    )
+    slm = TransformerModel(pair.slm, pair.vocab_size)
+    llm = TransformerModel(pair.llm, pair.vocab_size)
+    timings = measure_timings(slm, llm, tokenized[0].tokens, settings.thetas)
+    info: dict[str, Any] = {
+        "complete": False,
+        "pair": pair_identity(pair),
+        "settings": request.settings(),
+        "prompt_keys": [text_key(prompt.text) for prompt in prompts],
+        "versions": package_versions(),
+        "revision": git_revision(),
+        "command": request.command,
+        "timings": asdict(timings),
+        "num_prompts": 0,
+        "num_tokens": 0,
+        "wall_s": 0.0,
+        "forward_s": 0.0,
+    }
+    if request.resume and (request.run / "run.json").is_file():
+        earlier = read_json(request.run, "run.json")
+        info |= {key: earlier[key] for key in ("wall_s", "forward_s")}
+    write_json(request.run / "run.json", info)
+    done = finished_prompts(request.run) if request.resume else set()
+    left = [prompt for prompt in tokenized if prompt.prompt_id not in done]
+    if on_total is not None:
+        on_total(len(left) * request.max_new_tokens)
+    decode_to_shards(
+        request.run, slm, llm, left, make_policy("hlm"), settings, pair, info, on_step
+    )
+    trace = read_trace(shard_paths(request.run))
+    info |= {
+        "complete": True,
+        "num_prompts": trace.num_prompts,
+        "num_tokens": trace.num_tokens,
+    }
+    summary = summarise(trace, info)
+    write_json(request.run / "calibration.json", summary)
+    write_json(request.run / "run.json", info)
+    return summary
+
+
+def decode_to_shards(
+    run: Path,
+    slm: Any,
+    llm: Any,
+    prompts: Sequence[TokenizedPrompt],
+    policy: Any,
+    settings: DecodingSettings,
+    pair: LoadedPair,
+    info: dict[str, Any],
+    on_step: OnStep | None,
+) -> None:
+    """Decode prompts and write one shard a batch; run.json follows, so that a stop loses nothing."""
+    from calibrate.engine import decode
+
+    header = {key: info[key] for key in ("pair", "settings", "versions", "revision", "command")}
+    offset = len(shard_paths(run))
+    batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
+    for number, batch in enumerate(batches, start=offset):
+        path = run / "traces" / f"shard-{number:05d}.parquet"
+        write_shard(path, batch.columns, list(batch.prompt_ids), header)
+        info["wall_s"] += batch.wall_s
+        info["forward_s"] += batch.forward_s
+        write_json(run / "run.json", info)
+
+
+def pair_identity(pair: LoadedPair) -> dict[str, Any]:
+    """Names and hashes of both models, as stored beside every result."""
+    return {
+        "name": pair.name,
+        "slm": asdict(pair.slm_identity),
+        "llm": asdict(pair.llm_identity),
+        "vocab_size": pair.vocab_size,
+        "dtype": pair.dtype,
+        "device": pair.device,
+    }
+
+
+def summarise(trace: Trace, info: dict[str, Any], confidence: float = 0.95) -> dict[str, Any]:
+    """Everything calibration.json holds, from a trace and its run.json."""
+    index, num_prompts = trace.prompt_index, trace.num_prompts
+    beta = trace["rejection_prob"]
+    line: LineFit = fit_line(
+        trace["uncertainty"],
+        beta,
+        trace["target_prob"] < trace["draft_prob"],
+        index,
+        num_prompts,
+        confidence,
+    )
+    estimators: list[EstimatorScore] = [
+        score_estimator(
+            name, estimator_score(trace, name), beta, index, num_prompts, confidence
+        )
+        for name in ESTIMATORS
+    ]
+
+    def mean(values: np.ndarray, unit: str = "") -> Figure:
+        estimate = mean_over_tokens(values, index, num_prompts)
+        low, high = estimate.interval(confidence) or (None, None)
+        return Figure(estimate.value, low, high, unit)
+
+    attention: dict[str, Figure] = {}
+    if "attention_entropy" in trace:
+        attention = {
+            "entropy": mean(trace["attention_entropy"], "nat"),
+            "sink": mean(trace["attention_sink"]),
+            "context": mean(trace["context_attention"]),
+        }
+    return {
+        "pair": info["pair"],
+        "settings": info["settings"],
+        "num_prompts": num_prompts,
+        "num_tokens": trace.num_tokens,
+        "confidence": confidence,
+        "fit": {key: value for key, value in asdict(line).items()},
+        "estimators": [asdict(estimator) for estimator in estimators],
+        "attention": {key: asdict(value) for key, value in attention.items()},
+        "timings": info["timings"],
+    }

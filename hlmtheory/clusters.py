@@ -1,0 +1,137 @@
+"""Inference with prompts as the unit: cluster-robust ratios and the cluster bootstrap.
+
+Tokens of one prompt are dependent. Everything here first sums over the tokens of each prompt and
+then treats the prompts as the independent observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+def sum_by_prompt(values: np.ndarray, prompt_index: np.ndarray, num_prompts: int) -> np.ndarray:
+    """Sum token values over each prompt.
+
+    Parameters
+    ----------
+    values : float array (N,) or (N, G)
+    prompt_index : int array (N,)
+        Prompt of each token, in [0, num_prompts).
+    num_prompts : int
+
+    Returns
+    -------
+    float array (num_prompts,) or (num_prompts, G)
+    """
+    if values.ndim == 1:
+        return np.bincount(prompt_index, weights=values, minlength=num_prompts)
+    out = np.zeros((num_prompts, values.shape[1]))
+    for g in range(values.shape[1]):
+        out[:, g] = np.bincount(prompt_index, weights=values[:, g], minlength=num_prompts)
+    return out
+
+
+@dataclass(frozen=True)
+class RatioEstimate:
+    r"""A mean over tokens, with its cluster-robust standard error.
+
+    .. math:: \hat\theta = \frac{\sum_i A_i}{\sum_i B_i}, \qquad
+              \mathrm{se}^2 = \frac{n}{n-1} \frac{\sum_i (A_i - \hat\theta B_i)^2}{(\sum_i B_i)^2}
+
+    with A_i the sum over the tokens of prompt i and B_i their number (linearisation; prompts
+    independent, token counts random).
+
+    Attributes
+    ----------
+    value : float
+    standard_error : float
+        NaN with fewer than two prompts.
+    num_prompts : int
+    """
+
+    value: float
+    standard_error: float
+    num_prompts: int
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """Student-t interval with n - 1 degrees of freedom; None with fewer than two prompts."""
+        if self.num_prompts < 2 or not np.isfinite(self.standard_error):
+            return None
+        quantile = float(stats.t.ppf(0.5 + confidence / 2, self.num_prompts - 1))
+        return (
+            self.value - quantile * self.standard_error,
+            self.value + quantile * self.standard_error,
+        )
+
+
+def mean_over_tokens(
+    values: np.ndarray, prompt_index: np.ndarray, num_prompts: int
+) -> RatioEstimate:
+    """Mean of token values (N,) with a standard error clustered by prompt; NaN tokens are left out.
+
+    Raises
+    ------
+    ValueError
+        If no token has a value.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        raise ValueError("values holds no finite entry: give at least one token")
+    sums = sum_by_prompt(np.where(known, values, 0.0), prompt_index, num_prompts)
+    counts = sum_by_prompt(known.astype(float), prompt_index, num_prompts)
+    used = counts > 0
+    sums, counts = sums[used], counts[used]
+    value = float(sums.sum() / counts.sum())
+    num = len(sums)
+    if num < 2:
+        return RatioEstimate(value, float("nan"), num)
+    residual = sums - value * counts
+    variance = num / (num - 1) * float(residual @ residual) / float(counts.sum()) ** 2
+    return RatioEstimate(value, variance**0.5, num)
+
+
+def resample_prompts(
+    num_prompts: int, num_resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Multinomial counts (R, P): how often each prompt occurs in each bootstrap resample."""
+    probabilities = np.full(num_prompts, 1.0 / num_prompts)
+    counts = generator.multinomial(num_prompts, probabilities, size=num_resamples)
+    return counts.astype(np.float32)
+
+
+def bootstrap_interval(
+    prompt_sums: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    counts: np.ndarray,
+    confidence: float = 0.95,
+) -> tuple[float, float] | None:
+    """Percentile interval of a statistic of prompt totals, all resamples in one matrix product.
+
+    Parameters
+    ----------
+    prompt_sums : float array (P, G)
+        Per-prompt sums that the statistic is a function of.
+    statistic : callable
+        Maps totals (..., G) to values (...), NaN where undefined.
+    counts : float array (R, P)
+        From :func:`resample_prompts`.
+    confidence : float
+        In (0, 1).
+
+    Returns
+    -------
+    (low, high), or None if fewer than two prompts or over a tenth of the resamples are undefined.
+    """
+    if prompt_sums.shape[0] < 2:
+        return None
+    values = statistic(counts @ prompt_sums)
+    known = values[np.isfinite(values)]
+    if len(known) < 0.9 * len(values):
+        return None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return float(low), float(high)

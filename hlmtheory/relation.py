@@ -1,0 +1,112 @@
+"""The linear relation between uncertainty and rejection probability, and its summaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from hlmtheory.domain import Array, check_unit_interval
+
+
+def linear_rejection(uncertainty: Array, slope: float, intercept: float) -> Array:
+    r"""Rejection probability predicted by the fitted line.
+
+    .. math:: \hat\beta(u) = \mathrm{clip}(a u + b,\, 0,\, 1)
+
+    docs/theory.md, (7). Reported for TinyLlama-1.1B and LLaMA-2-7B: a = 0.82, b = -0.06 (U-HLM,
+    second-hand), a = 0.815, b = -0.066 (CU-HLM, second-hand).
+
+    Parameters
+    ----------
+    uncertainty : array (...)
+        u in [0, 1].
+    slope, intercept : float
+        a and b of the fit.
+
+    Returns
+    -------
+    array (...)
+        Probabilities in [0, 1].
+
+    Valid when read as a statement about the mean of beta given u: token by token beta scatters
+    widely around it.
+    """
+    check_unit_interval(uncertainty, "uncertainty")
+    xp = array_namespace(uncertainty)
+    return xp.clip(slope * uncertainty + intercept, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class BinnedMeans:
+    """Means of rejection probability in bins of uncertainty.
+
+    Attributes
+    ----------
+    uncertainty, rejection_prob : float array (G,)
+        Means of the bin's tokens.
+    num_tokens : int array (G,)
+        Tokens in each bin; every bin has at least one.
+    bin_of_token : int array (N,)
+        The bin of each token, so that callers can resample by prompt.
+    """
+
+    uncertainty: np.ndarray
+    rejection_prob: np.ndarray
+    num_tokens: np.ndarray
+    bin_of_token: np.ndarray
+
+    @property
+    def correlation(self) -> float:
+        """Pearson correlation of the bins' means, each bin weighted by its tokens."""
+        return weighted_correlation(self.uncertainty, self.rejection_prob, self.num_tokens)
+
+
+def binned_means(
+    uncertainty: np.ndarray, rejection_prob: np.ndarray, num_bins: int = 20
+) -> BinnedMeans:
+    """Mean rejection probability in bins of equal token count.
+
+    Equal counts, not equal widths: uncertainty piles up near 0 and 1, and an equal-width bin with
+    three tokens in it would weigh as much as one with three thousand. Ties stay in one bin, so
+    fewer bins than asked for may come back.
+
+    Parameters
+    ----------
+    uncertainty, rejection_prob : float array (N,)
+        Values in [0, 1].
+    num_bins : int
+        Bins asked for, >= 2.
+    """
+    check_unit_interval(uncertainty, "uncertainty")
+    check_unit_interval(rejection_prob, "rejection_prob")
+    if num_bins < 2:
+        raise ValueError(f"num_bins = {num_bins}: allowed is >= 2")
+    edges = np.unique(np.quantile(uncertainty, np.linspace(0, 1, num_bins + 1)))
+    raw = np.searchsorted(edges[1:-1], uncertainty, side="left") if len(edges) > 2 else (
+        np.zeros(len(uncertainty), dtype=int)
+    )
+    _, bins = np.unique(raw, return_inverse=True)
+    counts = np.bincount(bins)
+    return BinnedMeans(
+        np.bincount(bins, weights=uncertainty) / counts,
+        np.bincount(bins, weights=rejection_prob) / counts,
+        counts,
+        bins,
+    )
+
+
+def weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    """Pearson correlation under weights; NaN where either variable does not vary."""
+    share = weights / np.sum(weights)
+    dx, dy = x - np.sum(share * x), y - np.sum(share * y)
+    scale = np.sqrt(np.sum(share * dx * dx) * np.sum(share * dy * dy))
+    return float(np.sum(share * dx * dy) / scale) if scale > 0 else float("nan")
+
+
+def rejection_frequency(draft_prob: np.ndarray, target_prob: np.ndarray) -> float:
+    """Delta = P(y_d < x_d): the share of drafts that can be rejected at all; docs/theory.md, (9)."""
+    check_unit_interval(draft_prob, "draft_prob")
+    check_unit_interval(target_prob, "target_prob")
+    return float(np.mean(np.asarray(target_prob) < np.asarray(draft_prob)))
