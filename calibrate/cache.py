@@ -109,9 +109,7 @@ def _file_sha256(path: Path, num_bytes: int, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fill(
-    sha256: str, make: Callable[[Path], None], progress: Progress | None, label: str
-) -> Path:
+def fill(sha256: str, make: Callable[[Path], None], progress: Progress | None, label: str) -> Path:
     """Return the converted folder of this hash, made by `make` unless it is there already.
 
     Parameters

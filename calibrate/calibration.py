@@ -60,6 +60,8 @@ class CalibrationRequest:
     run : Path
     resume : bool
     command : list of str
+    given : dict
+        The options --slm, --llm and --drop-layers, so that a rerun finds the same models.
     """
 
     spec: PairSpec
@@ -75,11 +77,13 @@ class CalibrationRequest:
     run: Path
     resume: bool = False
     command: list[str] = field(default_factory=list)
+    given: dict[str, str | None] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What decides the tokens of the trace, as it is stored in run.json."""
         return {
             "pair": self.spec.name,
+            "given": self.given,
             "slm": _model_settings(self.spec.slm),
             "llm": _model_settings(self.spec.llm),
             "prompts": self.prompts_source or "shipped",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,19 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
     """
     layout = read_layout(gguf)
     check_room(2 * layout.num_elements, label)
-    if progress is not None:
-        progress(f"convert {label} to bfloat16 (once)", 0, None)
+    num_bytes = 2 * layout.num_elements
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(f"convert {label} to bfloat16 (once)", min(done, num_bytes), num_bytes)
+
+    report(0)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        with quiet():
+        with quiet(), _counted_tensors(report):
             model, info = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
@@ -52,11 +60,39 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
         ) from error
     refuse_missing_weights(info, label)
     _mend_splitter(tokenizer, layout)
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    if progress is not None:
-        progress(f"convert {label} to bfloat16 (once)", 1, 1)
+    try:
+        with quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(first_line(error)) from error
+    report(num_bytes)
+
+
+@contextmanager
+def _counted_tensors(report: Callable[[int], None]) -> Iterator[None]:
+    """Let our progress stand in for the bar that transformers draws while it dequantises.
+
+    That bar has no switch. Where transformers has none to replace, nothing is reported.
+    """
+    from transformers import modeling_gguf_pytorch_utils as dequantiser
+
+    bar = getattr(dequantiser, "tqdm", None)
+
+    def counted(tensors: Iterable[Any], **_: object) -> Iterator[Any]:
+        done = 0
+        for tensor in tensors:
+            yield tensor
+            done += 2 * int(getattr(tensor, "n_elements", 0))
+            report(done)
+
+    if bar is not None:
+        dequantiser.tqdm = counted
+    try:
+        yield
+    finally:
+        if bar is not None:
+            dequantiser.tqdm = bar
 
 
 def refuse_missing_weights(loading_info: dict[str, Any], label: str) -> None:

@@ -18,6 +18,7 @@ from calibrate.models import LanguageModel, StepOutput
 from calibrate.prompts import TokenizedPrompt
 from calibrate.recording import (
     Columns,
+    ImportanceTracker,
     attention_columns,
     skip_set_columns,
     to_numpy,
@@ -27,7 +28,6 @@ from calibrate.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, Streams
 from hlmtheory import domain
 from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.gates import AlwaysSkip, skip_set_bound
-from hlmtheory.importance import ImportanceTracker
 from hlmtheory.policies import Policy
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.uncertainty import (
@@ -299,7 +299,7 @@ class _BatchRun:
     def _important(self, slm_out: StepOutput) -> torch.Tensor | None:
         if self.tracker is None:
             return None
-        return self.tracker.update(slm_out.attention, slm_out.attention_mask)
+        return self.tracker.update(attention_columns(slm_out.attention, slm_out.attention_mask))
 
     def _skip_probability(
         self, z: torch.Tensor, log_z: torch.Tensor, important: torch.Tensor | None

@@ -239,8 +239,8 @@ def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{source.repo_id} is not on the model hub, or it is private: check the name, or run "
-            "'hf auth login'"
+            f"{source.repo_id} is neither a folder here nor a public model on the hub: check the "
+            "name, or run 'hf auth login' if it is private"
         ) from error
     except (HTTPError, OSError) as error:
         raise UserError(
@@ -288,7 +288,7 @@ def _hub_reason(error: Exception) -> str:
 
 def _bar_class(report: Report, num_bytes: int | None) -> type:
     """A progress bar for the hub client that draws nothing and reports bytes."""
-    from tqdm.std import tqdm
+    from tqdm.std import tqdm  # type: ignore[import-untyped,unused-ignore]
 
     class SilentBar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibrate.recording import BIAS_SIZE_GRID, SIZE_GRID, THRESHOLD_GRID
+from calibrate.recording import BIAS_SIZE_GRID, SIZE_GRID, THRESHOLD_GRID, replay_importance
 from calibrate.runs import Figure
 from calibrate.traces import Trace
 from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
 from hlmtheory.gates import UncertaintyGate, UncertaintyImportanceGate
-from hlmtheory.importance import topk_importance_threshold
 from hlmtheory.link import Link
 from hlmtheory.policies import FixedSize, ImportanceSettings, OnlineSize, Policy
 from hlmtheory.relation import linear_rejection
@@ -203,16 +202,17 @@ def at_threshold(trace: Trace, column: str, threshold: float) -> np.ndarray:
 
 
 def predicted_importance(trace: Trace, settings: ImportanceSettings | None) -> np.ndarray:
-    """Which contexts the `topk` importance calls important, (N,) bool."""
+    """Which contexts the setting calls important, (N,) bool."""
     if settings is None:
         raise ValueError("importance is None: this policy needs its settings")
-    from calibrate.recording import replay_importance
-
     return replay_importance(trace, settings)
 
 
 def predicted_online_sizes(trace: Trace, size: OnlineSize, vocab_size: int) -> np.ndarray:
-    """k* of each token from N(k) on the stored grid, log-linear in between, (N,)."""
+    """k* of each token from N(k) on the stored grid, log-linear in between, (N,).
+
+    NaN at steps where the trace did not record N(k).
+    """
     sizes = np.minimum(np.array(SIZE_GRID, dtype=float), vocab_size)
     predicted_beta = linear_rejection(trace["uncertainty"], size.slope, size.intercept)
     limit = size.theta * online_bound_denominator(trace["draft_prob"], predicted_beta, size.eta)
@@ -227,7 +227,8 @@ def predicted_online_sizes(trace: Trace, size: OnlineSize, vocab_size: int) -> n
     share = np.clip(np.where(first == 0, 1.0, share), 0.0, 1.0)
     logs = np.log(sizes)
     exact = np.exp(logs[previous] + share * (logs[first] - logs[previous]))
-    return np.ceil(np.where(fits.any(1), exact, sizes[-1]) - 1e-9)
+    rounded = np.ceil(np.where(fits.any(1), exact, sizes[-1]) - 1e-9)
+    return np.where(np.isfinite(deviation).all(1), rounded, np.nan)
 
 
 def truncation_bias_at(trace: Trace, sizes: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ _LOGGERS = ("transformers", "huggingface_hub", "accelerate", "gguf", "torch", "h
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back bars, notices and warnings of the libraries already imported; errors still raise."""
+    """Hold back what the libraries imported so far would print; their errors still raise."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

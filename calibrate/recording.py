@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from calibrate.traces import Trace
 from hlmtheory.importance import (
+    RunningThreshold,
     attention_entropy,
     attention_sink,
     context_attention,
     normalised_attention,
     topk_attention,
+    topk_importance_threshold,
 )
+from hlmtheory.policies import ImportanceSettings
 from hlmtheory.truncation import tail_deviation_at, truncation_bias
 from hlmtheory.uncertainty import Temperatures, exact_uncertainty
 
@@ -28,12 +33,12 @@ THRESHOLD_GRID = (
 SIZE_GRID = (
     1, 2, 3, 4, 6, 8, 12, 16, 24, 30, 48, 64, 96, 128, 256, 512, 832, 1024, 2048, 4096, 8192,
 )  # fmt: skip
-"""Truncation sizes k at which the tail deviation of every context is recorded."""
+"""Truncation sizes k at which the tail deviation is recorded."""
 
 BIAS_SIZE_GRID = (1, 4, 16, 30, 64, 256, 1024, 4096)
-"""Sizes at which the exact bias of truncation is recorded, every BIAS_STRIDE-th step."""
+"""Sizes at which the exact bias of truncation is recorded, every TRUNCATION_STRIDE-th step."""
 
-BIAS_STRIDE = 8
+TRUNCATION_STRIDE = 4
 
 TOPK_ATTENTION_GRID = (1, 2, 4, 8, 16)
 """k of the `topk` importance recorded at every step."""
@@ -42,9 +47,9 @@ TOPK_ATTENTION_GRID = (1, 2, 4, 8, 16)
 def skip_set_columns(
     z: torch.Tensor, x: torch.Tensor, y: torch.Tensor, thetas: Temperatures, log_z: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Size, drawn mass and bias of the skip set at every threshold of the grid: (B, G) each.
+    """Size, drawn mass and biases of the skip set at every threshold of the grid: (B, G) each.
 
-    docs/theory.md, (11), (24). The skip set at a threshold below 0.98 has at most fifty tokens,
+    docs/theory.md, (11), (24), and (25) for `skip_set_ask_bias`. The skip set at a threshold below 0.98 has at most fifty tokens,
     and they are the likeliest.
     """
     num_tokens = min(z.shape[-1], int(1 / (1 - THRESHOLD_GRID[-1])) + 1)
@@ -53,31 +58,103 @@ def skip_set_columns(
     x_top, y_top = x.gather(1, top), y.gather(1, top)
     grid = torch.tensor(THRESHOLD_GRID, device=z.device, dtype=uncertainty.dtype)
     inside = (uncertainty[:, :, None] <= grid).to(x.dtype)  # (B, M, G)
+    mass = (inside * x_top[:, :, None]).sum(1)  # (B, G)
     return {
         "skip_set_size": inside.sum(1).to(torch.int16),
-        "skip_set_mass": (inside * x_top[:, :, None]).sum(1),
+        "skip_set_mass": mass,
         "skip_set_bias": (inside * (x_top - y_top).clamp(min=0)[:, :, None]).sum(1),
+        "skip_set_ask_bias": (
+            inside * (x_top[:, :, None] - y_top[:, :, None] * mass[:, None]).clamp(min=0)
+        ).sum(1),
     }
 
 
 def truncation_columns(step: int, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """N(k) on the size grid, and the exact bias of truncation at a few k every few steps."""
+    """N(k) on the size grid and the exact bias at a few k, every TRUNCATION_STRIDE-th step.
+
+    NaN at the other steps: a systematic sample of the contexts, which means over tokens skip.
+    """
     vocab = x.shape[-1]
     sizes = tuple(min(k, vocab) for k in SIZE_GRID)
-    columns = {"tail_deviation": tail_deviation_at(x, sizes)}
+    deviation = torch.full((x.shape[0], len(SIZE_GRID)), float("nan"), device=x.device)
     bias = torch.full((x.shape[0], len(BIAS_SIZE_GRID)), float("nan"), device=x.device)
-    if step % BIAS_STRIDE == 0:
+    if step % TRUNCATION_STRIDE == 0:
+        deviation = tail_deviation_at(x, sizes)
         for i, k in enumerate(BIAS_SIZE_GRID):
             bias[:, i] = truncation_bias(x, y, min(k, vocab))
-    columns["truncation_bias"] = bias
-    return columns
+    return {"tail_deviation": deviation, "truncation_bias": bias}
 
 
 def attention_columns(
     attention: torch.Tensor, mask: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Statistics of the attention row that the importance of a context is made of."""
-    raise NotImplementedError
+    if mask is None:
+        mask = torch.ones_like(attention, dtype=torch.bool)
+    row = normalised_attention(attention, mask)
+    return {
+        "attention_sink": attention_sink(attention),
+        "attention_entropy": attention_entropy(row),
+        "context_attention": context_attention(attention, mask),
+        "num_attended": mask.sum(-1),
+        "topk_attention": torch.stack([topk_attention(row, k) for k in TOPK_ATTENTION_GRID], -1),
+    }
+
+
+class ImportanceTracker:
+    """Says of every step whether its context is important, row by row, as the tokens come."""
+
+    def __init__(self, settings: ImportanceSettings) -> None:
+        self.settings = settings
+        self._running: RunningThreshold | None = None
+
+    def update(self, columns: Mapping[str, Any]) -> Any:
+        """Bool array (B,): importance of this step from its attention columns."""
+        settings = self.settings
+        if settings.variant == "topk":
+            values = columns["topk_attention"][..., topk_column(settings)]
+            return values >= topk_importance_threshold(columns["attention_entropy"], settings.gamma)
+        values = columns["context_attention"]
+        if self._running is None:
+            self._running = RunningThreshold.start(values)
+            return values >= values
+        important = values >= self._running.threshold(settings.k)
+        self._running = self._running.update(values, settings.gamma)
+        return important
+
+    def keep(self, rows: Any) -> None:
+        """Keep only these rows."""
+        if self._running is not None:
+            self._running = RunningThreshold(
+                self._running.mean[rows], self._running.variance[rows]
+            )
+
+
+def topk_column(settings: ImportanceSettings) -> int:
+    """Which recorded k an importance setting reads."""
+    if settings.k not in TOPK_ATTENTION_GRID:
+        raise ValueError(
+            f"k = {settings.k:g}: allowed for topk are "
+            f"{', '.join(map(str, TOPK_ATTENTION_GRID))}, the sizes that traces record"
+        )
+    return TOPK_ATTENTION_GRID.index(int(settings.k))
+
+
+def replay_importance(trace: Trace, settings: ImportanceSettings) -> np.ndarray:
+    """Which tokens of a trace the setting calls important, (N,) bool; step by step, as live."""
+    steps = trace["step"]
+    out = np.zeros(trace.num_tokens, dtype=bool)
+    tracker = ImportanceTracker(settings)
+    names = ("topk_attention", "attention_entropy", "context_attention")
+    live = np.flatnonzero(steps == 0)  # row of each prompt's current token
+    while len(live):
+        out[live] = tracker.update({name: trace[name][live] for name in names})
+        following = live + 1
+        inside = following < trace.num_tokens
+        continues = inside & (steps[np.where(inside, following, 0)] > 0)
+        tracker.keep(np.flatnonzero(continues))
+        live = following[continues]
+    return out
 
 
 def to_numpy(values: Any) -> np.ndarray:

@@ -15,9 +15,7 @@ _PADDING_TOKEN = re.compile(r"\[PAD\d+\]")
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
 
 
-def common_vocabulary(
-    slm_tokenizer: Any, llm_tokenizer: Any, slm_size: int, llm_size: int
-) -> int:
+def common_vocabulary(slm_tokenizer: Any, llm_tokenizer: Any, slm_size: int, llm_size: int) -> int:
     """Number of tokens that the two models share, from id 0 upwards.
 
     Parameters

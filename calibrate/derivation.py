@@ -1,0 +1,105 @@
+"""`hlm derive`: read a calibrated run, derive its operating points, write them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from calibrate.errors import UsageError
+from calibrate.runs import read_json, write_json
+
+DEFAULT_LINK = "wifi"
+MEASURED = "measured"
+
+
+def policy_names() -> tuple[str, ...]:
+    """Policies of the command line."""
+    from hlmtheory.policies import POLICY_NAMES
+
+    return POLICY_NAMES
+
+
+def derive_run(
+    run: Path,
+    policies: tuple[str, ...],
+    risks: tuple[float, ...] = (0.01,),
+    confidence: float = 0.95,
+    link_name: str = DEFAULT_LINK,
+    profile_name: str = MEASURED,
+    accounting: str = "paper",
+    theta: float = 0.1,
+    importance_text: str = "topk:8:1",
+) -> dict[str, Any]:
+    """Derive operating points and write operating_points.json.
+
+    Parameters
+    ----------
+    run : Path
+        A calibrated run.
+    policies : tuple of str
+    risks : tuple of float
+    confidence : float
+    link_name, profile_name : str
+        Preset or JSON file; profile `measured` takes model times from the calibration.
+    accounting : {"paper", "full"}
+    theta : float
+    importance_text : str
+        variant:k:gamma.
+
+    Returns
+    -------
+    dict
+        The content of operating_points.json.
+    """
+    importance = parse_importance(importance_text)
+    calibration = read_json(run, "calibration.json")
+    from calibrate.operating_points import DeriveRequest, derive
+    from calibrate.policy_tokens import Economics
+    from calibrate.presets import link_to_dict, load_link, load_profile
+    from calibrate.traces import read_trace, shard_paths
+
+    link = load_link(link_name)
+    profile = load_profile(profile_name, calibration["timings"])
+    economics = Economics(link, profile, calibration["pair"]["vocab_size"], accounting)
+    request = DeriveRequest(
+        policies=policies,
+        risks=risks,
+        confidence=confidence,
+        theta=theta,
+        importance=importance,
+    )
+    points = derive(read_trace(shard_paths(run)), calibration, request, economics)
+    result: dict[str, Any] = {
+        "pair": calibration["pair"],
+        "num_prompts": calibration["num_prompts"],
+        "num_tokens": calibration["num_tokens"],
+        "confidence": confidence,
+        "link": {"name": link_name, **link_to_dict(link)},
+        "profile": {"name": profile_name, **asdict(profile)},
+        "accounting": accounting,
+        "operating_points": [asdict(point) for point in points],
+    }
+    write_json(run / "operating_points.json", result)
+    return result
+
+
+def parse_importance(text: str) -> Any:
+    """Read variant:k:gamma."""
+    from hlmtheory.policies import ImportanceSettings
+
+    parts = text.split(":")
+    way_out = "give variant:k:gamma, like topk:8:1 or context:0:0.9"
+    if len(parts) != 3 or parts[0] not in ("topk", "context"):
+        raise UsageError(f"--importance {text}: {way_out}")
+    try:
+        k, gamma = float(parts[1]), float(parts[2])
+    except ValueError:
+        raise UsageError(f"--importance {text}: k and gamma are numbers; {way_out}") from None
+    if not (math.isfinite(k) and math.isfinite(gamma)):
+        raise UsageError(f"--importance {text}: k and gamma must be finite")
+    try:
+        return ImportanceSettings(parts[0], k, gamma)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"--importance {text}: {error}") from None

@@ -1,0 +1,93 @@
+"""Progress on stderr: bars with rates and time left, and one-line notes between them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def say(text: object) -> None:
+    """One line on stderr, out of the way of results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class TokenBar:
+    """A bar that counts tokens; rows that end early shorten what is left."""
+
+    def __init__(self, progress: object, task: object) -> None:
+        self._progress = progress
+        self._task = task
+        self._emitted = 0
+
+    def set_total(self, num_tokens: int) -> None:
+        """Most tokens that may be decoded."""
+        self._progress.update(self._task, total=num_tokens)  # type: ignore[attr-defined]
+
+    def advance(self, emitted: int, spared: int) -> None:
+        """Tokens just emitted, and tokens that ended rows will never need."""
+        self._emitted += emitted
+        self._progress.update(  # type: ignore[attr-defined]
+            self._task, advance=emitted + spared, emitted=self._emitted
+        )
+
+    def describe(self, text: str) -> None:
+        """Say what is running."""
+        self._progress.update(self._task, description=text)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def token_progress(description: str) -> Iterator[TokenBar]:
+    """A bar with tokens per second and time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class TokenRate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            elapsed = task.elapsed or 0.0
+            emitted = task.fields["emitted"]
+            rate = emitted / elapsed if elapsed > 0 else 0.0
+            return Text(f"{emitted} tokens, {rate:.0f} token/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TokenRate(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=None, emitted=0)
+        yield TokenBar(progress, task)
+
+
+@contextmanager
+def transfer_progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for each stage of fetching and converting, in bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, object] = {}
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield report

@@ -1,0 +1,177 @@
+"""`hlm validate`: run the whole pipeline again at the derived settings and compare.
+
+The prompts are fresh, the seed is fresh, and the tokens are decoded by the policy itself, not
+replayed from the calibration trace. What is compared is the theory; device, link and model times
+are the ones the predictions were made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from calibrate.operating_points import policy_from_settings
+from calibrate.policy_tokens import METRICS, UNITS, Economics, as_figure, measured_tokens, metrics
+from calibrate.prompts import TokenizedPrompt
+from calibrate.runs import Figure
+from calibrate.traces import Trace, read_trace, write_shard
+from hlmtheory.clusters import RatioEstimate
+from hlmtheory.policies import Policy
+
+if TYPE_CHECKING:
+    from calibrate.engine import DecodingSettings
+    from calibrate.pairs import LoadedPair
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One predicted figure against its measurement.
+
+    Attributes
+    ----------
+    policy, rule, metric : str
+    predicted : Figure
+        Interval for the *rerun's* figure: calibration and validation sampling both.
+    measured : Figure
+        With its own sampling interval.
+    covered : bool
+        Whether the measured value lies inside the predicted interval.
+    """
+
+    policy: str
+    rule: str
+    metric: str
+    predicted: Figure
+    measured: Figure
+    covered: bool
+
+
+def prediction_interval(
+    predicted: Figure, num_calibration: int, measured: RatioEstimate, confidence: float
+) -> tuple[float, float]:
+    r"""Interval in which a rerun on other prompts is expected to fall.
+
+    .. math:: \hat\theta \pm t_\nu \sqrt{\mathrm{se}_{cal}^2 + \mathrm{se}_{val}^2}
+
+    docs/theory.md, (36), with Welch's degrees of freedom. Both standard errors are clustered by
+    prompt. Where neither side varies (a policy that always skips) the interval is the value with
+    room for float32 rounding.
+
+    Parameters
+    ----------
+    predicted : Figure
+        With its calibration interval at the same confidence.
+    num_calibration : int
+        Calibration prompts.
+    measured : RatioEstimate
+        Of the rerun.
+    confidence : float
+    """
+    value = float(predicted.value or 0.0)
+    half = 0.0
+    if predicted.low is not None and predicted.high is not None:
+        half = (predicted.high - predicted.low) / 2
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, max(num_calibration - 1, 1)))
+    se_cal = half / quantile
+    se_val = measured.standard_error if np.isfinite(measured.standard_error) else 0.0
+    total = se_cal**2 + se_val**2
+    rounding = 1e-5 * max(abs(value), 1e-3)
+    if total == 0:
+        return value - rounding, value + rounding
+    freedom = total**2 / (
+        se_cal**4 / max(num_calibration - 1, 1) + se_val**4 / max(measured.num_prompts - 1, 1)
+    )
+    margin = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * total**0.5 + rounding
+    return value - margin, value + margin
+
+
+def rerun_point(
+    path: Path,
+    slm: Any,
+    llm: Any,
+    prompts: Sequence[TokenizedPrompt],
+    policy: Policy,
+    settings: DecodingSettings,
+    pair: LoadedPair,
+    header: dict[str, Any],
+    on_step: OnStep | None = None,
+) -> Trace:
+    """Decode the prompts under a policy and keep the trace in one file."""
+    from calibrate.engine import decode
+
+    batches = list(decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step))
+    prompt_ids: list[str] = []
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        for name, values in batch.columns.items():
+            shifted = values + len(prompt_ids) if name == "row" else values
+            parts.setdefault(name, []).append(shifted)
+        prompt_ids += list(batch.prompt_ids)
+    columns = {name: np.concatenate(values) for name, values in parts.items()}
+    write_shard(path, columns, prompt_ids, header)
+    return read_trace([path])
+
+
+def compare(
+    point: dict[str, Any],
+    trace: Trace,
+    economics: Economics,
+    num_calibration: int,
+    confidence: float,
+) -> list[Cell]:
+    """Cells of one operating point: every metric, predicted against measured.
+
+    Parameters
+    ----------
+    point : dict
+        An entry of operating_points.json.
+    trace : Trace
+        Of the rerun under that point.
+    economics : Economics
+        The one the predictions were made with.
+    num_calibration : int
+        Calibration prompts behind the predictions.
+    confidence : float
+    """
+    policy = policy_from_settings(
+        point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
+    )
+    measured = metrics(measured_tokens(trace, policy), economics)
+    cells = []
+    for metric in METRICS:
+        predicted = Figure(**point["predicted"][metric])
+        estimate = measured[metric]
+        low, high = prediction_interval(predicted, num_calibration, estimate, confidence)
+        cells.append(
+            Cell(
+                point["policy"],
+                point["rule"],
+                metric,
+                Figure(predicted.value, low, high, UNITS[metric]),
+                as_figure(estimate, UNITS[metric], confidence),
+                bool(low <= estimate.value <= high),
+            )
+        )
+    return cells
+
+
+def coverage(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
+    """Covered cells out of all, with the exact binomial interval of the share.
+
+    The interval treats cells as independent, which those of one rerun are not: it is a lower
+    bound on the width.
+    """
+    total = len(cells)
+    covered = sum(cell.covered for cell in cells)
+    if total == 0:
+        return {"covered": 0, "total": 0, "share": asdict(Figure(None))}
+    interval = stats.binomtest(covered, total).proportion_ci(confidence)
+    share = Figure(covered / total, float(interval.low), float(interval.high))
+    return {"covered": covered, "total": total, "share": asdict(share)}

@@ -1,0 +1,243 @@
+"""Results as text: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from calibrate.doctor import HealthReport
+    from calibrate.pairs import PairDescription
+    from hlmtheory.audit import AuditRow
+
+
+def _console() -> Any:
+    import shutil
+    import sys
+
+    from rich.console import Console
+
+    # A pipe has no width; tables folded to 80 columns would be hard to read back.
+    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 160
+    return Console(width=max(width, 100), highlight=False, soft_wrap=False)
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+    return table
+
+
+def _number(figure: dict[str, Any], digits: int = 3) -> str:
+    value = figure["value"]
+    if value is None:
+        return "-"
+    body = f"{value:.{digits}g}"
+    if figure["low"] is not None and figure["high"] is not None:
+        body += f" [{figure['low']:.{digits}g}, {figure['high']:.{digits}g}]"
+    return body
+
+
+def _size(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 1e6:,.0f} MB"
+
+
+def print_pairs(pairs: Sequence[PairDescription], as_json: bool) -> None:
+    """`hlm pairs list`."""
+    if as_json:
+        print(json.dumps({"pairs": [asdict(pair) for pair in pairs]}, indent=1, default=str))
+        return
+    table = _table("pair", "device model", "server model", ">download", "here", "what it is")
+    for pair in pairs:
+        sizes = {m.source: m.download_num_bytes for m in (pair.slm, pair.llm)}
+        known = [size for size in sizes.values() if size is not None]
+        table.add_row(
+            pair.name,
+            pair.slm.label,
+            pair.llm.label,
+            _size(sum(known)) if len(known) == len(sizes) else "-",
+            "yes" if pair.cached else "no",
+            pair.description,
+        )
+    _console().print(table)
+
+
+def print_pair(pair: PairDescription, as_json: bool) -> None:
+    """`hlm pairs show`."""
+    if as_json:
+        print(json.dumps(asdict(pair), indent=1, default=str))
+        return
+    table = _table("", "device model (SLM)", "server model (LLM)", title=f"{pair.name}: {pair.description}")
+    rows = {
+        "name": lambda m: m.label,
+        "source": lambda m: m.source,
+        "sha256": lambda m: m.sha256 or "-",
+        "layers left out": lambda m: ", ".join(map(str, m.drop_layers)) or "-",
+        "download": lambda m: _size(m.download_num_bytes),
+        "in cache": lambda m: _size(m.cached_num_bytes),
+        "folder": lambda m: str(m.folder or "-"),
+    }
+    for name, read in rows.items():
+        table.add_row(name, read(pair.slm), read(pair.llm))
+    console = _console()
+    console.print(table)
+    console.print(f"licence: {pair.license}\ncache: {pair.cache_path}")
+
+
+def print_calibration(summary: dict[str, Any], run: Path) -> None:
+    """`hlm calibrate`: the line, the estimators, the timings."""
+    fit = summary["fit"]
+    confidence = f"{summary['confidence']:.0%}"
+    console = _console()
+    sign = "-" if fit["intercept"]["value"] < 0 else "+"
+    console.print(
+        f"\n{summary['pair']['name']}: {summary['num_prompts']} prompts, "
+        f"{summary['num_tokens']} tokens; intervals {confidence}, clustered by prompt\n"
+        f"fitted line   beta = {fit['slope']['value']:.3f} u {sign} "
+        f"{abs(fit['intercept']['value']):.3f}"
+    )
+    table = _table("quantity", ">value", "what it says")
+    for key, meaning in (
+        ("slope", "rejection probability gained per unit of uncertainty"),
+        ("intercept", "predicted rejection probability at u = 0"),
+        ("correlation", "token by token: how well u tells single rejections"),
+        ("correlation_binned", "of binned means: how linear the average is"),
+        ("lack_of_fit", "RMS distance of the binned means from the line"),
+        ("mean_rejection", "mean rejection probability = mean TV(x, y)"),
+        ("delta", "share of drafts that can be rejected at all, P(y_d < x_d)"),
+    ):
+        table.add_row(key, _number(fit[key]), meaning)
+    console.print(table)
+    table = _table(
+        "estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk",
+        title="what tells rejections best",
+    )  # fmt: skip
+    for estimator in summary["estimators"]:
+        skip = estimator["skip_rate_at_risk"]
+        table.add_row(
+            estimator["name"],
+            _number(estimator["correlation"]),
+            _number(estimator["auroc"]),
+            _number(skip["0.01"]),
+            _number(skip["0.05"]),
+        )
+    console.print(table)
+    timings = summary["timings"]
+    console.print(
+        "one token of one user on this machine: "
+        + ", ".join(f"{key[2:-3]} {_number(value)} ms" for key, value in timings.items())
+        + f"\nin {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"
+    )
+
+
+def print_operating_points(result: dict[str, Any]) -> None:
+    """`hlm derive`: every point with its predictions."""
+    console = _console()
+    console.print(
+        f"derived settings ({result['num_prompts']} prompts, {result['num_tokens']} tokens; link "
+        f"{result['link']['name']}, profile {result['profile']['name']}, accounting "
+        f"{result['accounting']}; intervals {result['confidence']:.0%}, clustered by prompt)"
+    )
+    table = _table(
+        "policy", "rule", ">u_th", ">skip rate", ">risk", ">TV bias", ">uplink bit/token",
+        ">ms/token", ">token/s", ">mean token/s", ">J/token",
+    )  # fmt: skip
+    notes: dict[str, list[str]] = {}
+    for point in result["operating_points"]:
+        predicted = point["predicted"]
+        if point["reason"]:
+            notes.setdefault(point["reason"], []).append(f"{point['policy']}/{point['rule']}")
+        if not point["feasible"]:
+            table.add_row(point["policy"], point["rule"], "infeasible", *["-"] * 8)
+            continue
+        table.add_row(
+            point["policy"],
+            point["rule"],
+            _number(point["uncertainty_threshold"]),
+            _number(predicted["skip_rate"]),
+            _number(predicted["rejection_risk"]),
+            _number(predicted["tv_bias"]),
+            *(
+                f"{predicted[name]['value']:.4g}"
+                for name in (
+                    "uplink_bits_per_token",
+                    "token_time_ms",
+                    "throughput_tok_s",
+                    "mean_throughput_tok_s",
+                    "energy_j_per_token",
+                )
+            ),
+        )
+    console.print(table)
+    for reason, names in notes.items():
+        console.print(f"  {', '.join(names)}: {reason}")
+    console.print()
+
+
+def print_validation(result: dict[str, Any]) -> None:
+    """`hlm validate`: cell by cell, and the coverage."""
+    console = _console()
+    console.print(
+        f"predicted against measured ({result['num_prompts']} fresh prompts, "
+        f"{result['num_tokens']} tokens, seed {result['seed']}; "
+        f"{result['confidence']:.0%} prediction intervals)"
+    )
+    table = _table("policy", "rule", "metric", ">predicted", ">measured", "holds")
+    last = ("", "")
+    for cell in result["cells"]:
+        key = (cell["policy"], cell["rule"])
+        if key != last and last != ("", ""):
+            table.add_section()
+        shown = key if key != last else ("", "")
+        last = key
+        unit = cell["measured"]["unit"]
+        table.add_row(
+            *shown,
+            cell["metric"] + (f" ({unit})" if unit else ""),
+            _number(cell["predicted"], 4),
+            f"{cell['measured']['value']:.4g}",
+            "yes" if cell["covered"] else "NO",
+        )
+    console.print(table)
+    summary = result["coverage"]
+    console.print(
+        f"covered: {summary['covered']} of {summary['total']} cells, share "
+        f"{_number(summary['share'])} (cells of one rerun are dependent)\n"
+    )
+
+
+def print_audit(rows: Sequence[AuditRow], as_json: bool) -> None:
+    """`hlm audit`: the published numbers against the theory."""
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
+        return
+    table = _table("system", "quantity", ">published", ">implied", "consistent", "why")
+    for row in rows:
+        table.add_row(
+            row.system,
+            row.quantity,
+            f"{row.published:.4g}",
+            f"{row.implied:.4g}",
+            "yes" if row.consistent else "NO",
+            row.explanation,
+        )
+    _console().print(table)
+
+
+def print_doctor(report: HealthReport, as_json: bool) -> None:
+    """`hlm doctor`."""
+    if as_json:
+        print(json.dumps({"healthy": report.healthy, "checks": [asdict(c) for c in report.checks]}))
+        return
+    table = _table("check", "found", "ok", "what mends it")
+    for check in report.checks:
+        table.add_row(check.name, check.found, "yes" if check.ok else "NO", check.remedy)
+    _console().print(table)

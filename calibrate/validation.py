@@ -1,0 +1,187 @@
+"""`hlm validate`: plan the reruns of a derived run, carry them out, write the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrate.errors import UsageError, UserError
+from calibrate.prompts import Prompt, read_prompts, tokenize_prompts, validation_prompts
+from calibrate.runs import git_revision, package_versions, read_json, write_json
+
+if TYPE_CHECKING:
+    from calibrate.pairs import LoadedPair, PairSpec
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """Reruns to make, checked before any model is loaded."""
+
+    run: Path
+    spec: PairSpec
+    dtype: str
+    points: tuple[dict[str, Any], ...]
+    prompts: tuple[Prompt, ...]
+    derived: dict[str, Any]
+    calibration: dict[str, Any]
+    seed: int
+    batch_size: int
+    needs_attention: bool
+    command: tuple[str, ...]
+
+
+def prepare_validation(
+    run: Path,
+    policies: tuple[str, ...] | None = None,
+    rules: tuple[str, ...] | None = None,
+    prompts_source: str | None = None,
+    limit: int = 64,
+    seed: int | None = None,
+    batch_size: int = 16,
+    command: list[str] | None = None,
+) -> ValidationPlan:
+    """Choose operating points and prompts; loads no model.
+
+    Raises
+    ------
+    UserError, UsageError
+        If the run is not derived, nothing is left to rerun, or no fresh prompt is left.
+    """
+    derived = read_json(run, "operating_points.json")
+    calibration = read_json(run, "calibration.json")
+    info = read_json(run, "run.json")
+    settings = info["settings"]
+    chosen = [
+        point
+        for point in derived["operating_points"]
+        if (policies is None or point["policy"] in policies)
+        and (rules is None or point["rule"] in (*rules, "none"))
+    ]
+    if not chosen:
+        known = sorted({(p["policy"], p["rule"]) for p in derived["operating_points"]})
+        raise UsageError(
+            "no derived operating point matches --policy and --rule; derived are "
+            + ", ".join(f"{policy}/{rule}" for policy, rule in known)
+        )
+    feasible = [point for point in chosen if point["feasible"]]
+    if not feasible:
+        reasons = "; ".join(f"{p['policy']}/{p['rule']}: {p['reason']}" for p in chosen)
+        raise UserError(f"every chosen operating point is infeasible: {reasons}")
+    source = prompts_source
+    if source is None and settings["prompts"] != "shipped":
+        source = settings["prompts"]
+    prompts = validation_prompts(read_prompts(source), limit, set(info["prompt_keys"]))
+    return ValidationPlan(
+        run=run,
+        spec=spec_from_settings(settings),
+        dtype=calibration["pair"]["dtype"],
+        points=tuple(feasible),
+        prompts=tuple(prompts),
+        derived=derived,
+        calibration=calibration,
+        seed=settings["seed"] + 1 if seed is None else seed,
+        batch_size=batch_size,
+        needs_attention=any("importance" in point["settings"] for point in feasible),
+        command=tuple(command or ()),
+    )
+
+
+def spec_from_settings(settings: dict[str, Any]) -> PairSpec:
+    """The pair that run.json names, resolved again."""
+    from calibrate.pairs import REGISTRY, resolve_pair
+
+    if settings["pair"] in REGISTRY:
+        return REGISTRY[settings["pair"]]
+    given = settings["given"]
+    return resolve_pair(None, given["slm"], given["llm"], given["drop_layers"])
+
+
+def run_validation(
+    plan: ValidationPlan,
+    pair: LoadedPair,
+    on_step: Callable[[int, int], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+    on_point: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Rerun every planned point and write validation.json.
+
+    Raises
+    ------
+    UserError
+        If the pair is not the one that was calibrated.
+    """
+    from calibrate.calibration import pair_identity
+    from calibrate.engine import DecodingSettings
+    from calibrate.models import TransformerModel
+    from calibrate.operating_points import policy_from_settings
+    from calibrate.policy_tokens import Economics
+    from calibrate.presets import link_from_dict, profile_from_dict
+    from calibrate.rerun import Cell, compare, coverage, rerun_point
+
+    identity = pair_identity(pair)
+    for side in ("slm", "llm"):
+        before, now = plan.calibration["pair"][side], identity[side]
+        if before["sha256"] != now["sha256"] or before["drop_layers"] != list(now["drop_layers"]):
+            raise UserError(
+                f"the {side} is not the calibrated one ({before['label']}, hash "
+                f"{str(before['sha256'])[:12]}; now {str(now['sha256'])[:12]}); calibrate again"
+            )
+    calibrated = plan.calibration["settings"]
+    settings = DecodingSettings(
+        temperature=calibrated["temperature"],
+        max_new_tokens=calibrated["max_new_tokens"],
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+        trace="minimal",
+    )
+    prompts = tokenize_prompts(
+        plan.prompts, pair.tokenizer, settings.max_new_tokens, pair.max_context
+    )
+    derived = plan.derived
+    economics = Economics(
+        link_from_dict(derived["link"]),
+        profile_from_dict(derived["profile"]),
+        derived["pair"]["vocab_size"],
+        derived["accounting"],
+    )
+    slm = TransformerModel(pair.slm, pair.vocab_size)
+    llm = TransformerModel(pair.llm, pair.vocab_size)
+    if on_total is not None:
+        on_total(len(plan.points) * len(prompts) * settings.max_new_tokens)
+    header = {
+        "pair": identity,
+        "seed": plan.seed,
+        "versions": package_versions(),
+        "revision": git_revision(),
+        "command": list(plan.command),
+    }
+    cells: list[Cell] = []
+    confidence = derived["confidence"]
+    num_tokens = 0
+    for number, point in enumerate(plan.points, start=1):
+        label = f"{point['policy']} {point['rule']}"
+        if on_point is not None:
+            on_point(f"validating {number}/{len(plan.points)}: {label}")
+        policy = policy_from_settings(
+            point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
+        )
+        path = plan.run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
+        point_header = header | {"operating_point": point}
+        trace = rerun_point(
+            path, slm, llm, prompts, policy, settings, pair, point_header, on_step
+        )
+        num_tokens += trace.num_tokens
+        cells += compare(point, trace, economics, derived["num_prompts"], confidence)
+    result: dict[str, Any] = {
+        **header,
+        "confidence": confidence,
+        "num_prompts": len(prompts),
+        "num_calibration_prompts": derived["num_prompts"],
+        "num_tokens": num_tokens,
+        "cells": [asdict(cell) for cell in cells],
+        "coverage": coverage(cells, confidence),
+    }
+    write_json(plan.run / "validation.json", result)
+    return result

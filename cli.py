@@ -1,0 +1,437 @@
+"""The command line `hlm`: parses, calls, prints. No formulas, no model code.
+
+torch and transformers take seconds to import, so each command imports what it runs inside itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from calibrate.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from calibrate.pairs import LoadedPair, PairSpec
+
+app = typer.Typer(
+    name="hlm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=(
+        "When should a phone ask the big model, and what should it send?\n\n"
+        "calibrate -> derive -> validate -> figures: measure how the device model's uncertainty "
+        "predicts rejection, derive thresholds and sizes from it, rerun the pipeline at them, "
+        "and draw the result. `hlm quickstart` does all four on the embedded pair."
+    ),
+)
+pairs_app = typer.Typer(no_args_is_help=True, help="List, fetch and inspect model pairs.")
+app.add_typer(pairs_app, name="pairs")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that calibrate made.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+PairOption = Annotated[
+    str | None, typer.Option(help="A pair of the registry; see `hlm pairs list`.")
+]
+SlmOption = Annotated[
+    str | None, typer.Option(help="Own device model: folder, .gguf file or hub id.")
+]
+LlmOption = Annotated[
+    str | None, typer.Option(help="Own server model: folder, .gguf file or hub id.")
+]
+DropOption = Annotated[
+    str | None, typer.Option(help="Make the device model by leaving out layers, like 21,22.")
+]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(help="Prompts: .jsonl or .txt file, or hub dataset. Default: the shipped 320."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+PolicyOption = Annotated[
+    list[str] | None, typer.Option("--policy", help="Policy; repeat for more. Default: all.")
+]
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure is one line on stderr and exit 1 or 2."""
+    usage_error: Any = typer.BadParameter.__mro__[1]
+    try:
+        code = app(standalone_mode=False)
+    except usage_error as error:
+        command = error.ctx.command_path if error.ctx is not None else "hlm"
+        text = error.format_message()
+        if not text:  # no arguments: the help has been shown
+            sys.exit(2)
+        _fail(f"{text} See `{command} --help`.", 2)
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing half-written was left", 1)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    print(f"hlm: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _at_least(name: str, value: float, least: float, way_out: str = "") -> None:
+    if not value >= least:
+        tail = f"; {way_out}" if way_out else ""
+        raise UsageError(f"{name} {value:g}: allowed is {least:g} or more{tail}")
+
+
+def _inside(name: str, value: float, low: float, high: float) -> None:
+    if not low < value < high:
+        raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}")
+
+
+@pairs_app.command("list")
+def pairs_list(as_json: JsonOption = False) -> None:
+    """The pairs that need no more than their name."""
+    from calibrate.pairs import REGISTRY, describe
+    from calibrate.tables import print_pairs
+
+    print_pairs([describe(spec) for spec in REGISTRY.values()], as_json)
+
+
+@pairs_app.command("show")
+def pairs_show(
+    name: Annotated[str, typer.Argument(help="Name of a pair.")], as_json: JsonOption = False
+) -> None:
+    """Sources, hashes, sizes and cache folder of one pair."""
+    from calibrate.pairs import describe, resolve_pair
+    from calibrate.tables import print_pair
+
+    print_pair(describe(resolve_pair(name, None, None, None)), as_json)
+
+
+@pairs_app.command("pull")
+def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> None:
+    """Fetch, verify and convert a pair into the cache."""
+    from calibrate.pairs import cached, describe, pull, resolve_pair
+    from calibrate.progress import transfer_progress
+
+    spec = resolve_pair(name, None, None, None)
+    if not cached(spec):
+        with transfer_progress() as report:
+            pull(spec, report)
+    print(f"{name}: in {describe(spec).cache_path}")
+
+
+def _load(spec: PairSpec, dtype: str, device: str, attention: bool) -> LoadedPair:
+    from calibrate.pairs import cached, load_pair, pull
+    from calibrate.progress import say, transfer_progress
+
+    if not cached(spec):
+        say(f"fetching {spec.name} (once)")
+        with transfer_progress() as report:
+            pull(spec, report)
+    say(f"loading {spec.name}")
+    return load_pair(spec, dtype=dtype, device=device, attention=attention)
+
+
+@app.command()
+def calibrate(
+    output_path: Annotated[Path, typer.Option(help="Run folder to make.")],
+    pair: PairOption = None,
+    slm: SlmOption = None,
+    llm: LlmOption = None,
+    drop_layers: DropOption = None,
+    prompts: PromptsOption = None,
+    limit: Annotated[int, typer.Option(help="Prompts of the calibration half to use.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of both models.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trace: Annotated[str, typer.Option(help="full, or minimal for fewer columns.")] = "full",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
+    from calibrate.calibration import CalibrationRequest, prepare
+    from calibrate.pairs import resolve_pair
+
+    _check_decoding(limit, max_new_tokens, batch_size, temperature, seed, device, dtype)
+    if trace not in ("full", "minimal"):
+        raise UsageError(f"--trace {trace}: allowed are full, minimal")
+    if pair is None and slm is None and llm is None:
+        pair = "smollm2"
+    request = CalibrationRequest(
+        spec=resolve_pair(pair, slm, llm, drop_layers),
+        prompts_source=prompts,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        temperature=temperature,
+        device=device,
+        dtype=dtype,
+        trace=trace,
+        run=output_path,
+        resume=resume,
+        command=["hlm", *sys.argv[1:]],
+        given={"slm": slm, "llm": llm, "drop_layers": drop_layers},
+    )
+    chosen = prepare(request)
+    summary = _calibrate(request, chosen, _load(request.spec, dtype, device, trace == "full"))
+    if as_json:
+        print(json.dumps(summary, indent=1))
+        return
+    from calibrate.tables import print_calibration
+
+    print_calibration(summary, output_path)
+
+
+def _calibrate(request: Any, chosen: Any, pair: LoadedPair) -> dict[str, Any]:
+    from calibrate.calibration import calibrate as run_calibration
+    from calibrate.progress import token_progress
+
+    try:
+        with token_progress("calibrating") as bar:
+            return run_calibration(request, chosen, pair, bar.advance, bar.set_total)
+    except KeyboardInterrupt:
+        from calibrate.traces import shard_paths
+
+        num_shards = len(shard_paths(request.run))
+        raise UserError(
+            f"interrupted: {num_shards} finished shards stay in {request.run}/traces; "
+            "go on with the same command and --resume"
+        ) from None
+
+
+def _check_decoding(
+    limit: int,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> None:
+    import re
+
+    _at_least("--limit", limit, 1, "leave it out for the default")
+    _at_least("--max-new-tokens", max_new_tokens, 1)
+    _at_least("--batch-size", batch_size, 1)
+    _at_least("--seed", seed, 0)
+    if not 0 < temperature <= 10:
+        raise UsageError(
+            f"--temperature {temperature:g}: allowed is above 0 and at most 10; at 0 there is no "
+            "sampling and every draft is either right or wrong"
+        )
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: allowed are auto, cpu, mps, cuda and cuda:N")
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise UsageError(f"--dtype {dtype}: allowed are auto, bfloat16, float32")
+
+
+@app.command()
+def derive(
+    run: RunArgument,
+    policy: PolicyOption = None,
+    risk: Annotated[
+        list[float] | None, typer.Option(help="Rejection-risk budget; repeatable. Default 0.01.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of intervals and guarantees.")] = 0.95,
+    link: Annotated[str, typer.Option(help="Link preset or JSON file.")] = "wifi",
+    profile: Annotated[
+        str, typer.Option(help="Device profile preset or JSON file; `measured` takes this machine.")
+    ] = "measured",
+    accounting: Annotated[str, typer.Option(help="Payload accounting: paper or full.")] = "paper",
+    theta: Annotated[float, typer.Option(help="Tolerance of the truncation bound.")] = 0.1,
+    importance: Annotated[
+        str, typer.Option(help="ui-hlm: variant:k:gamma, like topk:8:1 or context:0:0.9.")
+    ] = "topk:8:1",
+    as_json: JsonOption = False,
+) -> None:
+    """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
+    from calibrate.derivation import derive_run
+    from calibrate.tables import print_operating_points
+
+    risks = tuple(risk) if risk else (0.01,)
+    for value in risks:
+        _inside("--risk", value, 0, 1)
+    _inside("--confidence", confidence, 0, 1)
+    if not theta > 0:
+        raise UsageError(f"--theta {theta:g}: allowed is above 0")
+    if accounting not in ("paper", "full"):
+        raise UsageError(f"--accounting {accounting}: allowed are paper, full")
+    result = derive_run(
+        run,
+        policies=_policies(policy),
+        risks=risks,
+        confidence=confidence,
+        link_name=link,
+        profile_name=profile,
+        accounting=accounting,
+        theta=theta,
+        importance_text=importance,
+    )
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_operating_points(result)
+
+
+def _policies(chosen: list[str] | None) -> tuple[str, ...]:
+    from calibrate.derivation import policy_names
+
+    known = policy_names()
+    for name in chosen or ():
+        if name not in known:
+            raise UsageError(f"--policy {name}: unknown; known are {', '.join(known)}")
+    return tuple(dict.fromkeys(chosen)) if chosen else known
+
+
+@app.command()
+def validate(
+    run: RunArgument,
+    policy: PolicyOption = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="Only points of this rule, like risk-averse or risk-0.01; repeatable."),
+    ] = None,
+    prompts: PromptsOption = None,
+    limit: Annotated[int, typer.Option(help="Validation prompts to use.")] = 64,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the reruns. Default: another than calibration's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured."""
+    from calibrate.validation import prepare_validation
+
+    _at_least("--limit", limit, 1, "leave it out for the default")
+    _at_least("--batch-size", batch_size, 1)
+    if seed is not None:
+        _at_least("--seed", seed, 0)
+    plan = prepare_validation(
+        run,
+        policies=_policies(policy) if policy else None,
+        rules=tuple(rule) if rule else None,
+        prompts_source=prompts,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        command=["hlm", *sys.argv[1:]],
+    )
+    result = _validate(plan, _load(plan.spec, plan.dtype, device, plan.needs_attention))
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    from calibrate.tables import print_validation
+
+    print_validation(result)
+
+
+def _validate(plan: Any, pair: LoadedPair) -> dict[str, Any]:
+    from calibrate.progress import token_progress
+    from calibrate.validation import run_validation
+
+    with token_progress("validating") as bar:
+        return run_validation(plan, pair, bar.advance, bar.set_total, bar.describe)
+
+
+@app.command()
+def figures(
+    run: RunArgument,
+    output_path: Annotated[
+        Path | None, typer.Option(help="Folder for PNG and PDF. Default: RUN/figures.")
+    ] = None,
+) -> None:
+    """Draw every figure that the run's results allow."""
+    from calibrate.progress import say
+    from paper_figs.draw import draw_run
+
+    for path in draw_run(run, output_path or run / "figures", on_figure=say):
+        print(path)
+
+
+@app.command()
+def audit(as_json: JsonOption = False) -> None:
+    """The papers' published numbers against what the theory says they imply."""
+    from calibrate.presets import audit_rows
+    from calibrate.tables import print_audit
+
+    print_audit(audit_rows(), as_json)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Versions, devices, cache, disk, and the command that mends what is missing."""
+    from calibrate.doctor import examine
+    from calibrate.tables import print_doctor
+
+    report = examine()
+    print_doctor(report, as_json)
+    raise typer.Exit(0 if report.healthy else 1)
+
+
+@app.command()
+def quickstart(
+    output_path: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("hlm-quickstart"),
+    limit: Annotated[int, typer.Option(help="Prompts of each half.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 48,
+    seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
+) -> None:
+    """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
+    from calibrate.calibration import CalibrationRequest, prepare
+    from calibrate.derivation import derive_run, policy_names
+    from calibrate.pairs import resolve_pair
+    from calibrate.progress import say
+    from calibrate.tables import print_calibration, print_operating_points, print_validation
+    from calibrate.validation import prepare_validation
+    from paper_figs.draw import draw_run
+
+    begin = time.perf_counter()
+    _check_decoding(limit, max_new_tokens, 32, 1.0, seed, "auto", "auto")
+    request = CalibrationRequest(
+        spec=resolve_pair("smollm2", None, None, None),
+        prompts_source=None,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=32,
+        seed=seed,
+        temperature=1.0,
+        device="auto",
+        dtype="auto",
+        trace="full",
+        run=output_path,
+        command=["hlm", *sys.argv[1:]],
+    )
+    chosen = prepare(request)
+    pair = _load(request.spec, "auto", "auto", True)
+    print_calibration(_calibrate(request, chosen, pair), output_path)
+    print_operating_points(derive_run(output_path, policies=policy_names()))
+    plan = prepare_validation(
+        output_path,
+        policies=("u-hlm", "r-hlm", "cu-hlm-offline"),
+        rules=("risk-averse", "risk-0.01"),
+        limit=limit,
+        batch_size=32,
+        command=request.command,
+    )
+    print_validation(_validate(plan, pair))
+    for path in draw_run(output_path, output_path / "figures", on_figure=say):
+        print(path)
+    print(f"\ndone in {time.perf_counter() - begin:.0f} s; everything is in {output_path}")
+
+
+if __name__ == "__main__":
+    main()

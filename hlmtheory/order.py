@@ -1,0 +1,47 @@
+"""The two order primitives that the array standard lacks, for numpy and torch alike."""
+
+from __future__ import annotations
+
+import numpy as np
+from array_api_compat import array_namespace, is_torch_array
+
+from hlmtheory.domain import Array
+
+
+def largest(x: Array, num: int) -> tuple[Array, Array]:
+    """The `num` largest entries of each row, falling, and their indices.
+
+    Parameters
+    ----------
+    x : array (..., V)
+    num : int
+        In 1..V.
+
+    Returns
+    -------
+    values, indices : arrays (..., num)
+        Which of several equal entries come first is not specified.
+    """
+    if not 1 <= num <= x.shape[-1]:
+        raise ValueError(f"num = {num}: allowed is 1 to V = {x.shape[-1]}")
+    if is_torch_array(x):
+        top = x.topk(num, dim=-1)
+        return top.values, top.indices
+    if num < x.shape[-1]:
+        candidates = np.argpartition(x, x.shape[-1] - num, axis=-1)[..., -num:]
+    else:
+        candidates = np.broadcast_to(np.arange(num), x.shape)
+    values = np.take_along_axis(x, candidates, axis=-1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    indices = np.take_along_axis(candidates, order, axis=-1)
+    return np.take_along_axis(x, indices, axis=-1), indices
+
+
+def put_along_last_axis(x: Array, indices: Array, values: Array) -> Array:
+    """A copy of `x` (..., V) with `values` (..., M) written at `indices` (..., M)."""
+    xp = array_namespace(x)
+    if is_torch_array(x):
+        return x.scatter(-1, indices, values)
+    out = xp.asarray(x, copy=True)
+    np.put_along_axis(out, indices, values, axis=-1)
+    return out
