@@ -52,7 +52,7 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
             tokenizer = AutoTokenizer.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, local_files_only=True
             )
-    except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
+    except Exception as error:  # tokenizers raises just that
         raise UserError(
             f"transformers cannot read {label} (architecture "
             f"{layout.metadata.get('general.architecture', 'unknown')!r}): {first_line(error)}; "

@@ -13,6 +13,7 @@ from calibrate.runs import Figure
 from calibrate.traces import Trace
 from hlmtheory.clusters import (
     bootstrap_interval,
+    jackknife_correlation_interval,
     mean_over_tokens,
     resample_prompts,
     sum_by_prompt,
@@ -43,8 +44,8 @@ class LineFit:
     slope, intercept, correlation, correlation_binned, mean_rejection, delta : Figure
     covariance : 2 x 2 list
         Cluster-robust covariance of (slope, intercept).
-    lack_of_fit : Figure
-        Root mean square distance of the binned means from the line, weighted by tokens.
+    curvature : Figure
+        Coefficient of u^2 when it is added to the line: zero if the relation is linear.
     num_bins : int
     """
 
@@ -54,7 +55,7 @@ class LineFit:
     correlation_binned: Figure
     mean_rejection: Figure
     delta: Figure
-    lack_of_fit: Figure
+    curvature: Figure
     covariance: list[list[float]]
     num_bins: int
 
@@ -66,7 +67,6 @@ def fit_line(
     prompt_index: np.ndarray,
     num_prompts: int,
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> LineFit:
     """Fit beta = a u + b by ordinary least squares, standard errors clustered by prompt.
 
@@ -78,39 +78,24 @@ def fit_line(
     prompt_index : int array (N,)
     num_prompts : int
     confidence : float
-    seed : int
-        Of the bootstrap that gives the intervals of the correlations.
 
     Raises
     ------
     UserError
         If uncertainty does not vary, or there are fewer than three tokens.
     """
-    import statsmodels.api as sm
-
     if len(uncertainty) < 3 or np.ptp(uncertainty) == 0:
         raise UserError(
             f"cannot fit a line: {len(uncertainty)} tokens with uncertainty that does not vary; "
             "calibrate on more prompts or tokens"
         )
-    design = sm.add_constant(uncertainty, has_constant="add")
     clustered = num_prompts >= 2
-    model = sm.OLS(rejection_prob, design)
-    if clustered:
-        with warnings.catch_warnings():
-            # Few clusters make statsmodels warn about the rank of the joint test, not used here.
-            warnings.simplefilter("ignore")
-            result = model.fit(
-                cov_type="cluster", cov_kwds={"groups": prompt_index}, use_t=True
-            )
-    else:
-        result = model.fit()
+    result = _least_squares([uncertainty], rejection_prob, prompt_index if clustered else None)
     intercept, slope = (float(v) for v in result.params)
     bounds = result.conf_int(alpha=1 - confidence) if clustered else None
     covariance = np.asarray(result.cov_params())[::-1, ::-1]
 
     bins = binned_means(uncertainty, rejection_prob)
-    counts = resample_prompts(num_prompts, NUM_RESAMPLES, np.random.default_rng(seed))
     moments = sum_by_prompt(
         _moments(uncertainty, rejection_prob), prompt_index, num_prompts
     )  # (P, 6)
@@ -129,14 +114,8 @@ def fit_line(
             ]
         )
 
-    def lack(totals: np.ndarray) -> np.ndarray:
-        n, u, beta = (totals.reshape(-1, 3, num_bins)[:, i] for i in range(3))
-        residual = np.where(n > 0, (beta - slope * u - intercept * n) ** 2 / np.maximum(n, 1), 0)
-        return np.sqrt(residual.sum(-1) / n.sum(-1))
-
     flat_bins = by_bin.reshape(num_prompts, -1)
     totals = moments.sum(0, keepdims=True)
-    bin_totals = flat_bins.sum(0, keepdims=True)
 
     def figure(value: float, interval: tuple[float, float] | None, unit: str = "") -> Figure:
         low, high = interval if interval is not None else (None, None)
@@ -149,18 +128,50 @@ def fit_line(
         intercept=figure(intercept, None if bounds is None else tuple(map(float, bounds[0]))),
         correlation=figure(
             float(_correlation(totals)[0]),
-            bootstrap_interval(moments, _correlation, counts, confidence),
+            jackknife_correlation_interval(moments, _correlation, confidence),
         ),
         correlation_binned=figure(
-            bins.correlation, bootstrap_interval(flat_bins, binned_correlation, counts, confidence)
+            bins.correlation,
+            jackknife_correlation_interval(flat_bins, binned_correlation, confidence),
         ),
         mean_rejection=figure(mean_rejection.value, mean_rejection.interval(confidence)),
         delta=figure(delta.value, delta.interval(confidence)),
-        lack_of_fit=figure(
-            float(lack(bin_totals)[0]), bootstrap_interval(flat_bins, lack, counts, confidence)
+        curvature=_curvature(
+            uncertainty, rejection_prob, prompt_index if clustered else None, confidence
         ),
         covariance=covariance.tolist(),
         num_bins=num_bins,
+    )
+
+
+def _least_squares(
+    columns: list[np.ndarray], response: np.ndarray, groups: np.ndarray | None
+) -> Any:
+    """OLS with a constant; standard errors clustered where groups are given."""
+    import statsmodels.api as sm
+
+    model = sm.OLS(response, sm.add_constant(np.column_stack(columns), has_constant="add"))
+    if groups is None:
+        return model.fit()
+    with warnings.catch_warnings():
+        # Few clusters make statsmodels warn about the rank of the joint test, not used here.
+        warnings.simplefilter("ignore")
+        return model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+
+
+def _curvature(
+    uncertainty: np.ndarray,
+    rejection_prob: np.ndarray,
+    groups: np.ndarray | None,
+    confidence: float,
+) -> Figure:
+    centred = (uncertainty - uncertainty.mean()) ** 2
+    result = _least_squares([uncertainty, centred], rejection_prob, groups)
+    low, high = result.conf_int(alpha=1 - confidence)[2] if groups is not None else (None, None)
+    return Figure(
+        float(result.params[2]),
+        None if low is None else float(low),
+        None if high is None else float(high),
     )
 
 

@@ -228,7 +228,7 @@ def _load_tokenizer(folder: Path, label: str) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises just that
         raise UserError(
             f"cannot load the tokenizer of {label} from {folder}: {first_line(error)}; "
             "give a folder that holds tokenizer.json"

