@@ -158,7 +158,9 @@ def calibrate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trace: Annotated[str, typer.Option(help="full, or minimal for fewer columns.")] = "full",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
@@ -254,8 +256,8 @@ def derive(
     accounting: Annotated[str, typer.Option(help="Payload accounting: paper or full.")] = "paper",
     theta: Annotated[float, typer.Option(help="Tolerance of the truncation bound.")] = 0.1,
     importance: Annotated[
-        str, typer.Option(help="ui-hlm: variant:k:gamma, like topk:8:1 or context:0:0.9.")
-    ] = "topk:8:1",
+        str, typer.Option(help="ui-hlm: variant:k:gamma, like topk:16:1 or context:0:0.9.")
+    ] = "topk:16:1",
     as_json: JsonOption = False,
 ) -> None:
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
@@ -356,8 +358,9 @@ def figures(
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
-    from calibrate.progress import say
     from paper_figs.draw import draw_run
+
+    from calibrate.progress import say
 
     for path in draw_run(run, output_path or run / "figures", on_figure=say):
         print(path)
@@ -391,13 +394,14 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
+    from paper_figs.draw import draw_run
+
     from calibrate.calibration import CalibrationRequest, prepare
     from calibrate.derivation import derive_run, policy_names
     from calibrate.pairs import resolve_pair
     from calibrate.progress import say
     from calibrate.tables import print_calibration, print_operating_points, print_validation
     from calibrate.validation import prepare_validation
-    from paper_figs.draw import draw_run
 
     begin = time.perf_counter()
     _check_decoding(limit, max_new_tokens, 32, 1.0, seed, "auto", "auto")

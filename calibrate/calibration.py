@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -161,9 +160,7 @@ def calibrate(
         seed=request.seed,
         trace=request.trace,
     )
-    tokenized = tokenize_prompts(
-        prompts, pair.tokenizer, request.max_new_tokens, pair.max_context
-    )
+    tokenized = tokenize_prompts(prompts, pair.tokenizer, request.max_new_tokens, pair.max_context)
     slm = TransformerModel(pair.slm, pair.vocab_size)
     llm = TransformerModel(pair.llm, pair.vocab_size)
     timings = measure_timings(slm, llm, tokenized[0].tokens, settings.thetas)
@@ -189,9 +186,7 @@ def calibrate(
     left = [prompt for prompt in tokenized if prompt.prompt_id not in done]
     if on_total is not None:
         on_total(len(left) * request.max_new_tokens)
-    decode_to_shards(
-        request.run, slm, llm, left, make_policy("hlm"), settings, pair, info, on_step
-    )
+    decode_to_shards(request.run, slm, llm, left, make_policy("hlm"), settings, pair, info, on_step)
     trace = read_trace(shard_paths(request.run))
     info |= {
         "complete": True,
@@ -254,9 +249,7 @@ def summarise(trace: Trace, info: dict[str, Any], confidence: float = 0.95) -> d
         confidence,
     )
     estimators: list[EstimatorScore] = [
-        score_estimator(
-            name, estimator_score(trace, name), beta, index, num_prompts, confidence
-        )
+        score_estimator(name, estimator_score(trace, name), beta, index, num_prompts, confidence)
         for name in ESTIMATORS
     ]
 
@@ -278,7 +271,7 @@ def summarise(trace: Trace, info: dict[str, Any], confidence: float = 0.95) -> d
         "num_prompts": num_prompts,
         "num_tokens": trace.num_tokens,
         "confidence": confidence,
-        "fit": {key: value for key, value in asdict(line).items()},
+        "fit": asdict(line),
         "estimators": [asdict(estimator) for estimator in estimators],
         "attention": {key: asdict(value) for key, value in attention.items()},
         "timings": info["timings"],

@@ -30,7 +30,7 @@ def derive_run(
     profile_name: str = MEASURED,
     accounting: str = "paper",
     theta: float = 0.1,
-    importance_text: str = "topk:8:1",
+    importance_text: str = "topk:16:1",
 ) -> dict[str, Any]:
     """Derive operating points and write operating_points.json.
 
@@ -90,7 +90,7 @@ def parse_importance(text: str) -> Any:
     from hlmtheory.policies import ImportanceSettings
 
     parts = text.split(":")
-    way_out = "give variant:k:gamma, like topk:8:1 or context:0:0.9"
+    way_out = "give variant:k:gamma, like topk:16:1 or context:0:0.9"
     if len(parts) != 3 or parts[0] not in ("topk", "context"):
         raise UsageError(f"--importance {text}: {way_out}")
     try:

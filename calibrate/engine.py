@@ -27,7 +27,7 @@ from calibrate.recording import (
 from calibrate.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, Streams
 from hlmtheory import domain
 from hlmtheory.acceptance import rejection_probability, total_variation
-from hlmtheory.gates import AlwaysSkip, skip_set_bound
+from hlmtheory.gates import AlwaysSkip, NeverSkip
 from hlmtheory.policies import Policy
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.uncertainty import (
@@ -42,6 +42,7 @@ from hlmtheory.uncertainty import (
     temperatures,
 )
 from hlmtheory.verification import output_bias
+
 
 @dataclass(frozen=True)
 class DecodingSettings:
@@ -248,8 +249,10 @@ class _BatchRun:
         accepted = uniforms[:, ACCEPT] < rule.acceptance(reference_d, y_d)
 
         sigma = self._skip_probability(z, log_z, important)  # (B, V), or None: nothing skips
-        skipped_mass = torch.zeros_like(x) if sigma is None else sigma * (
-            reference if rule.drafts_from_sent else x
+        skipped_mass = (
+            torch.zeros_like(x)
+            if sigma is None
+            else sigma * (reference if rule.drafts_from_sent else x)
         )
         output = draft.clone()
         asks = torch.nonzero(~(skipped | accepted))[:, 0]
@@ -306,13 +309,13 @@ class _BatchRun:
     ) -> torch.Tensor | None:
         """Sigma over the vocabulary, (B, V); None where the gate never skips."""
         gate, vocab = self.policy.gate, z.shape[-1]
-        size = gate.max_skip_set_size(vocab)
-        if size == 0:
+        if isinstance(gate, NeverSkip):
             return None
         if isinstance(gate, AlwaysSkip):
             return torch.ones_like(z)
         # Uncertainty falls with the logit, so the skip set is a prefix of the sorted vocabulary.
-        top = z.topk(min(vocab, skip_set_bound(gate.threshold, vocab) + 1, size)).indices
+        num_candidates = min(vocab, gate.max_skip_set_size(vocab) + 1)
+        top = z.topk(num_candidates).indices
         p_top = perturbed_probabilities(z, top, self.settings.thetas, log_z)  # (B, M, K)
         sigma = torch.zeros_like(z)
         sigma.scatter_(1, top, gate.skip_probability(p_top, important).to(z.dtype))

@@ -124,8 +124,8 @@ def fit_line(
     mean_rejection = mean_over_tokens(rejection_prob, prompt_index, num_prompts)
     delta = mean_over_tokens(can_reject.astype(float), prompt_index, num_prompts)
     return LineFit(
-        slope=figure(slope, None if bounds is None else tuple(map(float, bounds[1]))),
-        intercept=figure(intercept, None if bounds is None else tuple(map(float, bounds[0]))),
+        slope=figure(slope, _pair(bounds, 1)),
+        intercept=figure(intercept, _pair(bounds, 0)),
         correlation=figure(
             float(_correlation(totals)[0]),
             jackknife_correlation_interval(moments, _correlation, confidence),
@@ -157,6 +157,10 @@ def _least_squares(
         # Few clusters make statsmodels warn about the rank of the joint test, not used here.
         warnings.simplefilter("ignore")
         return model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+
+
+def _pair(bounds: Any, row: int) -> tuple[float, float] | None:
+    return None if bounds is None else (float(bounds[row][0]), float(bounds[row][1]))
 
 
 def _curvature(
@@ -241,9 +245,7 @@ def score_estimator(
         negative = total - positive
         below = np.cumsum(negative, axis=1) - negative
         with np.errstate(invalid="ignore", divide="ignore"):
-            return (positive * (below + negative / 2)).sum(1) / (
-                positive.sum(1) * negative.sum(1)
-            )
+            return (positive * (below + negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
 
     def skip_rate(level: float) -> Any:
         def statistic(totals: np.ndarray) -> np.ndarray:

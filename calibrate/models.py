@@ -177,6 +177,9 @@ def _make_cache(config: Any) -> Any:
     class GrowingLayer(DynamicLayer):
         """A cache layer that doubles its room instead of copying itself at every token."""
 
+        keys: Any
+        values: Any
+
         def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
             super().lazy_initialization(key_states, value_states)
             self._room: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,14 +69,10 @@ class OperatingPoint:
 
     def to_policy(self) -> Policy:
         """The policy that the engine runs."""
-        return policy_from_settings(
-            self.policy, self.uncertainty_threshold.value, self.settings
-        )
+        return policy_from_settings(self.policy, self.uncertainty_threshold.value, self.settings)
 
 
-def policy_from_settings(
-    name: str, threshold: float | None, settings: dict[str, Any]
-) -> Policy:
+def policy_from_settings(name: str, threshold: float | None, settings: dict[str, Any]) -> Policy:
     """Rebuild a policy from what operating_points.json holds."""
     size: FixedSize | OnlineSize | None = None
     if "num_entries" in settings:
@@ -120,7 +115,7 @@ class DeriveRequest:
     confidence: float = 0.95
     theta: float = 0.1
     eta: float = 1.0
-    importance: ImportanceSettings = ImportanceSettings()
+    importance: ImportanceSettings = field(default_factory=ImportanceSettings)
 
 
 def derive(

@@ -94,9 +94,7 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
     if tokens.policy.name in ("slm", "llm"):
         bits = np.zeros_like(sent)
     else:
-        bits = sent * payload_bits(
-            entries, economics.vocab_size, accounting=economics.accounting
-        )
+        bits = sent * payload_bits(entries, economics.vocab_size, accounting=economics.accounting)
     link, profile = economics.link, economics.profile
     uplink_ms = link.uplink_time_ms(bits)
     time_ms = token_time_ms(sent, uplink_ms, profile, link.round_trip_ms, server_only)
@@ -235,7 +233,7 @@ def predicted_online_sizes(trace: Trace, size: OnlineSize, vocab_size: int) -> n
 
 
 def truncation_bias_at(trace: Trace, sizes: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Exact bias of truncation at each token's k, linear in log k between stored sizes; NaN else."""
+    """Exact bias of truncation at each token's k, linear in log k in between; NaN unknown."""
     grid = np.log(np.minimum(np.array(BIAS_SIZE_GRID, dtype=float), vocab_size))
     target = np.log(np.clip(sizes, 1, None))
     upper = np.clip(np.searchsorted(grid, target), 1, len(grid) - 1)

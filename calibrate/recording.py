@@ -49,8 +49,8 @@ def skip_set_columns(
 ) -> dict[str, torch.Tensor]:
     """Size, drawn mass and biases of the skip set at every threshold of the grid: (B, G) each.
 
-    docs/theory.md, (11), (24), and (25) for `skip_set_ask_bias`. The skip set at a threshold below 0.98 has at most fifty tokens,
-    and they are the likeliest.
+    docs/theory.md, (11), (24), and (25) for `skip_set_ask_bias`. The skip set at a threshold up to
+    0.98 has at most fifty tokens, and they are the likeliest.
     """
     num_tokens = min(z.shape[-1], int(1 / (1 - THRESHOLD_GRID[-1])) + 1)
     top = z.topk(num_tokens).indices  # (B, M)
@@ -125,9 +125,7 @@ class ImportanceTracker:
     def keep(self, rows: Any) -> None:
         """Keep only these rows."""
         if self._running is not None:
-            self._running = RunningThreshold(
-                self._running.mean[rows], self._running.variance[rows]
-            )
+            self._running = RunningThreshold(self._running.mean[rows], self._running.variance[rows])
 
 
 def topk_column(settings: ImportanceSettings) -> int:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int], None]
 
+# Sums of float32 probabilities over a vocabulary, relative to figures of size one or more.
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -58,37 +61,39 @@ def prediction_interval(
 ) -> tuple[float, float]:
     r"""Interval in which a rerun on other prompts is expected to fall.
 
-    .. math:: \hat\theta \pm t_\nu \sqrt{\mathrm{se}_{cal}^2 + \mathrm{se}_{val}^2}
+    .. math:: \hat\theta \pm t_{n+m-2}\, s \sqrt{1/n + 1/m}, \qquad
+              s^2 = \frac{(n-1)\, n\, \mathrm{se}_n^2 + (m-1)\, m\, \mathrm{se}_m^2}{n + m - 2}
 
-    docs/theory.md, (36), with Welch's degrees of freedom. Both standard errors are clustered by
-    prompt. Where neither side varies (a policy that always skips) the interval is the value with
-    room for float32 rounding.
+    with n calibration and m validation prompts and standard errors clustered by prompt:
+    docs/theory.md, (36). The spread between prompts is pooled, because a rerun in which a rare
+    event did not happen would otherwise understate it exactly where it matters. Where neither side
+    varies (a policy that always skips) the interval is the value with room for float32 rounding.
 
     Parameters
     ----------
     predicted : Figure
         With its calibration interval at the same confidence.
     num_calibration : int
-        Calibration prompts.
+        Calibration prompts, n.
     measured : RatioEstimate
         Of the rerun.
     confidence : float
     """
     value = float(predicted.value or 0.0)
+    num_validation = measured.num_prompts
     half = 0.0
     if predicted.low is not None and predicted.high is not None:
         half = (predicted.high - predicted.low) / 2
-    quantile = float(stats.t.ppf(0.5 + confidence / 2, max(num_calibration - 1, 1)))
-    se_cal = half / quantile
+    upper = 0.5 + confidence / 2
+    se_cal = half / float(stats.t.ppf(upper, max(num_calibration - 1, 1)))
     se_val = measured.standard_error if np.isfinite(measured.standard_error) else 0.0
-    total = se_cal**2 + se_val**2
-    rounding = 1e-5 * max(abs(value), 1e-3)
-    if total == 0:
-        return value - rounding, value + rounding
-    freedom = total**2 / (
-        se_cal**4 / max(num_calibration - 1, 1) + se_val**4 / max(measured.num_prompts - 1, 1)
-    )
-    margin = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * total**0.5 + rounding
+    freedom = max(num_calibration + num_validation - 2, 1)
+    pooled = (
+        (num_calibration - 1) * num_calibration * se_cal**2
+        + (num_validation - 1) * num_validation * se_val**2
+    ) / freedom
+    spread = (pooled * (1 / num_calibration + 1 / num_validation)) ** 0.5
+    margin = float(stats.t.ppf(upper, freedom)) * spread + ROUNDING * max(abs(value), 1.0)
     return value - margin, value + margin
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hlmtheory.audit import AuditRow
+
     from calibrate.doctor import HealthReport
     from calibrate.pairs import PairDescription
-    from hlmtheory.audit import AuditRow
 
 
 def _console() -> Any:
@@ -75,7 +76,9 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(pair), indent=1, default=str))
         return
-    table = _table("", "device model (SLM)", "server model (LLM)", title=f"{pair.name}: {pair.description}")
+    table = _table(
+        "", "device model (SLM)", "server model (LLM)", title=f"{pair.name}: {pair.description}"
+    )
     rows = {
         "name": lambda m: m.label,
         "source": lambda m: m.source,

@@ -169,9 +169,7 @@ def run_validation(
         )
         path = plan.run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
         point_header = header | {"operating_point": point}
-        trace = rerun_point(
-            path, slm, llm, prompts, policy, settings, pair, point_header, on_step
-        )
+        trace = rerun_point(path, slm, llm, prompts, policy, settings, pair, point_header, on_step)
         num_tokens += trace.num_tokens
         cells += compare(point, trace, economics, derived["num_prompts"], confidence)
     result: dict[str, Any] = {

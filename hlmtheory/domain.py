@@ -88,7 +88,9 @@ def check_positive(value: Array | float, name: str) -> None:
         xp = array_namespace(value)
         smallest, finite = float(xp.min(value)), bool(xp.all(xp.isfinite(value)))
     if not finite or not smallest > 0:
-        raise ValueError(f"{name} = {smallest:.6g}: allowed is (0, inf); give a finite value above 0")
+        raise ValueError(
+            f"{name} = {smallest:.6g}: allowed is (0, inf); give a finite value above 0"
+        )
 
 
 def check_distribution(x: Array, name: str) -> None:

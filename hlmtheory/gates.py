@@ -170,8 +170,8 @@ class UncertaintyImportanceGate:
         return xp.astype(skipped, probabilities.dtype)
 
     def max_skip_set_size(self, vocab_size: int) -> int:
-        """The whole vocabulary, in unimportant contexts."""
-        return vocab_size
+        """floor(1/(1 - u_th)) in an important context; an unimportant one skips everything."""
+        return skip_set_bound(self.threshold, vocab_size)
 
 
 AnyGate: TypeAlias = NeverSkip | AlwaysSkip | UncertaintyGate | UncertaintyImportanceGate
@@ -217,9 +217,7 @@ def poisson_binomial_cdf(probabilities: Array, most: int) -> Array:
     law = [zero + 1] + [zero] * most
     for k in range(num):
         p = probabilities[..., k]
-        law = [law[0] * (1 - p)] + [
-            law[i] * (1 - p) + law[i - 1] * p for i in range(1, most + 1)
-        ]
+        law = [law[0] * (1 - p)] + [law[i] * (1 - p) + law[i - 1] * p for i in range(1, most + 1)]
     total = law[0]
     for term in law[1:]:
         total = total + term

@@ -87,7 +87,7 @@ class ImportanceSettings:
     """
 
     variant: Literal["topk", "context"] = "topk"
-    k: float = 8.0
+    k: float = 16.0
     gamma: float = 1.0
 
 

@@ -84,8 +84,10 @@ def binned_means(
     if num_bins < 2:
         raise ValueError(f"num_bins = {num_bins}: allowed is >= 2")
     edges = np.unique(np.quantile(uncertainty, np.linspace(0, 1, num_bins + 1)))
-    raw = np.searchsorted(edges[1:-1], uncertainty, side="left") if len(edges) > 2 else (
-        np.zeros(len(uncertainty), dtype=int)
+    raw = (
+        np.searchsorted(edges[1:-1], uncertainty, side="left")
+        if len(edges) > 2
+        else (np.zeros(len(uncertainty), dtype=int))
     )
     _, bins = np.unique(raw, return_inverse=True)
     counts = np.bincount(bins)
@@ -106,7 +108,7 @@ def weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> f
 
 
 def rejection_frequency(draft_prob: np.ndarray, target_prob: np.ndarray) -> float:
-    """Delta = P(y_d < x_d): the share of drafts that can be rejected at all; docs/theory.md, (9)."""
+    """Delta = P(y_d < x_d): the share of drafts open to rejection; docs/theory.md, (9)."""
     check_unit_interval(draft_prob, "draft_prob")
     check_unit_interval(target_prob, "target_prob")
     return float(np.mean(np.asarray(target_prob) < np.asarray(draft_prob)))

@@ -31,7 +31,9 @@ class Threshold:
     reason: str
 
 
-def linear_threshold(rule: str, rejection_level: float, slope: float, intercept: float) -> Threshold:
+def linear_threshold(
+    rule: str, rejection_level: float, slope: float, intercept: float
+) -> Threshold:
     r"""Largest u whose predicted rejection probability does not exceed a level.
 
     .. math:: u_{th} = (\ell - b)/a

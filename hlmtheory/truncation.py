@@ -326,9 +326,7 @@ def _online_size_row(row: Array, limit: float) -> int:
     return high
 
 
-def offline_truncation_size(
-    bounds: np.ndarray, sizes: Sequence[int], theta: float = 0.1
-) -> int:
+def offline_truncation_size(bounds: np.ndarray, sizes: Sequence[int], theta: float = 0.1) -> int:
     r"""Smallest fixed size whose mean bound is within a tolerance.
 
     .. math:: k^* = \min\{k : E_t[U_{TV}(k)] \le \theta\}

@@ -1,4 +1,4 @@
-"""Temperature-perturbation uncertainty of a draft token: exact, sampled, and what sampling costs."""
+"""Temperature-perturbation uncertainty of a draft token: exact, sampled, and the cost of sampling."""
 
 from __future__ import annotations
 

@@ -187,8 +187,8 @@ def test_limits_flat_and_one_hot_logits():
 def test_uncertainty_falls_as_the_logit_grows(logits):
     tokens = np.argsort(logits, kind="stable")
     uncertainty = exact_uncertainty(logits, tokens, DEFAULT)
-    # Equal logits give equal values bit for bit; rounding elsewhere is one eps of 1.
-    assert (np.diff(uncertainty) <= 2.3e-16).all()
+    # Logits one rounding apart may swap by the rounding of a mean of 20 values below 1.
+    assert (np.diff(uncertainty) <= 1e-15).all()
     assert (uncertainty >= 0).all()
     assert (uncertainty <= 1).all()
 

@@ -1,0 +1,51 @@
+# What people and CI run: the very same targets. Needs Python 3.11 or newer, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One BLAS thread in tests: results and times do not depend on how many cores are idle.
+TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: help install quickstart test lint type long bench clean
+
+help:
+	@echo "make quickstart  install and run the main job on the embedded pair"
+	@echo "make test        run the tests (fetches 93 MB of weights once)"
+	@echo "make lint type   ruff and mypy"
+	@echo "make long        tests that take minutes"
+	@echo "make bench       speed, as ratios in one run"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+# A second run gets a new folder, for a run folder is never overwritten.
+QUICKSTART_PATH ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+QUICKSTART_ARGS ?=
+
+quickstart: $(STAMP)
+	$(BIN)/hlm quickstart --output-path $(QUICKSTART_PATH) $(QUICKSTART_ARGS)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
+
+long: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m long
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)
+	$(BIN)/mypy
+	$(BIN)/mypy cli.py
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.engine
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
