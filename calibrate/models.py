@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from calibrate.errors import UserError
+from calibrate.kv_cache import RowCache, make_cache
 
 # Kernels for fewer rows than this round differently (a matrix-vector product is not a matrix
 # product). Batches are filled up to it, so that a token never depends on how many others run.
@@ -111,19 +112,29 @@ class TransformerSession:
         self._live = len(contexts)
         rows = list(contexts)
         rows += [rows[0]] * (min_rows - len(rows))
-        longest = max(len(row) for row in rows)
-        # One masked position at least: without any, attention takes another kernel.
-        width = -(-(longest + 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        widths = torch.tensor([_padded_width(len(row)) for row in rows])
+        self._cache = make_cache(self._model.config, len(rows))
+        self._mask = torch.zeros(len(rows), int(widths.max()), dtype=torch.long)
+        for group in _prefill_groups(widths.tolist(), min_rows, self._cache.can_place_rows):
+            self._prefill([rows[i] for i in group], group, model.device)
+        self._mask = self._mask.to(model.device)
+        self._next_position = self._mask.sum(-1)  # (B,)
+
+    def _prefill(
+        self, rows: Sequence[Sequence[int]], places: list[int], device: torch.device
+    ) -> None:
+        """Run some of the contexts, padded to their own width, and put their caches in place."""
+        width = max(_padded_width(len(row)) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-        self._mask = mask.to(model.device)
-        self._next_position = self._mask.sum(-1)  # (B,)
-        positions = torch.arange(width, device=model.device).expand(len(rows), width)
-        self._cache = _make_cache(self._model.config)
-        self._forward(ids.to(model.device), positions, want_attention=False)
+        positions = torch.arange(width, device=device).expand(len(rows), width)
+        part = make_cache(self._model.config, len(rows))
+        self._forward(ids.to(device), mask.to(device), positions, part, want_attention=False)
+        self._mask[places, :width] = mask
+        self._cache.place_rows(part, places, self._mask.shape[1])
 
     def step(self, tokens: torch.Tensor) -> StepOutput:
         """Append one token to each live context."""
@@ -132,7 +143,11 @@ class TransformerSession:
             tokens = torch.cat([tokens, tokens[:1].expand(physical - len(tokens))])
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         output = self._forward(
-            tokens[:, None], self._next_position[:, None], want_attention=self._attention
+            tokens[:, None],
+            self._mask,
+            self._next_position[:, None],
+            self._cache,
+            want_attention=self._attention,
         )
         self._next_position = self._next_position + 1
         logits = output.logits[: self._live, -1, : self._vocab_size].float()
@@ -149,17 +164,24 @@ class TransformerSession:
         self._live = len(rows)
         filler = rows[:1].expand(max(0, self._min_rows - len(rows)))
         physical = torch.cat([rows, filler])
-        self._cache.batch_select_indices(physical)
+        self._cache.select_rows(physical)
         self._mask = self._mask[physical]
         self._next_position = self._next_position[physical]
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, want_attention: bool) -> Any:
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: RowCache,
+        want_attention: bool,
+    ) -> Any:
         begin = time.perf_counter()
         output = self._model(
             input_ids=ids,
-            attention_mask=self._mask,
+            attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            past_key_values=cache.cache,
             use_cache=True,
             logits_to_keep=1,
             output_attentions=want_attention,
@@ -170,45 +192,29 @@ class TransformerSession:
         return output
 
 
-def _make_cache(config: Any) -> Any:
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+def _padded_width(num_tokens: int) -> int:
+    """Columns of a context: a multiple of the padding, with one masked position at least.
 
-    class GrowingLayer(DynamicLayer):
-        """A cache layer that doubles its room instead of copying itself at every token."""
+    Without any masked position, attention takes another kernel.
+    """
+    return -(-(num_tokens + 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
 
-        keys: Any
-        values: Any
 
-        def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
-            super().lazy_initialization(key_states, value_states)
-            self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+def _prefill_groups(widths: list[int], min_rows: int, separable: bool) -> list[list[int]]:
+    """Rows to prefill together: like widths, and never fewer rows than the minimum.
 
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            used = self.keys.shape[-2] if self.keys.numel() else 0
-            total = used + key_states.shape[-2]
-            if self._room is None or self._room[0].shape[-2] < total:
-                shape = (*key_states.shape[:-2], 64 + total, key_states.shape[-1])
-                value_shape = (*value_states.shape[:-2], 64 + total, value_states.shape[-1])
-                room = key_states.new_empty(shape), value_states.new_empty(value_shape)
-                if used:
-                    room[0][..., :used, :] = self.keys
-                    room[1][..., :used, :] = self.values
-                self._room = room
-            self._room[0][..., used:total, :] = key_states
-            self._room[1][..., used:total, :] = value_states
-            self.keys = self._room[0][..., :total, :]
-            self.values = self._room[1][..., :total, :]
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._room = None
-
-    cache = DynamicCache(config=config)
-    cache.layers = [
-        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
+    A group too small joins the next wider one; what is left over joins the last.
+    """
+    order = sorted(range(len(widths)), key=lambda i: widths[i])
+    if not separable:
+        return [order]
+    groups: list[list[int]] = [[]]
+    for i in order:
+        current = groups[-1]
+        if len(current) >= min_rows and widths[i] > widths[current[-1]]:
+            groups.append([])
+        groups[-1].append(i)
+    if len(groups) > 1 and len(groups[-1]) < min_rows:
+        last = groups.pop()
+        groups[-1] += last
+    return groups

@@ -168,17 +168,15 @@ def test_sampled_skip_probability_falls_with_the_logit(rng):
     assert (np.diff(sigma) <= 1e-15).all()
 
 
-@pytest.mark.parametrize("num_temperatures", [5, 20, 100])
-@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 0.6, 0.7, 0.9])
-def test_sampled_skip_set_leaves_next_to_nothing_outside(threshold, num_temperatures):
-    """The docstring's claim: outside the largest sigma > 1e-9 for no threshold up to 0.7.
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 0.6, 0.7])
+def test_sampled_skip_set_leaves_next_to_nothing_outside(threshold):
+    """With K = 20 and u_th up to 0.7, sigma is below 1e-9 outside the tokens the gate names.
 
     A token ranked below m has p_k <= 1/m at every temperature, so its skip probability is at most
-    that of K Bernoulli(1 - 1/m) misses.
+    that of K misses of probability 1 - 1/m each.
     """
     gate = UncertaintyGate(threshold, "sampled")
-    size = gate.max_skip_set_size(150_000)
-    worst = np.full(num_temperatures, 1 / size)
+    worst = np.full(20, 1 / gate.max_skip_set_size(150_000))
     assert float(gate.skip_probability(worst, None)) < 1e-9
 
 
@@ -221,7 +219,8 @@ def test_importance_gate_sends_only_what_is_uncertain_and_important():
         gate.skip(uncertainty, uncertainty, important), [True, True, True, False]
     )
     assert gate.needs_importance
-    assert gate.max_skip_set_size(77) == 77
+    # In an important context; an unimportant one skips whatever is drawn.
+    assert gate.max_skip_set_size(77) == skip_set_bound(0.3, 77)
 
 
 def test_importance_gate_decides_the_same_both_ways(rng):

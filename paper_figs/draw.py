@@ -1,0 +1,92 @@
+"""`hlm figures`: draw every figure and table that a run's results allow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from matplotlib.figure import Figure
+
+from calibrate.runs import atomic_path
+from paper_figs import estimators, relation, thresholds
+from paper_figs.loaded import LoadedRun, load_run
+from paper_figs.style import PNG_DPI, styled
+
+MODULES: tuple[ModuleType, ...] = (relation, thresholds, estimators)
+"""One figure a module, in the order of a reader's questions."""
+
+METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None, "ModDate": None}}
+
+
+def figure_names() -> list[str]:
+    """File names of the figures, without ending."""
+    return [module.__name__.rpartition(".")[2] for module in MODULES]
+
+
+def figures(loaded: LoadedRun) -> Iterator[tuple[str, Figure | None]]:
+    """Every figure by name; None where the run lacks what it needs. Consume inside `styled()`."""
+    for name, module in zip(figure_names(), MODULES, strict=True):
+        yield name, module.figure(loaded)
+
+
+def draw_run(
+    run: Path, output: Path, on_figure: Callable[[object], None] | None = None
+) -> list[Path]:
+    """Draw a run's figures as PNG and PDF, and its tables as Markdown and CSV.
+
+    Parameters
+    ----------
+    run : Path
+        A calibrated run; what was not derived or validated yet leaves its figures out.
+    output : Path
+        Folder for the files, made if need be. A figure of an earlier drawing that the run no
+        longer allows is removed from it, so that nothing outdated stays among the new ones.
+    on_figure : callable, optional
+        Told one line about each figure.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    UserError
+        If the run has no calibration.
+    """
+    loaded = load_run(run)
+    written: list[Path] = []
+    with styled():
+        for name, drawn in figures(loaded):
+            paths = [output / f"{name}.{kind}" for kind in METADATA]
+            if drawn is None:
+                for path in paths:
+                    path.unlink(missing_ok=True)
+                _tell(on_figure, f"{name}: left out, the run lacks what it needs")
+                continue
+            for path in paths:
+                save(drawn, path)
+            written += paths
+            _tell(on_figure, f"{name}: drawn")
+    return written
+
+
+def save(drawn: Figure, path: Path) -> None:
+    """Write a figure whole or not at all; the ending says in which format."""
+    kind = path.suffix.removeprefix(".")
+    with atomic_path(path) as temporary:
+        drawn.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=METADATA[kind])
+
+
+def png_bytes(drawn: Figure) -> bytes:
+    """A figure as PNG, for the report."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=PNG_DPI, metadata=METADATA["png"])
+    return buffer.getvalue()
+
+
+def _tell(on_figure: Callable[[object], None] | None, text: str) -> None:
+    if on_figure is not None:
+        on_figure(text)

@@ -1,0 +1,237 @@
+"""One look for every figure: readable in grey, safe for colour-blind readers, no global state.
+
+Figures are built on `matplotlib.figure.Figure` alone. pyplot is never imported, so drawing neither
+opens windows nor keeps figures alive, and `styled` restores whatever settings the caller had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+
+from calibrate.runs import Figure as Number
+
+WIDTH_IN = 7.0
+"""Width of every figure: two columns of a paper."""
+
+PNG_DPI = 160
+CAPTION_SIZE_PT = 8.0
+
+BLACK, GREY, LIGHT = "#000000", "#6b6b6b", "#d0d0d0"
+BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
+ORANGE, SKY, PURPLE = "#e69f00", "#56b4e9", "#b0588e"
+
+SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.labelsize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#404040",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "legend.fontsize": 8.0,
+    "legend.frameon": True,
+    "legend.framealpha": 0.9,
+    "legend.edgecolor": "none",
+    "legend.handlelength": 3.2,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.0,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,
+    "path.simplify": True,
+}
+
+
+@dataclass(frozen=True)
+class SeriesStyle:
+    """How one series looks. No two of a family share a line style or a marker.
+
+    Attributes
+    ----------
+    color : str
+    linestyle : str or tuple
+        Any dash pattern Matplotlib knows.
+    marker : str
+    """
+
+    color: str
+    linestyle: Any
+    marker: str
+
+    def line(self) -> dict[str, Any]:
+        """Arguments of a line without markers."""
+        return {"color": self.color, "linestyle": self.linestyle}
+
+    def open_marker(self) -> dict[str, Any]:
+        """Arguments of a hollow marker: predictions."""
+        return self._marker("white")
+
+    def filled_marker(self) -> dict[str, Any]:
+        """Arguments of a full marker: measurements."""
+        return self._marker(self.color)
+
+    def _marker(self, face: str) -> dict[str, Any]:
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": "none",
+            "markerfacecolor": face,
+            "markeredgecolor": self.color,
+            "markeredgewidth": 1.1,
+        }
+
+
+_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, "#7a4b00", "#3b3b98")
+_LINESTYLES = (
+    "solid",
+    (0, (6, 2)),
+    (0, (1, 1.4)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1.5)),
+    (0, (8, 2, 1, 2, 1, 2)),
+    (0, (10, 3)),
+    (0, (2, 3)),
+    (0, (4, 1, 4, 3)),
+    (0, (1, 3)),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+
+SERIES: tuple[SeriesStyle, ...] = tuple(
+    SeriesStyle(color, linestyle, marker)
+    for color, linestyle, marker in zip(_COLORS, _LINESTYLES, _MARKERS, strict=True)
+)
+
+POLICY_STYLES: dict[str, SeriesStyle] = {
+    "slm": SeriesStyle(GREY, (0, (1, 3)), "v"),
+    "llm": SeriesStyle(BLACK, (0, (10, 3)), "^"),
+    "hlm": SeriesStyle(BLACK, "solid", "s"),
+    "u-hlm": SeriesStyle(BLUE, (0, (6, 2)), "o"),
+    "cu-hlm-offline": SeriesStyle(ORANGE, (0, (6, 2, 1, 2)), "D"),
+    "cu-hlm-online": SeriesStyle(VERMILLION, (0, (3, 1.5)), "<"),
+    "ui-hlm": SeriesStyle(GREEN, (0, (8, 2, 1, 2, 1, 2)), "P"),
+    "r-hlm": SeriesStyle(PURPLE, (0, (1, 1.4)), "*"),
+    "ask-llm": SeriesStyle(SKY, (0, (4, 1, 4, 3)), "X"),
+}
+
+
+def policy_style(policy: str) -> SeriesStyle:
+    """Look of a policy; one that is not of this release looks like the last spare series."""
+    return POLICY_STYLES.get(policy, SERIES[-1])
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw and save inside this; the caller's Matplotlib settings are restored after it."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield
+
+
+def new_figure(
+    num_rows: int,
+    num_columns: int,
+    height_in: float,
+    *,
+    share_x: Any = False,
+    share_y: Any = False,
+    height_ratios: tuple[float, ...] | None = None,
+    width_ratios: tuple[float, ...] | None = None,
+) -> tuple[Figure, np.ndarray]:
+    """An empty figure on the Agg canvas, and its axes as an array (num_rows, num_columns)."""
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        num_rows,
+        num_columns,
+        sharex=share_x,
+        sharey=share_y,
+        squeeze=False,
+        height_ratios=height_ratios,
+        width_ratios=width_ratios,
+    )
+    return figure, axes
+
+
+def finish(figure: Figure, question: str, caption: str) -> Figure:
+    """Put the question above the axes and the caption, wrapped to the width, below them.
+
+    The caption adds its own lines to the height, so that the axes keep the size they asked for.
+    """
+    left = 0.012
+    figure.suptitle(question, x=left, ha="left", fontsize=11, fontweight="bold")
+    wrapped = wrap(caption, (1 - 2 * left) * WIDTH_IN * 72, CAPTION_SIZE_PT)
+    figure.supxlabel(wrapped, x=left, ha="left", fontsize=CAPTION_SIZE_PT, color="#303030")
+    width, height = figure.get_size_inches()
+    num_lines = wrapped.count("\n") + 1
+    figure.set_size_inches(width, height + num_lines * 1.25 * CAPTION_SIZE_PT / 72 + 0.08)
+    return figure
+
+
+def wrap(text: str, width_pt: float, size_pt: float) -> str:
+    """Break text at spaces so that no line is wider than `width_pt` in the figure's font."""
+    font = FontProperties(family="DejaVu Sans", size=size_pt)
+    lines: list[str] = []
+    line = ""
+    for word in text.replace("\n", " ").split(" "):  # a no-break space does not break
+        longer = f"{line} {word}".strip()
+        if line and _text_width_pt(longer, font) > width_pt:
+            lines.append(line)
+            line = word
+        else:
+            line = longer
+    return "\n".join([*lines, line])
+
+
+def number_text(number: Number, digits: int = 3) -> str:
+    """A number with its interval, kept on one line."""
+    if number.value is None:
+        return "undefined"
+    body = f"{number.value:.{digits}f}"
+    if number.low is not None and number.high is not None:
+        body += f"\N{NO-BREAK SPACE}[{number.low:.{digits}f},\N{NO-BREAK SPACE}{number.high:.{digits}f}]"
+    return body.replace("-", "\N{MINUS SIGN}")
+
+
+def _text_width_pt(text: str, font: FontProperties) -> float:
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return float(width)
+
+
+def question_of(figure: Figure) -> str:
+    """The title that :func:`finish` set."""
+    return str(figure.get_suptitle())
+
+
+def caption_of(figure: Figure) -> str:
+    """The caption that :func:`finish` set, in one line."""
+    return str(figure.get_supxlabel()).replace("\n", " ")
+
+
+def panel_letter(axes: Any, letter: str, text: str) -> None:
+    """Name a panel, for the caption to refer to."""
+    axes.set_title(f"({letter}) {text}", loc="left")
+
+
+def direct_legend(axes: Any, **options: Any) -> None:
+    """A legend of what was labelled, if anything was."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles, labels, **options)
