@@ -67,9 +67,10 @@ def main() -> NoReturn:
     except usage_error as error:
         command = error.ctx.command_path if error.ctx is not None else "hlm"
         text = error.format_message()
-        if not text:  # no arguments: the help has been shown
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(text, file=sys.stderr)
             sys.exit(2)
-        _fail(f"{text} See `{command} --help`.", 2)
+        _fail(f"{text.rstrip('.')}. See `{command} --help`.", 2)
     except UserError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as error:

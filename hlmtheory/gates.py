@@ -11,6 +11,8 @@ from hlmtheory.domain import Array, check_unit_interval
 
 Statistic = Literal["exact", "sampled"]
 
+SAMPLED_SLACK = 1e-6
+
 
 class Gate(Protocol):
     """A rule sigma(s, d) in [0, 1]: the probability that draft d is emitted unverified in s.
@@ -109,7 +111,8 @@ class UncertaintyGate:
     def skip(self, uncertainty: Array, sampled: Array, important: Array | None) -> Array:
         """Compare the chosen statistic with the threshold."""
         chosen = uncertainty if self.statistic == "exact" else sampled
-        return chosen <= self.threshold
+        # u_K is a multiple of 1/K in floating point: 3/20 must count as at most 0.15.
+        return chosen <= self.threshold + (SAMPLED_SLACK if self.statistic == "sampled" else 0.0)
 
     def skip_probability(self, probabilities: Array, important: Array | None) -> Array:
         """Indicator for the exact statistic, Poisson-binomial probability for the sampled one."""
@@ -118,8 +121,7 @@ class UncertaintyGate:
             uncertainty = 1.0 - xp.mean(probabilities, axis=-1)
             return xp.astype(uncertainty <= self.threshold, probabilities.dtype)
         num = probabilities.shape[-1]
-        # Misses are counted in floating point: 0.15 * 20 must stay 3.
-        most_misses = int(self.threshold * num + 1e-9)
+        most_misses = int((self.threshold + SAMPLED_SLACK) * num)
         return poisson_binomial_cdf(1.0 - probabilities, most_misses)
 
     def max_skip_set_size(self, vocab_size: int) -> int:

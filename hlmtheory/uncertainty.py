@@ -1,4 +1,4 @@
-"""Temperature-perturbation uncertainty of a draft token: exact, sampled, and the cost of sampling."""
+"""Temperature-perturbation uncertainty of a draft token: exact, sampled, and what K costs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array, check_distribution, check_finite, check_unit_interval
+from hlmtheory.order import largest
 
 GridKind = Literal["grid", "midpoint"]
+
+CHUNK_ENTRIES = 2**18
 
 
 @dataclass(frozen=True)
@@ -96,29 +99,33 @@ def log_partitions(logits: Array, thetas: Temperatures) -> Array:
     batch_shape = tuple(logits.shape[:-1])
     rows = xp.reshape(logits, (-1, logits.shape[-1]))
     chains = _halving_chains(thetas.values)
-    # Row by row: one row of the largest vocabularies just fits a core's cache, a batch does not.
-    out = [_log_partitions_row(xp, rows[i], thetas.values, chains) for i in range(rows.shape[0])]
-    return xp.reshape(xp.stack(out), (*batch_shape, len(thetas.values)))
+    # In chunks that just fit a core's cache: a batch of the largest vocabularies does not.
+    num_rows = max(1, CHUNK_ENTRIES // rows.shape[1])
+    out = [
+        _log_partitions_chunk(xp, rows[i : i + num_rows], thetas.values, chains)
+        for i in range(0, rows.shape[0], num_rows)
+    ]
+    return xp.reshape(xp.concat(out, axis=0), (*batch_shape, len(thetas.values)))
 
 
-def _log_partitions_row(
-    xp: Array, row: Array, values: tuple[float, ...], chains: list[list[int]]
+def _log_partitions_chunk(
+    xp: Array, rows: Array, values: tuple[float, ...], chains: list[list[int]]
 ) -> Array:
-    shifted = row - xp.max(row)
-    sums: list[Array] = [xp.sum(row)] * len(values)
+    shifted = rows - xp.max(rows, axis=-1, keepdims=True)  # (R, V)
+    sums: dict[int, Array] = {}
     for index, value in enumerate(values):
         if value == 0:
-            sums[index] = xp.sum(xp.astype(shifted == 0, shifted.dtype))
+            sums[index] = xp.sum(xp.astype(shifted == 0, shifted.dtype), axis=-1)
     for chain in chains:
         weights = xp.exp(shifted / values[chain[0]])
-        sums[chain[0]] = xp.sum(weights)
+        sums[chain[0]] = xp.sum(weights, axis=-1)
         for position, index in enumerate(chain[1:], start=1):
             if position < len(chain) - 1:
                 weights = weights * weights
-                sums[index] = xp.sum(weights)
+                sums[index] = xp.sum(weights, axis=-1)
             else:
-                sums[index] = xp.vecdot(weights, weights)
-    return xp.log(xp.stack(sums))
+                sums[index] = xp.vecdot(weights, weights, axis=-1)
+    return xp.log(xp.stack([sums[index] for index in range(len(values))], axis=-1))
 
 
 def _halving_chains(values: tuple[float, ...]) -> list[list[int]]:
@@ -320,18 +327,14 @@ def entropy(x: Array) -> Array:
     r"""Shannon entropy in nats, H = -sum_v x_v ln x_v, of distributions on the last axis."""
     check_distribution(x, "x")
     xp = array_namespace(x)
-    positive = x > 0
-    return -xp.sum(x * xp.log(xp.where(positive, x, xp.ones_like(x))), axis=-1)
+    smallest = xp.finfo(x.dtype).smallest_normal
+    return -xp.vecdot(x, xp.log(xp.clip(x, smallest, None)), axis=-1)
 
 
 def margin(x: Array) -> Array:
     r"""Difference of the two largest probabilities, x_(1) - x_(2), in [0, 1]."""
     check_distribution(x, "x")
-    xp = array_namespace(x)
     if x.shape[-1] < 2:
         raise ValueError("x has one token: the margin needs a vocabulary of at least 2")
-    largest = xp.max(x, axis=-1, keepdims=True)
-    top = xp.argmax(x, axis=-1, keepdims=True)
-    index = xp.arange(x.shape[-1], device=device(x))
-    second = xp.max(xp.where(index == top, -xp.ones_like(x), x), axis=-1)
-    return largest[..., 0] - second
+    top, _ = largest(x, 2)
+    return top[..., 0] - top[..., 1]

@@ -10,11 +10,30 @@ from types import ModuleType
 from matplotlib.figure import Figure
 
 from calibrate.runs import atomic_path
-from paper_figs import estimators, relation, thresholds
+from paper_figs import (
+    attention,
+    estimators,
+    payload_bias,
+    relation,
+    thresholds,
+    throughput_snr,
+    truncation,
+    validation,
+)
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.style import PNG_DPI, styled
+from paper_figs.tables import write_tables
 
-MODULES: tuple[ModuleType, ...] = (relation, thresholds, estimators)
+MODULES: tuple[ModuleType, ...] = (
+    relation,
+    thresholds,
+    estimators,
+    truncation,
+    payload_bias,
+    throughput_snr,
+    attention,
+    validation,
+)
 """One figure a module, in the order of a reader's questions."""
 
 METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None, "ModDate": None}}
@@ -70,7 +89,7 @@ def draw_run(
                 save(drawn, path)
             written += paths
             _tell(on_figure, f"{name}: drawn")
-    return written
+    return written + write_tables(loaded, output)
 
 
 def save(drawn: Figure, path: Path) -> None:

@@ -249,7 +249,7 @@ METRIC_LABELS: dict[str, str] = {
     "uplink_bits_per_token": "uplink payload (bit/token)",
     "token_time_ms": "token time (ms)",
     "throughput_tok_s": "throughput, 1/mean time (token/s)",
-    "mean_throughput_tok_s": "mean of 1/time (token/s)",
+    "mean_throughput_tok_s": "throughput, mean of 1/time (token/s)",
     "energy_j_per_token": "energy (J/token)",
     "tv_bias": "TV bias (probability)",
 }

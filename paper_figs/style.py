@@ -25,6 +25,7 @@ WIDTH_IN = 7.0
 
 PNG_DPI = 160
 CAPTION_SIZE_PT = 8.0
+TITLE_HEIGHT_IN = 0.25
 
 BLACK, GREY, LIGHT = "#000000", "#6b6b6b", "#d0d0d0"
 BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -176,13 +177,30 @@ def finish(figure: Figure, question: str, caption: str) -> Figure:
     The caption adds its own lines to the height, so that the axes keep the size they asked for.
     """
     left = 0.012
-    figure.suptitle(question, x=left, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(question, x=left, ha="left", fontsize=11, fontweight="bold", parse_math=False)
     wrapped = wrap(caption, (1 - 2 * left) * WIDTH_IN * 72, CAPTION_SIZE_PT)
-    figure.supxlabel(wrapped, x=left, ha="left", fontsize=CAPTION_SIZE_PT, color="#303030")
+    # Prompt names may hold a dollar sign, which is not the start of a formula here.
+    figure.supxlabel(
+        wrapped, x=left, ha="left", fontsize=CAPTION_SIZE_PT, color="#303030", parse_math=False
+    )
     width, height = figure.get_size_inches()
-    num_lines = wrapped.count("\n") + 1
-    figure.set_size_inches(width, height + num_lines * 1.25 * CAPTION_SIZE_PT / 72 + 0.08)
+    figure.set_size_inches(width, height + _caption_height_in(wrapped))
     return figure
+
+
+def take_words(figure: Figure) -> tuple[str, str]:
+    """Remove question and caption from a finished figure and return them, for HTML to set."""
+    words = question_of(figure), caption_of(figure)
+    width, height = figure.get_size_inches()
+    removed = _caption_height_in(str(figure.get_supxlabel())) + TITLE_HEIGHT_IN
+    figure.suptitle("")
+    figure.supxlabel("")
+    figure.set_size_inches(width, height - removed)
+    return words
+
+
+def _caption_height_in(wrapped: str) -> float:
+    return (wrapped.count("\n") + 1) * 1.25 * CAPTION_SIZE_PT / 72 + 0.08
 
 
 def wrap(text: str, width_pt: float, size_pt: float) -> str:
@@ -206,7 +224,8 @@ def number_text(number: Number, digits: int = 3) -> str:
         return "undefined"
     body = f"{number.value:.{digits}f}"
     if number.low is not None and number.high is not None:
-        body += f"\N{NO-BREAK SPACE}[{number.low:.{digits}f},\N{NO-BREAK SPACE}{number.high:.{digits}f}]"
+        low, high = (f"{bound:.{digits}f}" for bound in (number.low, number.high))
+        body += f"\N{NO-BREAK SPACE}[{low},\N{NO-BREAK SPACE}{high}]"
     return body.replace("-", "\N{MINUS SIGN}")
 
 

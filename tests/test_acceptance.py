@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,8 +142,8 @@ def test_float32_keeps_its_type_and_agrees(dirichlet_pairs):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([0.5, np.nan], "NaN"),
-        ([0.5, np.inf], "infinity"),
+        ([0.5, math.nan], "NaN"),
+        ([0.5, math.inf], "infinity"),
         ([1.5, -0.5], r"-0\.5.*\[0, 1\]"),
         ([0.5, 0.4], "sums to 1 only within 0.1"),
         ([2.3, 0.7], "softmax"),
@@ -162,13 +164,20 @@ def test_different_vocabularies_are_refused():
         residual_distribution(np.array([0.5, 0.5]), np.array([0.5, 0.25, 0.25]))
 
 
+@pytest.mark.parametrize("weights", [[math.nan, 0.5], [-3.0, 2.0], [math.inf, 0.0]])
+def test_residual_refuses_weights_that_are_none(weights):
+    """x need not sum to one there, but it has no NaN and no sign: logits must not get through."""
+    with pytest.raises(ValueError, match=r"^x "):
+        residual_distribution(np.array(weights), np.array([0.5, 0.5]))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
         ("draft_prob", 1.2, r"= 1\.2.*\[0, 1\]"),
         ("draft_prob", -0.1, r"= -0\.1.*\[0, 1\]"),
         ("target_prob", 40.0, r"= 40.*percentage"),
-        ("target_prob", np.nan, r"NaN.*\[0, 1\]"),
+        ("target_prob", math.nan, r"NaN.*\[0, 1\]"),
     ],
 )
 def test_rejection_probability_refuses_what_is_no_probability(name, value, says):

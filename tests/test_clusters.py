@@ -68,7 +68,9 @@ def test_sum_by_prompt_is_the_loop(pair):
     expected = [sum(values[prompt_index == prompt]) for prompt in range(9)]
     np.testing.assert_allclose(sum_by_prompt(values, prompt_index, 9), expected, atol=1e-9)
     both = sum_by_prompt(np.column_stack([values, 2 * values]), prompt_index, 9)
-    np.testing.assert_allclose(both, np.column_stack([expected, np.multiply(2, expected)]), atol=1e-9)
+    np.testing.assert_allclose(
+        both, np.column_stack([expected, np.multiply(2, expected)]), atol=1e-9
+    )
 
 
 # --- the mean over tokens ------------------------------------------------------------------------
@@ -159,6 +161,19 @@ def test_interval_is_symmetric_and_widens_with_confidence():
         widths.append(high - low)
     assert widths == sorted(widths)
     assert RatioEstimate(0.3, 0.0, 12).interval() == (0.3, 0.3)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95, -0.5, math.nan])
+def test_confidence_is_a_share_not_a_percentage(confidence):
+    with pytest.raises(ValueError, match=r"^confidence = .*\(0, 1\)"):
+        RatioEstimate(0.3, 0.02, 12).interval(confidence)
+
+
+@pytest.mark.parametrize("bad", [2, 9, -1])
+def test_prompt_index_out_of_range_is_refused(bad):
+    """Prompts that do not exist must not raise the number of prompts, the n of every interval."""
+    with pytest.raises(ValueError, match=r"^prompt_index "):
+        mean_over_tokens(np.ones(3), np.array([0, 1, bad]), 2)
 
 
 def test_no_token_is_refused():

@@ -115,7 +115,17 @@ def test_skip_set_bound_is_attained_by_ties():
 
 @pytest.mark.parametrize(
     ("threshold", "bound"),
-    [(0.0, 1), (0.3, 1), (0.499, 1), (0.5, 2), (2 / 3, 3), (0.8, 5), (0.9, 10), (0.99, 32), (1, 32)],
+    [
+        (0.0, 1),
+        (0.3, 1),
+        (0.499, 1),
+        (0.5, 2),
+        (2 / 3, 3),
+        (0.8, 5),
+        (0.9, 10),
+        (0.99, 32),
+        (1, 32),
+    ],
 )
 def test_skip_set_bound_by_hand(threshold, bound):
     assert skip_set_bound(threshold, 32) == bound
@@ -134,7 +144,7 @@ def test_exact_gate_decides_the_same_both_ways(rng, threshold):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.15, 0.3, 0.35, 0.62, 1.0])
 def test_sampled_gate_skips_as_often_as_its_sigma(rng, threshold):
-    """E[skip | s, d] = sigma(s, d), within 4 standard errors; 0.15 and 0.35 are counts of misses."""
+    """E[skip | s, d] = sigma(s, d), within 4 standard errors; 0.15 and 0.35 are whole counts."""
     logits = np.array([3.0, 2.0, 0.5, -1.0, 1.2])
     probabilities = perturbed_probabilities(logits, np.arange(5), THETAS)  # (5, K)
     num = 20_000
@@ -146,7 +156,7 @@ def test_sampled_gate_skips_as_often_as_its_sigma(rng, threshold):
     assert (np.abs(frequency - sigma) <= 4 * np.sqrt(sigma * (1 - sigma) / num) + 1e-12).all()
 
 
-@pytest.mark.parametrize("num_temperatures", [5, 20, 100])
+@pytest.mark.parametrize("num_temperatures", [5, 20, 30])
 @pytest.mark.parametrize("threshold_off", [-1, 0, 1])
 def test_sampled_gate_counts_the_same_both_ways_at_a_rounded_threshold(
     num_temperatures, threshold_off

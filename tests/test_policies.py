@@ -110,6 +110,13 @@ def test_truncating_policies_need_a_size(name):
         make_policy(name, 0.3)
 
 
+def test_the_two_truncating_names_keep_their_kind_of_size():
+    with pytest.raises(ValueError, match=r"^policy cu-hlm-online"):
+        make_policy("cu-hlm-online", 0.3, size=FixedSize(30))
+    with pytest.raises(ValueError, match=r"^policy cu-hlm-offline"):
+        make_policy("cu-hlm-offline", 0.3, size=SIZES["cu-hlm-online"])
+
+
 def test_pairs_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="no size"):
         Policy("hlm", NeverSkip(), FullDistribution(), size=FixedSize(3))
@@ -125,6 +132,13 @@ def test_pairs_that_make_no_sense_are_refused():
 def test_fixed_size_is_checked(bad):
     with pytest.raises(ValueError, match=rf"^num_entries = {bad}: allowed is >= 1"):
         FixedSize(bad)
+
+
+def test_importance_settings_are_checked():
+    with pytest.raises(ValueError, match=r"^variant = 'mean'"):
+        ImportanceSettings(variant="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^gamma"):
+        ImportanceSettings(gamma=math.nan)
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])

@@ -42,7 +42,9 @@ def test_linear_rejection_clips_the_line():
 @pytest.mark.parametrize(("slope", "intercept"), [(0.82, -0.06), (0.815, -0.066)])
 def test_published_lines_cross_zero_at_the_risk_averse_threshold(slope, intercept):
     crossing = -intercept / slope
-    around = linear_rejection(np.array([crossing - 0.01, crossing, crossing + 0.01]), slope, intercept)
+    around = linear_rejection(
+        np.array([crossing - 0.01, crossing, crossing + 0.01]), slope, intercept
+    )
     np.testing.assert_allclose(around, [0, 0, 0.01 * slope], atol=1e-15)
 
 

@@ -59,9 +59,7 @@ def test_law_is_that_of_the_weights(rng, vocab):
     weights = rng.gamma(0.5, size=vocab) * 3.0
     weights[rng.uniform(size=vocab) < 0.3] = 0.0
     weights[vocab // 2] = 1.0
-    tokens = sample_inverse_cdf(
-        np.broadcast_to(weights, (num, vocab)), rng.uniform(size=(num, 2))
-    )
+    tokens = sample_inverse_cdf(np.broadcast_to(weights, (num, vocab)), rng.uniform(size=(num, 2)))
     assert (weights[tokens] > 0).all()
     if (weights > 0).sum() > 1:
         assert chi_square_p_value(tokens, weights / weights.sum()) > SIGNIFICANCE
@@ -77,9 +75,9 @@ def test_the_same_test_rejects_a_wrong_law(rng):
     assert chi_square_p_value(sample_inverse_cdf(rows, uniforms), law) > SIGNIFICANCE
     wrong = weights.copy()
     wrong[4] *= 1.1
-    assert chi_square_p_value(
-        sample_inverse_cdf(rows, uniforms), wrong / wrong.sum()
-    ) < SIGNIFICANCE
+    assert (
+        chi_square_p_value(sample_inverse_cdf(rows, uniforms), wrong / wrong.sum()) < SIGNIFICANCE
+    )
     dependent = np.repeat(uniforms[:, :1], 2, axis=1)
     assert chi_square_p_value(sample_inverse_cdf(rows, dependent), law) < SIGNIFICANCE
 

