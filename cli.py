@@ -359,12 +359,19 @@ def figures(
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
-    from paper_figs.draw import draw_run
-
     from calibrate.progress import say
+    from paper_figs.draw import draw_run
 
     for path in draw_run(run, output_path or run / "figures", on_figure=say):
         print(path)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """One self-contained HTML page of the run: RUN/report.html."""
+    from paper_figs.report import write_report
+
+    print(write_report(run))
 
 
 @app.command()
@@ -395,14 +402,13 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
-    from paper_figs.draw import draw_run
-
     from calibrate.calibration import CalibrationRequest, prepare
     from calibrate.derivation import derive_run, policy_names
     from calibrate.pairs import resolve_pair
     from calibrate.progress import say
     from calibrate.tables import print_calibration, print_operating_points, print_validation
     from calibrate.validation import prepare_validation
+    from paper_figs.draw import draw_run
 
     begin = time.perf_counter()
     _check_decoding(limit, max_new_tokens, 32, 1.0, seed, "auto", "auto")

@@ -210,7 +210,7 @@ def decode_to_shards(
     info: dict[str, Any],
     on_step: OnStep | None,
 ) -> None:
-    """Decode prompts and write one shard a batch; run.json follows each, so a stop loses nothing."""
+    """Decode prompts and write one shard a batch; run.json follows each: a stop loses nothing."""
     from calibrate.engine import decode
 
     header = {key: info[key] for key in ("pair", "settings", "versions", "revision", "command")}

@@ -165,9 +165,9 @@ def predicted_tokens(trace: Trace, policy: Policy, vocab_size: int) -> PolicyTok
     if isinstance(gate, UncertaintyImportanceGate):
         important = predicted_importance(trace, policy.importance)
         skipped = (trace["uncertainty"] <= gate.threshold) | ~important
-        rho = np.where(
-            important, at_threshold(trace, "skip_set_bias", gate.threshold), trace["tv_distance"]
-        )
+        distance = trace["tv_distance"]
+        examined = at_threshold(trace, "skip_set_bias", gate.threshold, distance)
+        rho = np.where(important, examined, distance)
         return tokens(skipped.astype(float), rho, zeros + vocab_size)
     if not isinstance(gate, UncertaintyGate):
         raise ValueError(f"policy {policy.name}: no prediction for gate {type(gate).__name__}")
@@ -175,27 +175,40 @@ def predicted_tokens(trace: Trace, policy: Policy, vocab_size: int) -> PolicyTok
     skipped = (trace[column] <= gate.threshold).astype(float)
     if gate.statistic == "sampled":
         return tokens(skipped, skipped * beta, zeros + vocab_size)
-    if gate.threshold >= 1:
-        return tokens(skipped, trace["tv_distance"], zeros + vocab_size)
-    rho = at_threshold(trace, "skip_set_bias", gate.threshold)
+    distance = trace["tv_distance"]
+    rho = at_threshold(trace, "skip_set_bias", gate.threshold, distance)
     if policy.name == "r-hlm":
-        return tokens(skipped, rho, at_threshold(trace, "skip_set_size", gate.threshold))
+        return tokens(
+            skipped, rho, at_threshold(trace, "skip_set_size", gate.threshold, vocab_size)
+        )
     if policy.name == "ask-llm":
-        return tokens(skipped, at_threshold(trace, "skip_set_ask_bias", gate.threshold), zeros)
+        bias = at_threshold(trace, "skip_set_ask_bias", gate.threshold, distance)
+        return tokens(skipped, bias, zeros)
     if isinstance(policy.size, FixedSize):
         sizes = np.minimum(zeros + policy.size.num_entries, vocab_size)
     elif isinstance(policy.size, OnlineSize):
         sizes = predicted_online_sizes(trace, policy.size, vocab_size)
     else:
         return tokens(skipped, rho, zeros + vocab_size)
-    extra = zeros if policy.rule.drafts_from_sent else truncation_bias_at(trace, sizes, vocab_size)
+    verified = gate.threshold < 1 and not policy.rule.drafts_from_sent
+    extra = truncation_bias_at(trace, sizes, vocab_size) if verified else zeros
     # The gate's bias and the truncation's add, to first order: docs/theory.md, (21).
     return tokens(skipped, np.minimum(rho + extra, 1.0), sizes)
 
 
-def at_threshold(trace: Trace, column: str, threshold: float) -> np.ndarray:
-    """A skip-set column at any threshold, linear between the stored ones, (N,)."""
+def at_threshold(
+    trace: Trace, column: str, threshold: float, at_one: np.ndarray | float
+) -> np.ndarray:
+    """A skip-set column at any threshold, linear between the stored ones, (N,).
+
+    `at_one` is its value at u_th = 1, where the skip set is the whole vocabulary.
+    """
+    if threshold >= 1:
+        return np.broadcast_to(np.asarray(at_one, dtype=float), (trace.num_tokens,))
     grid = np.array(THRESHOLD_GRID)
+    if threshold > grid[-1]:
+        weight = (threshold - grid[-1]) / (1 - grid[-1])
+        return (1 - weight) * trace[column][:, -1] + weight * at_one
     upper = int(np.clip(np.searchsorted(grid, threshold), 1, len(grid) - 1))
     weight = np.clip((threshold - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
     values = trace[column].astype(np.float64)

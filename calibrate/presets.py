@@ -19,7 +19,7 @@ LINK_MODELS: dict[str, Any] = {
     "trace": TraceLink,
 }
 # Of the processor that measured the times; the server's share is what a small model costs on it.
-MEASURED_POWERS_W = {"p_slm_w": 4.0, "p_tx_w": 1.0, "p_llm_w": 300.0, "p_idle_w": 0.5}
+MEASURED_POWERS_W: dict[str, Any] = {"p_slm_w": 4.0, "p_tx_w": 1.0, "p_llm_w": 300.0, "p_idle_w": 0.5}
 
 
 def load_link(name: str) -> Link:
@@ -59,7 +59,7 @@ def load_profile(name: str, timings: dict[str, Any]) -> DeviceProfile:
     """
     if name == "measured":
         times = {key: timings[key]["value"] for key in ("t_slm_ms", "t_uncertainty_ms", "t_llm_ms")}
-        return DeviceProfile(**times, **MEASURED_POWERS_W)
+        return DeviceProfile(**times, **MEASURED_POWERS_W, assumed=tuple(MEASURED_POWERS_W))
     return profile_from_dict(
         _read_object(_preset_path(name, "devices", "--profile"), "--profile"), f"--profile {name}"
     )

@@ -59,7 +59,7 @@ def token_progress(description: str) -> Iterator[TokenBar]:
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         TokenRate(),
         TextColumn("left"),
         TimeRemainingColumn(),

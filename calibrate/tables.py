@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from calibrate.pairs import PairDescription
 
 
+PRICE_METRICS = (
+    "uplink_bits_per_token",
+    "token_time_ms",
+    "throughput_tok_s",
+    "mean_throughput_tok_s",
+    "energy_j_per_token",
+)
+WRAPPED = ("what it is", "why", "what mends it", "what it says")
+
+
 def _console() -> Any:
     import shutil
     import sys
@@ -33,7 +43,8 @@ def _table(*columns: str, title: str | None = None) -> Any:
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in columns:
-        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+        justify: Any = "right" if name.startswith(">") else "left"
+        table.add_column(name.lstrip(">"), justify=justify, no_wrap=name not in WRAPPED)
     return table
 
 
@@ -45,6 +56,16 @@ def _number(figure: dict[str, Any], digits: int = 3) -> str:
     if figure["low"] is not None and figure["high"] is not None:
         body += f" [{figure['low']:.{digits}g}, {figure['high']:.{digits}g}]"
     return body
+
+
+def _compact(figure: dict[str, Any]) -> str:
+    """Value and interval in as few characters as they need, for wide tables."""
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    if value is None:
+        return "-"
+    if low is None or high is None or low == high:
+        return f"{value:.3g}"
+    return f"{value:.3g} ({low:.2g} to {high:.2g})"
 
 
 def _size(num_bytes: int | None) -> str:
@@ -149,39 +170,31 @@ def print_operating_points(result: dict[str, Any]) -> None:
         f"{result['link']['name']}, profile {result['profile']['name']}, accounting "
         f"{result['accounting']}; intervals {result['confidence']:.0%}, clustered by prompt)"
     )
-    table = _table(
-        "policy", "rule", ">u_th", ">skip rate", ">risk", ">TV bias", ">uplink bit/token",
-        ">ms/token", ">token/s", ">mean token/s", ">J/token",
-    )  # fmt: skip
+    choice = _table("policy", "rule", ">threshold u_th", ">skip rate", ">risk", ">TV bias")
+    price = _table(
+        "policy", "rule", ">uplink bit/token", ">ms/token", ">token/s", ">mean token/s", ">J/token"
+    )
     notes: dict[str, list[str]] = {}
     for point in result["operating_points"]:
-        predicted = point["predicted"]
+        name = (point["policy"], point["rule"])
         if point["reason"]:
-            notes.setdefault(point["reason"], []).append(f"{point['policy']}/{point['rule']}")
+            kind = "" if point["feasible"] else "infeasible: "
+            notes.setdefault(kind + point["reason"], []).append("/".join(name))
         if not point["feasible"]:
-            table.add_row(point["policy"], point["rule"], "infeasible", *["-"] * 8)
             continue
-        table.add_row(
-            point["policy"],
-            point["rule"],
-            _number(point["uncertainty_threshold"]),
-            _number(predicted["skip_rate"]),
-            _number(predicted["rejection_risk"]),
-            _number(predicted["tv_bias"]),
-            *(
-                f"{predicted[name]['value']:.4g}"
-                for name in (
-                    "uplink_bits_per_token",
-                    "token_time_ms",
-                    "throughput_tok_s",
-                    "mean_throughput_tok_s",
-                    "energy_j_per_token",
-                )
-            ),
+        predicted = point["predicted"]
+        shown = ("skip_rate", "rejection_risk", "tv_bias")
+        choice.add_row(
+            *name,
+            _compact(point["uncertainty_threshold"]),
+            *(_compact(predicted[metric]) for metric in shown),
         )
-    console.print(table)
+        price.add_row(*name, *(f"{predicted[metric]['value']:.4g}" for metric in PRICE_METRICS))
+    console.print(choice)
+    console.print("at which the policies cost (means over tokens)")
+    console.print(price)
     for reason, names in notes.items():
-        console.print(f"  {', '.join(names)}: {reason}")
+        console.print(f"  {', '.join(names)}: {reason}", soft_wrap=True)
     console.print()
 
 

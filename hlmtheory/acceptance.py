@@ -7,6 +7,7 @@ from array_api_compat import array_namespace
 from hlmtheory.domain import (
     Array,
     check_distribution,
+    check_nonnegative,
     check_same_shape,
     check_unit_interval,
 )
@@ -43,15 +44,15 @@ def rejection_probability(draft_prob: Array, target_prob: Array) -> Array:
     check_unit_interval(target_prob, "target_prob")
     xp = array_namespace(draft_prob, target_prob)
     positive = draft_prob > 0
-    ratio = target_prob / xp.where(positive, draft_prob, xp.ones_like(draft_prob))
-    ratio = xp.where(positive, ratio, xp.ones_like(ratio))
-    return xp.clip(1 - ratio, 0.0, 1.0)
+    # (x - y)+ / x rather than 1 - y/x: y/x overflows where a narrow softmax left x subnormal.
+    excess = xp.clip(draft_prob - target_prob, 0.0, None)
+    return excess / xp.where(positive, draft_prob, xp.ones_like(draft_prob))
 
 
 def residual_distribution(x: Array, y: Array) -> Array:
     r"""Law from which the server resamples a rejected draft.
 
-    .. math:: r_v = \frac{\max(y_v - w x_v,\, 0)}{\sum_j \max(y_j - w x_j,\, 0)}
+    .. math:: r_v = \frac{\max(y_v - x_v,\, 0)}{\sum_j \max(y_j - x_j,\, 0)}
 
     docs/theory.md, (2). `x` need not be normalised: residual verification passes the
     sub-distribution sigma * x (docs/theory.md, (24)).
@@ -69,8 +70,14 @@ def residual_distribution(x: Array, y: Array) -> Array:
         The residual law. Where it has no mass (x = y: nothing is ever rejected) it is y itself,
         the limit in which the branch has probability zero.
 
+    Raises
+    ------
+    ValueError
+        If x has a negative entry or a NaN, y is not a distribution, or their vocabularies differ.
+
     Source: Leviathan et al. 2023.
     """
+    check_nonnegative(x, "x")
     check_distribution(y, "y")
     check_same_shape(x, y, "x", "y")
     xp = array_namespace(x, y)

@@ -27,12 +27,22 @@ def sum_by_prompt(values: np.ndarray, prompt_index: np.ndarray, num_prompts: int
     -------
     float array (num_prompts,) or (num_prompts, G)
     """
+    if len(prompt_index) and not 0 <= np.min(prompt_index) <= np.max(prompt_index) < num_prompts:
+        raise ValueError(
+            f"prompt_index spans {np.min(prompt_index)} to {np.max(prompt_index)}: allowed is "
+            f"0 to {num_prompts - 1}"
+        )
     if values.ndim == 1:
         return np.bincount(prompt_index, weights=values, minlength=num_prompts)
     out = np.zeros((num_prompts, values.shape[1]))
     for g in range(values.shape[1]):
         out[:, g] = np.bincount(prompt_index, weights=values[:, g], minlength=num_prompts)
     return out
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence}: allowed is (0, 1); give 0.95 for 95 %")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class RatioEstimate:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """Student-t interval with n - 1 degrees of freedom; None with fewer than two prompts."""
+        _check_confidence(confidence)
         if self.num_prompts < 2 or not np.isfinite(self.standard_error):
             return None
         quantile = float(stats.t.ppf(0.5 + confidence / 2, self.num_prompts - 1))
@@ -126,6 +137,7 @@ def bootstrap_interval(
     -------
     (low, high), or None if fewer than two prompts or over a tenth of the resamples are undefined.
     """
+    _check_confidence(confidence)
     if prompt_sums.shape[0] < 2:
         return None
     values = statistic(counts @ prompt_sums)
@@ -162,6 +174,7 @@ def jackknife_correlation_interval(
     -------
     (low, high), or None with fewer than three prompts or an undefined correlation.
     """
+    _check_confidence(confidence)
     num = prompt_sums.shape[0]
     if num < 3:
         return None

@@ -1,13 +1,18 @@
-"""What a token costs: bits on the uplink, time, throughput, energy."""
+"""What a token costs: bits on the link, time, throughput, energy.
+
+Arrays of tokens have the token axis last, (..., T). `sent` is 1 where the server is asked, 0 where
+the device emits its draft alone.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from array_api_compat import array_namespace
+import numpy as np
+from array_api_compat import array_namespace, is_torch_array
 
-from hlmtheory.domain import Array, check_nonnegative
+from hlmtheory.domain import Array, check_nonnegative, check_positive, check_unit_interval
 
 ACCOUNTINGS = ("paper", "full")
 
@@ -24,41 +29,91 @@ def payload_bits(
     vocab_size: int,
     prob_bits: int = 8,
     accounting: str = "paper",
+    *,
+    draft_sent: bool = True,
+    num_unsent: Array | float = 0,
+    header_bits: int = 0,
 ) -> Array | float:
-    r"""Uplink bits of one sent token.
+    r"""Bits that cross the link for one sent token.
 
-    .. math:: B = k\,(b_{prob} + b_{index}), \qquad b_{index} = \lceil \log_2 V \rceil
+    .. math:: B_{paper} = k\,(b_{prob} + b_{index}), \qquad b_{index} = \lceil \log_2 V \rceil
 
-    docs/theory.md, (18). The paper's accounting stops there: indices of drafts, replies and
-    resynchronisation are free. ``full`` adds everything else that crosses the link for a sent
-    token: the draft's index (a token that is not sent must reach the server's context too, so this
-    is charged for every verified draft) and the server's reply index.
+    .. math:: B_{full} = B_{paper} + (1_{draft} + m + 1)\, b_{index} + b_{header}
+
+    docs/theory.md, (18). The paper's accounting stops at the k entries. ``full`` adds whatever else
+    the server must learn or tell: the draft's index (unless the rule does not need it), the indices
+    of the m tokens that the device emitted alone since the server was last asked, which belong to
+    its context, the server's reply (one index), and framing.
 
     Parameters
     ----------
-    num_entries : array or float
+    num_entries : array (...) or float
         k >= 0 probabilities sent.
     vocab_size : int
         V >= 2.
     prob_bits : int
         Bits of one probability; 8 in the papers.
     accounting : {"paper", "full"}
+    draft_sent : bool
+        False for rules that resample without it (r-hlm, ask-llm). Only ``full`` counts it.
+    num_unsent : array (...) or float
+        m >= 0, from :func:`num_unsent_before`. Only ``full`` counts it.
+    header_bits : int
+        Framing of request and reply together, >= 0. Only ``full`` counts it.
 
     Returns
     -------
-    array or float
+    array (...) or float
         Bits. V = 32,000: k = V gives 736,000 bit = 92,000 B, k = 30 gives 690 bit = 86.25 B.
+
+    Assumption of ``full``: the reply is billed at the uplink's rate, and an accepted draft costs
+    the same reply as a rejected one.
 
     Source: CU-HLM (arXiv 2505.11788), eq. 5, second-hand; ``full`` docs/theory.md, (18).
     """
     check_nonnegative(num_entries, "num_entries")
+    check_nonnegative(num_unsent, "num_unsent")
     if prob_bits < 1:
         raise ValueError(f"prob_bits = {prob_bits}: allowed is >= 1")
+    if header_bits < 0:
+        raise ValueError(f"header_bits = {header_bits}: allowed is >= 0")
     if accounting not in ACCOUNTINGS:
         raise ValueError(f"accounting = {accounting!r}: allowed are {', '.join(ACCOUNTINGS)}")
     index = index_bits(vocab_size)
     bits = num_entries * (prob_bits + index)
-    return bits + 2 * index if accounting == "full" else bits
+    if accounting == "paper":
+        return bits
+    return bits + (int(draft_sent) + 1 + num_unsent) * index + header_bits
+
+
+def num_unsent_before(sent: Array, starts: Array | None = None) -> Array:
+    """Tokens that the device emitted alone since the server was last asked, before each token.
+
+    Parameters
+    ----------
+    sent : array (..., T)
+        1 or True where the server is asked; tokens in order of generation.
+    starts : bool array (..., T), optional
+        True at the first token of each answer, where several follow one another on the last axis;
+        left out, each row is one answer.
+
+    Returns
+    -------
+    int array (..., T)
+        m of ``payload_bits``; 0 at the first token of an answer. Where nothing is skipped, 0
+        throughout.
+    """
+    xp = array_namespace(sent)
+    skipped = xp.astype(sent == 0, xp.int64)
+    before = xp.cumulative_sum(skipped, axis=-1) - skipped
+    known = xp.concat([xp.zeros_like(skipped[..., :1]), 1 - skipped[..., :-1]], axis=-1) > 0
+    if starts is not None:
+        known = known | starts
+    # `before` never falls, so the running maximum is its value where the server last knew all.
+    at_known = xp.where(known, before, xp.zeros_like(before))
+    if is_torch_array(at_known):
+        return before - at_known.cummax(dim=-1).values
+    return before - np.maximum.accumulate(at_known, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +127,9 @@ class DeviceProfile:
     p_slm_w, p_tx_w, p_llm_w, p_idle_w : float
         Watts of the device while it computes, of its transmitter, of the server, and of the device
         while it waits.
+    assumed : tuple of str
+        Names of the fields above that were neither measured nor taken from a source: whoever prints
+        a figure made from them says so.
     """
 
     t_slm_ms: float
@@ -81,10 +139,16 @@ class DeviceProfile:
     p_tx_w: float
     p_llm_w: float
     p_idle_w: float = 0.0
+    assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
+        object.__setattr__(self, "assumed", tuple(self.assumed))
+        known = tuple(f.name for f in fields(self) if f.name != "assumed")
+        for name in known:
             check_nonnegative(float(getattr(self, name)), name)
+        for name in self.assumed:
+            if name not in known:
+                raise ValueError(f"assumed holds {name!r}: allowed are {', '.join(known)}")
 
 
 def token_time_ms(
@@ -111,6 +175,13 @@ def token_time_ms(
     server_only : bool
         The server decodes alone and streams: t_llm and nothing else. Assumption: the stream hides
         its own delay.
+
+    Returns
+    -------
+    array (N,)
+        Milliseconds. The device alone takes t_slm + t_u.
+
+    Assumption: nothing overlaps; the device waits for the server's reply before it goes on.
     """
     check_nonnegative(uplink_ms, "uplink_ms")
     if server_only:
@@ -138,6 +209,9 @@ def token_energy_j(
     docs/theory.md, (29). UI-HLM's constants are not public to us: the profile states its own.
 
     Parameters are those of :func:`token_time_ms`.
+
+    Assumption: powers are constant while their stage lasts, and the server serves one stream; a
+    server that batches shares its power, so p_llm_w is then its share.
     """
     check_nonnegative(uplink_ms, "uplink_ms")
     if server_only:
@@ -152,15 +226,77 @@ def token_energy_j(
 
 
 def throughput_tok_s(time_ms: Array) -> float:
-    """1 / E[token time], tokens per second: docs/theory.md, (28)."""
+    """1 / E[token time], tokens per second: docs/theory.md, (28).
+
+    What a user who reads a long answer sees: tokens over the time they took.
+    """
     xp = array_namespace(time_ms)
+    check_positive(time_ms, "time_ms")
     return 1e3 / float(xp.mean(time_ms))
 
 
 def mean_throughput_tok_s(time_ms: Array) -> float:
-    """E[1 / token time], tokens per second: docs/theory.md, (28); never below the other one."""
+    """E[1 / token time], tokens per second: docs/theory.md, (28).
+
+    Never below :func:`throughput_tok_s`, by Jensen; equal only if every token takes equally long.
+    Under skipping the fast tokens dominate it, and it may exceed any speed-up ceiling.
+    """
     xp = array_namespace(time_ms)
+    check_positive(time_ms, "time_ms")
     return 1e3 * float(xp.mean(1.0 / time_ms))
+
+
+def _check_two_times(
+    skip_rate: Array | float, skipped_ms: Array | float, sent_ms: Array | float
+) -> None:
+    check_unit_interval(skip_rate, "skip_rate")
+    check_positive(skipped_ms, "skipped_ms")
+    check_positive(sent_ms, "sent_ms")
+
+
+def throughput_at_skip_rate_tok_s(
+    skip_rate: Array | float, skipped_ms: Array | float, sent_ms: Array | float
+) -> Array | float:
+    r"""1 / E[token time] from a skip rate and two mean times, tokens per second.
+
+    .. math:: \frac{1}{p\, t_{skip} + (1 - p)\, E[t \mid sent]}
+
+    docs/theory.md, (28).
+
+    Parameters
+    ----------
+    skip_rate : array (...) or float
+        p in [0, 1].
+    skipped_ms : array (...) or float
+        Time of a skipped token, > 0.
+    sent_ms : array (...) or float
+        Mean time of a sent token, > 0.
+    """
+    _check_two_times(skip_rate, skipped_ms, sent_ms)
+    return 1e3 / (skip_rate * skipped_ms + (1.0 - skip_rate) * sent_ms)
+
+
+def mean_throughput_at_skip_rate_tok_s(
+    skip_rate: Array | float, skipped_ms: Array | float, sent_ms: Array | float
+) -> Array | float:
+    r"""E[1 / token time] from a skip rate and two times, tokens per second.
+
+    .. math:: \frac{p}{t_{skip}} + (1 - p)\, E[1/t \mid sent]
+
+    docs/theory.md, (28).
+
+    Parameters
+    ----------
+    skip_rate : array (...) or float
+        p in [0, 1].
+    skipped_ms : array (...) or float
+        Time of a skipped token, > 0.
+    sent_ms : array (...) or float
+        *Harmonic* mean time of a sent token, 1/E[1/t | sent], > 0. With the arithmetic mean in its
+        place the result is a lower bound, exact where every sent token takes equally long.
+    """
+    _check_two_times(skip_rate, skipped_ms, sent_ms)
+    return 1e3 * (skip_rate / skipped_ms + (1.0 - skip_rate) / sent_ms)
 
 
 def speedup_ceiling(skip_rate: float, sent_cost_ratio: float = 1.0) -> float:

@@ -127,9 +127,9 @@ class UncertaintyGate:
     def max_skip_set_size(self, vocab_size: int) -> int:
         """floor(1/(1 - u_th)) for exact u; the same order for sampled u, see the class notes."""
         if self.statistic == "sampled":
-            # A token outside the top max(64, .) has p_k <= 1/64 on average: its skip probability
-            # is below 1e-9 for every threshold up to 0.7.
-            return min(vocab_size, max(64, 4 * skip_set_bound(self.threshold, vocab_size)))
+            # A token outside the top 256 has p_k <= 1/256 at every temperature: with K = 20 its
+            # skip probability is below 1e-9 for every threshold up to 0.7.
+            return min(vocab_size, max(256, 4 * skip_set_bound(self.threshold, vocab_size)))
         return skip_set_bound(self.threshold, vocab_size)
 
 

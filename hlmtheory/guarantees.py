@@ -1,19 +1,75 @@
-"""Thresholds with a guarantee from finitely many calibration prompts.
+r"""Thresholds with a guarantee from finitely many calibration prompts.
 
-Prompts are the exchangeable unit. The loss of prompt i at threshold u is the mean of
-beta_t 1{u_t <= u} over its tokens, in [0, 1] and rising in u: docs/theory.md, (33). Both rules hold
-for prompts exchangeable with the calibration prompts and for the contexts of the calibration
-policy; skipping changes contexts, which reruns measure.
+Prompts are the exchangeable unit. The loss of prompt i at threshold u lies in [0, 1] and rises
+with u; docs/theory.md, (33):
+
+- by default each prompt's own mean, L_i(u) = (1/T_i) sum_t beta_t 1{s_t <= u}: its mean over
+  prompts is the ``prompts`` weighting of hlmtheory.risk;
+- with `max_tokens` = T_max, a cap fixed before calibration, prompts are filled up to T_max with
+  tokens of loss alpha: L_i(u) = (sum_t beta_t 1{s_t <= u} + alpha (T_max - T_i)) / T_max. Its mean
+  is at most alpha exactly when sum of beta over skipped tokens <= alpha x number of tokens, both in
+  expectation: the ``tokens`` weighting, the risk of (10) and (11).
+
+Both rules hold for prompts exchangeable with the calibration prompts and for contexts of the
+calibration policy; skipping changes contexts, which reruns measure.
+
+Because losses rise with u, whether a threshold passes is monotone in u: testing thresholds in
+rising order until the first failure and bisection give the same answer, and candidates may be taken
+from the calibration scores themselves. For the error of the answer is one event at one fixed
+threshold: let u+ be the infimum of thresholds with risk above alpha. If the answer lies above u+
+(or at it, where the risk jumps there), then u+ passes too, and that has probability at most delta.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from hlmtheory.clusters import sum_by_prompt
 from hlmtheory.domain import check_unit_interval
+from hlmtheory.risk import skip_risk_sums
 from hlmtheory.thresholds import Threshold
+
+TestMethod = Literal["betting", "hoeffding-bentkus"]
+
+BETS = np.append(np.arange(1, 16) / 16, 1.0)
+"""Shares of the largest stake that the betting test spreads its capital over."""
+
+BET_WEIGHTS = np.append(np.full(15, 0.25 / 15), 0.75)
+"""Most of the capital on the largest stake: losses that are small means over tokens favour it."""
+
+
+@dataclass(frozen=True)
+class CertifiedThreshold(Threshold):
+    """A threshold derived from calibration prompts, with what it rests on.
+
+    Attributes
+    ----------
+    rule, uncertainty_threshold, feasible, reason
+        As in :class:`hlmtheory.thresholds.Threshold`.
+    alpha : float
+        Risk budget.
+    empirical_risk : float
+        Mean loss of the calibration prompts at the threshold, or at the lowest candidate if none
+        passes.
+    bound : float
+        What was compared with alpha there: the mean loss itself (plug-in), (n R + 1)/(n + 1)
+        (conformal), or the upper confidence bound (Learn-then-Test). The guarantee is about alpha:
+        the bound belongs to a threshold chosen by looking at it.
+    confidence : float
+        1 - delta, or NaN for rules without one.
+    num_prompts : int
+    """
+
+    alpha: float
+    empirical_risk: float
+    bound: float
+    confidence: float
+    num_prompts: int
 
 
 def prompt_losses(
@@ -23,36 +79,181 @@ def prompt_losses(
     num_prompts: int,
     thresholds: np.ndarray,
 ) -> np.ndarray:
-    """Loss of each prompt at each threshold, (P, G); docs/theory.md, (33).
+    r"""Loss of each prompt at each threshold, (P, G), weighting by prompts.
+
+    .. math:: L_i(u) = \frac{1}{T_i} \sum_t \beta_t 1\{s_t \le u\}
+
+    docs/theory.md, (33). A prompt without tokens has loss 0.
 
     Parameters
     ----------
     score : float array (N,)
         What the gate compares with the threshold.
     rejection_prob : float array (N,)
+        beta in [0, 1].
     prompt_index : int array (N,)
     num_prompts : int
     thresholds : float array (G,)
         Rising.
+
+    Raises
+    ------
+    ValueError
+        As :func:`hlmtheory.risk.skip_risk_sums`.
     """
-    check_unit_interval(rejection_prob, "rejection_prob")
-    num_thresholds = len(thresholds)
-    # A token counts from the first threshold that reaches its score.
-    first = np.searchsorted(thresholds, score, side="left")
-    counted = first < num_thresholds
-    sums = np.zeros((num_prompts, num_thresholds))
-    np.add.at(sums, (prompt_index[counted], first[counted]), rejection_prob[counted])
-    counts = sum_by_prompt(np.ones(len(score)), prompt_index, num_prompts)
-    return np.cumsum(sums, axis=1) / np.maximum(counts, 1)[:, None]
+    sums = skip_risk_sums(score, rejection_prob, prompt_index, num_prompts, thresholds)
+    return np.minimum(sums.rejected / np.maximum(sums.num_tokens, 1)[:, None], 1.0)
 
 
-def candidate_thresholds(score: np.ndarray, most: int = 1000) -> np.ndarray:
-    """Thresholds worth trying: midpoints between scores that occur, thinned to `most`, and 1."""
-    distinct = np.unique(score)
-    middles = (distinct[1:] + distinct[:-1]) / 2
-    if len(middles) > most:
-        middles = np.quantile(middles, np.linspace(0, 1, most))
-    return np.unique(np.append(middles, 1.0))
+def conformal_bound(mean_loss: np.ndarray, num_prompts: int) -> np.ndarray:
+    r"""What conformal risk control compares with alpha: (n R + 1)/(n + 1), for losses in [0, 1].
+
+    docs/theory.md, (34); Angelopoulos et al. 2022.
+    """
+    return (num_prompts * np.asarray(mean_loss) + 1.0) / (num_prompts + 1.0)
+
+
+def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: float) -> np.ndarray:
+    r"""P-value of "the risk is at least alpha" from the mean of losses in [0, 1].
+
+    .. math:: p = \min\big(e^{-n h(\hat R \wedge \alpha,\, \alpha)},\;
+              e\, P(\mathrm{Bin}(n, \alpha) \le \lceil n \hat R \rceil)\big)
+
+    with h the binary relative entropy. It is as strong as losses of 0 and 1 allow, and blind to
+    how much smaller the variance of a mean over tokens is. docs/theory.md, (35).
+
+    Parameters
+    ----------
+    mean_loss : float array (...)
+        Empirical risk over independent prompts.
+    num_prompts : int
+    alpha : float
+        In (0, 1).
+
+    Returns
+    -------
+    float array (...)
+        Rising in mean_loss.
+
+    Source: Bates et al. 2021, after Hoeffding 1963 and Bentkus 2004.
+    """
+    _check_level(alpha, "alpha")
+    mean = np.asarray(mean_loss, dtype=float)
+    smaller = np.minimum(mean, alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        first = np.where(smaller > 0, smaller * np.log(smaller / alpha), 0.0)
+        second = (1 - smaller) * np.log((1 - smaller) / (1 - alpha))
+    hoeffding = np.exp(-num_prompts * (first + second))
+    # n R of exact fractions may come out a rounding error above an integer.
+    count = np.ceil(num_prompts * mean * (1 - 1e-14))
+    bentkus = np.e * stats.binom.cdf(count, num_prompts, alpha)
+    return np.minimum(1.0, np.minimum(hoeffding, bentkus))
+
+
+def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
+    r"""P-value of "the risk is at least alpha" from a bet against it, for losses in [0, 1].
+
+    .. math:: p = \min(1, 1/W), \qquad
+              W = \sum_j w_j \prod_{i=1}^{n} \Big(1 + q_j \frac{\alpha - L_i}{1 - \alpha}\Big)
+
+    If E[L] >= alpha every factor has mean at most one, so E[W] <= 1 and P(W >= 1/delta) <= delta.
+    Fixed stakes q_j keep W falling in each loss and free of the order of prompts. docs/theory.md,
+    (35).
+
+    Parameters
+    ----------
+    losses : float array (..., n)
+        Losses of n independent prompts on the last axis, in [0, 1].
+    alpha : float
+        In (0, 1).
+
+    Returns
+    -------
+    float array (...)
+        Rising in every loss.
+
+    Source: capital process of Waudby-Smith and Ramdas 2024, with a fixed mixture of stakes.
+    """
+    _check_level(alpha, "alpha")
+    values = np.asarray(losses, dtype=float)
+    check_unit_interval(values, "losses")
+    return np.minimum(1.0, np.exp(-_log_capital(values, np.asarray(alpha))))
+
+
+def _log_capital(losses: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """ln W for losses (..., n) and alpha (...)."""
+    edge = (alpha[..., None] - losses) / (1.0 - alpha[..., None])
+    logs = np.empty((len(BETS), *edge.shape[:-1]))
+    with np.errstate(divide="ignore"):
+        for j, share in enumerate(BETS):
+            logs[j] = np.sum(np.log1p(share * edge), axis=-1) + np.log(BET_WEIGHTS[j])
+    peak = np.max(logs, axis=0)
+    return peak + np.log(np.sum(np.exp(logs - peak), axis=0))
+
+
+def risk_upper_bound(
+    losses: np.ndarray, delta: float, method: TestMethod = "betting"
+) -> np.ndarray:
+    """Upper confidence bound on the risk: the largest alpha that the test at level delta keeps.
+
+    P(risk > bound) <= delta for a threshold fixed beforehand; docs/theory.md, (35).
+
+    Parameters
+    ----------
+    losses : float array (..., n)
+        Losses of n independent prompts on the last axis, in [0, 1].
+    delta : float
+        In (0, 1).
+    method : {"betting", "hoeffding-bentkus"}
+
+    Returns
+    -------
+    float array (...)
+        In [mean loss, 1], to 2^-40.
+    """
+    _check_level(delta, "delta")
+    values = np.asarray(losses, dtype=float)
+    check_unit_interval(values, "losses")
+    mean = values.mean(axis=-1)
+    low, high = np.array(mean), np.ones_like(mean)
+    for _ in range(40):
+        middle = np.clip((low + high) / 2, 1e-15, 1 - 1e-15)
+        if method == "betting":
+            p_value = np.exp(-np.maximum(_log_capital(values, middle), 0.0))
+        else:
+            p_value = np.vectorize(hoeffding_bentkus_p_value)(mean, values.shape[-1], middle)
+        kept = p_value > delta
+        low, high = np.where(kept, middle, low), np.where(kept, high, middle)
+    return high
+
+
+def plug_in_threshold(
+    score: np.ndarray,
+    rejection_prob: np.ndarray,
+    prompt_index: np.ndarray,
+    num_prompts: int,
+    alpha: float,
+    thresholds: np.ndarray | None = None,
+    max_tokens: int | None = None,
+) -> CertifiedThreshold:
+    """Largest threshold whose mean calibration loss is within alpha: the baseline, no guarantee.
+
+    It overshoots the budget about every second time. Arguments as :func:`conformal_threshold`.
+    """
+    trace = _trace(score, rejection_prob, prompt_index, num_prompts, alpha, max_tokens)
+
+    def bound(losses: np.ndarray) -> float:
+        return float(losses.mean())
+
+    return _certify(
+        f"plug-in-{alpha:g}",
+        trace,
+        thresholds,
+        lambda losses: bound(losses) <= alpha,
+        bound,
+        f"{num_prompts} prompts: the least uncertain tokens already carry a mean loss above "
+        f"{alpha:g}",
+    )
 
 
 def conformal_threshold(
@@ -61,56 +262,63 @@ def conformal_threshold(
     prompt_index: np.ndarray,
     num_prompts: int,
     alpha: float,
-) -> Threshold:
+    thresholds: np.ndarray | None = None,
+    max_tokens: int | None = None,
+) -> CertifiedThreshold:
     r"""Conformal risk control: expected risk on a fresh prompt at most alpha.
 
     .. math:: u_{th} = \sup\Big\{u : \frac{n \hat R(u) + 1}{n + 1} \le \alpha\Big\}
 
-    docs/theory.md, (34). Infeasible when n < 1/alpha - 1: too few prompts for the budget.
+    docs/theory.md, (34). The expectation is over calibration and fresh prompt together: a single
+    calibration overshoots the budget about every second time, see :func:`learn_then_test_threshold`
+    for the other promise.
+
+    Parameters
+    ----------
+    score : float array (N,)
+        What the gate compares with the threshold: a token is skipped when score <= threshold.
+    rejection_prob : float array (N,)
+        beta in [0, 1].
+    prompt_index : int array (N,)
+        Prompt of each token, in [0, num_prompts).
+    num_prompts : int
+    alpha : float
+        Risk budget in (0, 1).
+    thresholds : float array (G,), optional
+        Rising candidates. By default all thresholds that make a difference: the midpoints between
+        neighbouring scores, and 1.
+    max_tokens : int, optional
+        Cap on a prompt's tokens, fixed before calibration: then the risk is the mean over tokens.
+        By default it is the mean over prompts of each prompt's mean; see the module's head.
+
+    Returns
+    -------
+    CertifiedThreshold
+        Infeasible when n < 1/alpha - 1: too few prompts for the budget.
 
     Raises
     ------
     ValueError
-        If alpha is outside (0, 1).
+        If alpha is outside (0, 1), a prompt has more than max_tokens tokens, or the trace is bad.
+
+    Source: Angelopoulos et al. 2022 (conformal risk control).
+    Valid when fresh prompts are exchangeable with the calibration prompts.
     """
-    _check_level(alpha, "alpha")
-    rule = f"conformal-{alpha:g}"
-    grid = candidate_thresholds(score)
-    mean_loss = prompt_losses(score, rejection_prob, prompt_index, num_prompts, grid).mean(0)
-    inflated = (num_prompts * mean_loss + 1) / (num_prompts + 1)
-    return _last_within(
-        rule,
-        grid,
-        inflated <= alpha,
+    trace = _trace(score, rejection_prob, prompt_index, num_prompts, alpha, max_tokens)
+
+    def bound(losses: np.ndarray) -> float:
+        return float(conformal_bound(losses.mean(), num_prompts))
+
+    return _certify(
+        f"conformal-{alpha:g}",
+        trace,
+        thresholds,
+        lambda losses: bound(losses) <= alpha,
+        bound,
         f"{num_prompts} prompts: the bound (n R + 1)/(n + 1) is above {alpha:g} for every "
-        f"threshold; a budget of {alpha:g} needs at least {int(np.ceil(1 / alpha - 1))} prompts",
+        f"threshold; a budget of {alpha:g} needs at least {int(np.ceil(1 / alpha - 1 - 1e-9))} "
+        "prompts",
     )
-
-
-def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: float) -> np.ndarray:
-    r"""P-value of the hypothesis that the risk exceeds alpha, for losses in [0, 1].
-
-    .. math:: p = \min\big(e^{-n h(\hat R \wedge \alpha,\, \alpha)},\;
-              e\, P(\mathrm{Bin}(n, \alpha) \le \lceil n \hat R \rceil)\big)
-
-    with h the binary relative entropy. docs/theory.md, (35); Bates et al. 2021, after Hoeffding
-    1963 and Bentkus 2004.
-
-    Parameters
-    ----------
-    mean_loss : float array (G,)
-        Empirical risk over independent prompts.
-    num_prompts : int
-    alpha : float
-        In (0, 1).
-    """
-    smaller = np.minimum(mean_loss, alpha)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        first = np.where(smaller > 0, smaller * np.log(smaller / alpha), 0.0)
-        second = np.where(smaller < 1, (1 - smaller) * np.log((1 - smaller) / (1 - alpha)), 0.0)
-    hoeffding = np.exp(-num_prompts * (first + second))
-    bentkus = np.e * stats.binom.cdf(np.ceil(num_prompts * mean_loss - 1e-12), num_prompts, alpha)
-    return np.minimum(1.0, np.minimum(hoeffding, bentkus))
 
 
 def learn_then_test_threshold(
@@ -120,43 +328,174 @@ def learn_then_test_threshold(
     num_prompts: int,
     alpha: float,
     delta: float = 0.05,
-) -> Threshold:
-    r"""Learn-then-Test: with probability 1 - delta the risk is at most alpha.
+    thresholds: np.ndarray | None = None,
+    max_tokens: int | None = None,
+    method: TestMethod = "betting",
+) -> CertifiedThreshold:
+    r"""Learn-then-Test: with probability 1 - delta over calibrations the risk is at most alpha.
 
-    docs/theory.md, (35). Thresholds are tested in rising order, fixed beforehand, each at level
-    delta with the Hoeffding-Bentkus p-value, until the first that fails: fixed-sequence testing
-    controls the family-wise error, and the loss rises with the threshold. The grid is made of the
-    calibration scores' quantiles, which are a function of the device side alone.
+    docs/theory.md, (35). Thresholds are tested in rising order, each at level delta, until the
+    first that fails: fixed-sequence testing, with family-wise error at most delta. As losses rise
+    with the threshold no level is spent on multiplicity, and candidates may come from the
+    calibration scores; the module's head has the argument.
+
+    Parameters
+    ----------
+    score, rejection_prob, prompt_index, num_prompts, alpha, thresholds, max_tokens
+        As in :func:`conformal_threshold`.
+    delta : float
+        Probability, in (0, 1), of a calibration whose threshold breaks the budget.
+    method : {"betting", "hoeffding-bentkus"}
+        Chosen beforehand, not by the result. Betting is much the stronger one for losses that are
+        means over many tokens, Hoeffding-Bentkus for losses near 0 and 1.
+
+    Returns
+    -------
+    CertifiedThreshold
 
     Raises
     ------
     ValueError
-        If alpha or delta is outside (0, 1).
+        If alpha or delta is outside (0, 1), the method is unknown, a prompt has more than
+        max_tokens tokens, or the trace is bad.
+
+    Source: Angelopoulos et al. 2021 (Learn then Test); the tests are :func:`betting_p_value` and
+    :func:`hoeffding_bentkus_p_value`.
+    Valid when calibration prompts are independent draws of the population of fresh prompts.
     """
+    _check_level(delta, "delta")
+    if method not in ("betting", "hoeffding-bentkus"):
+        raise ValueError(f"method = {method!r}: allowed are 'betting', 'hoeffding-bentkus'")
+    trace = _trace(score, rejection_prob, prompt_index, num_prompts, alpha, max_tokens)
+
+    def passes(losses: np.ndarray) -> bool:
+        if method == "betting":
+            return bool(betting_p_value(losses, alpha) <= delta)
+        mean = np.asarray(losses.mean())
+        return bool(hoeffding_bentkus_p_value(mean, num_prompts, alpha) <= delta)
+
+    return _certify(
+        f"ltt-{alpha:g}",
+        trace,
+        thresholds,
+        passes,
+        lambda losses: float(risk_upper_bound(losses, delta, method)),
+        f"{num_prompts} prompts certify no threshold at risk {alpha:g} with confidence "
+        f"{1 - delta:g}; even without any loss it takes {prompts_needed(alpha, delta, method)} "
+        "prompts",
+        1 - delta,
+    )
+
+
+def prompts_needed(alpha: float, delta: float = 0.05, method: TestMethod = "betting") -> int:
+    """Fewest prompts with which Learn-then-Test can certify anything: all of them without loss."""
     _check_level(alpha, "alpha")
     _check_level(delta, "delta")
-    rule = f"ltt-{alpha:g}"
-    grid = candidate_thresholds(score)
-    mean_loss = prompt_losses(score, rejection_prob, prompt_index, num_prompts, grid).mean(0)
-    passed = hoeffding_bentkus_p_value(mean_loss, num_prompts, alpha) <= delta
-    return _last_within(
+
+    def certifies(num_prompts: int) -> bool:
+        if method == "betting":
+            gains = num_prompts * np.log1p(BETS * alpha / (1 - alpha))
+            return bool(np.sum(BET_WEIGHTS * np.exp(gains)) >= 1 / delta)
+        zero = np.zeros(())
+        return bool(hoeffding_bentkus_p_value(zero, num_prompts, alpha) <= delta)
+
+    high = 1
+    while not certifies(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if certifies(middle) else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """A calibration trace, ready to give the prompts' losses at any threshold."""
+
+    score: np.ndarray
+    rejection_prob: np.ndarray
+    prompt_index: np.ndarray
+    num_prompts: int
+    num_tokens: np.ndarray
+    alpha: float
+    max_tokens: int | None
+
+    def losses(self, threshold: float) -> np.ndarray:
+        """L_i at one threshold, (num_prompts,): the module's head."""
+        counted = np.where(self.score <= threshold, self.rejection_prob, 0.0)
+        rejected = sum_by_prompt(counted, self.prompt_index, self.num_prompts)
+        if self.max_tokens is None:
+            return np.minimum(rejected / np.maximum(self.num_tokens, 1), 1.0)
+        filled = rejected + self.alpha * (self.max_tokens - self.num_tokens)
+        return np.minimum(filled / self.max_tokens, 1.0)
+
+    def candidates(self) -> np.ndarray:
+        """Midpoints between neighbouring scores, then the least threshold that skips everything."""
+        distinct = np.unique(self.score)
+        return np.append((distinct[1:] + distinct[:-1]) / 2, max(1.0, distinct[-1]))
+
+
+def _trace(
+    score: np.ndarray,
+    rejection_prob: np.ndarray,
+    prompt_index: np.ndarray,
+    num_prompts: int,
+    alpha: float,
+    max_tokens: int | None,
+) -> _Trace:
+    _check_level(alpha, "alpha")
+    values = np.asarray(score, dtype=float)
+    beta = np.asarray(rejection_prob, dtype=float)
+    index = np.asarray(prompt_index)
+    # One threshold is enough to have the trace checked and its tokens counted.
+    num_tokens = skip_risk_sums(values, beta, index, num_prompts, np.zeros(1)).num_tokens
+    if len(values) == 0:
+        raise ValueError("score is empty: give at least one token")
+    if max_tokens is not None and num_tokens.max() > max_tokens:
+        raise ValueError(
+            f"max_tokens = {max_tokens}: a prompt has {int(num_tokens.max())} tokens; give the cap "
+            "that the calibration ran under"
+        )
+    return _Trace(values, beta, index, num_prompts, num_tokens, alpha, max_tokens)
+
+
+def _certify(
+    rule: str,
+    trace: _Trace,
+    thresholds: np.ndarray | None,
+    passes: Callable[[np.ndarray], bool],
+    bound: Callable[[np.ndarray], float],
+    why_not: str,
+    confidence: float = float("nan"),
+) -> CertifiedThreshold:
+    """The last candidate that passes, by bisection: the rule must be monotone in the losses."""
+    grid = trace.candidates() if thresholds is None else np.asarray(thresholds, dtype=float)
+    if grid.ndim != 1 or len(grid) == 0 or np.any(np.diff(grid) < 0):
+        raise ValueError("thresholds must be rising values, at least one")
+    low, high = -1, len(grid)  # the last known to pass, the first known to fail
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if passes(trace.losses(grid[middle])) else (low, middle)
+    feasible = low >= 0
+    losses = trace.losses(grid[max(low, 0)])
+    reason = why_not
+    if feasible:
+        everything = bool(np.all(trace.score <= grid[low]))
+        reason = "certified even when every token is skipped" if everything else ""
+    return CertifiedThreshold(
         rule,
-        grid,
-        np.cumprod(passed).astype(bool),
-        f"{num_prompts} prompts certify no threshold at risk {alpha:g} with confidence "
-        f"{1 - delta:g}; even without any loss it takes "
-        f"{int(np.ceil(np.log(delta) / np.log(1 - alpha)))} prompts",
+        float(grid[low]) if feasible else float("nan"),
+        feasible,
+        reason,
+        trace.alpha,
+        float(losses.mean()),
+        bound(losses),
+        confidence,
+        trace.num_prompts,
     )
 
 
 def _check_level(value: float, name: str) -> None:
     if not 0 < value < 1:
         raise ValueError(f"{name} = {value}: allowed is above 0 and below 1")
-
-
-def _last_within(rule: str, grid: np.ndarray, within: np.ndarray, why_not: str) -> Threshold:
-    if not within[0]:
-        return Threshold(rule, float("nan"), False, why_not)
-    last = len(grid) - 1 if within.all() else int(np.argmin(within)) - 1
-    reason = "certified even when every token is skipped" if last == len(grid) - 1 else ""
-    return Threshold(rule, float(grid[last]), True, reason)

@@ -5,23 +5,60 @@ attention, that its threshold adapts to the attention distribution of each step,
 parameters k and gamma set the strictness. The formulas are ours: docs/theory.md, (31), (32).
 
 The attention row A_t is that of the query which produces the draft (the newest position of the
-context), mean over heads and layers, so importance is known before anything is sent.
+context), mean over heads and layers. So importance depends on the context alone: it is known before
+the draft is drawn and before anything is sent.
+
+Rows have shape (..., n) and a bool mask of the same shape says which positions hold a token, so
+that rows of a batch may be padded anywhere. The sink is the first such position, the query's own
+position the last.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from array_api_compat import array_namespace
 
-from hlmtheory.domain import Array, check_nonnegative
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens, sum_by_prompt
+from hlmtheory.domain import Array, check_nonnegative, check_unit_interval
 from hlmtheory.order import largest
 
+IMPORTANCE_ASSUMPTION = (
+    "assumption: UI-HLM's importance formulas are not public to us; these are ours, (31) and (32)"
+)
+"""One line for whoever prints a result that depends on importance."""
 
-def attention_sink(attention: Array) -> Array:
-    """Attention mass on position 0, the sink, of rows (..., n)."""
+
+def _rank_from_first(mask: Array) -> Array:
+    """1 at the first position that holds a token, 2 at the second, and so on."""
+    xp = array_namespace(mask)
+    return xp.cumulative_sum(xp.astype(mask, xp.int64), axis=-1)
+
+
+def _kept_sum(weights: Array, kept: Array) -> Array:
+    xp = array_namespace(weights)
+    return xp.sum(xp.where(kept, weights, xp.zeros_like(weights)), axis=-1)
+
+
+def attention_sink(attention: Array, mask: Array | None = None) -> Array:
+    """Attention mass on the sink, the first position that holds a token.
+
+    Parameters
+    ----------
+    attention : array (..., n)
+        Non-negative weights.
+    mask : bool array (..., n), optional
+        Positions that hold a token; left out, position 0 is the sink.
+
+    Returns
+    -------
+    array (...)
+    """
     check_nonnegative(attention, "attention")
-    return attention[..., 0]
+    if mask is None:
+        return attention[..., 0]
+    return _kept_sum(attention, mask & (_rank_from_first(mask) == 1))
 
 
 def normalised_attention(attention: Array, mask: Array) -> Array:
@@ -37,12 +74,13 @@ def normalised_attention(attention: Array, mask: Array) -> Array:
     Returns
     -------
     array (..., n)
-        Position 0 is zero. A row that attends to its sink alone becomes zero throughout.
+        The sink is zero. A row that attends to its sink alone becomes zero throughout.
+
+    Assumption: the sink carries no content, so what is left is compared among itself.
     """
     check_nonnegative(attention, "attention")
     xp = array_namespace(attention)
-    index = xp.cumulative_sum(xp.astype(mask, xp.int64), axis=-1)
-    kept = mask & (index > 1)
+    kept = mask & (_rank_from_first(mask) > 1)
     weights = xp.where(kept, attention, xp.zeros_like(attention))
     total = xp.sum(weights, axis=-1, keepdims=True)
     return weights / xp.where(total > 0, total, xp.ones_like(total))
@@ -59,8 +97,36 @@ def attention_entropy(row: Array) -> Array:
     return -xp.sum(row * xp.log(xp.where(positive, row, xp.ones_like(row))), axis=-1)
 
 
+def normalised_entropy(entropy: Array, num_positions: Array) -> Array:
+    r"""Entropy of a row as a share of the largest that its length allows.
+
+    .. math:: H(A_t) / \ln n
+
+    Parameters
+    ----------
+    entropy : array (...)
+        H >= 0 in nats.
+    num_positions : integer array (...)
+        n, the positions that the row is spread over: without the sink where that was removed.
+
+    Returns
+    -------
+    array (...)
+        In [0, 1]: 0 on one token, 1 uniform. NaN where n < 2, for one position is both.
+    """
+    check_nonnegative(entropy, "entropy")
+    xp = array_namespace(entropy)
+    wide = num_positions >= 2
+    count = xp.astype(xp.where(wide, num_positions, xp.full_like(num_positions, 2)), entropy.dtype)
+    return xp.where(wide, entropy / xp.log(count), xp.full_like(entropy, float("nan")))
+
+
 def participation_ratio(row: Array) -> Array:
-    """1 / sum_j A_j^2 of normalised rows (..., n): attended tokens, less tail-heavy than exp(H)."""
+    """1 / sum_j A_j^2 of normalised rows (..., n): attended tokens, less tail-heavy than exp(H).
+
+    Between 1 (one token) and the number of tokens (uniform), never above exp(H); 0 for a row that
+    is zero throughout.
+    """
     check_nonnegative(row, "row")
     xp = array_namespace(row)
     square = xp.sum(row * row, axis=-1)
@@ -68,20 +134,25 @@ def participation_ratio(row: Array) -> Array:
 
 
 def context_attention(attention: Array, mask: Array) -> Array:
-    r"""Attention mass on other tokens, 1 - self - sink.
+    r"""Attention mass on other tokens, 1 - self - sink, the `context` importance.
 
-    docs/theory.md, (32). The query's own position is the last one of the row.
+    docs/theory.md, (32). Assumption: ours.
 
     Parameters
     ----------
     attention : array (..., n)
         Rows that sum to one over `mask`.
     mask : bool array (..., n)
+        Positions that hold a token.
+
+    Returns
+    -------
+    array (...)
+        0 for a context of one or two tokens.
     """
     check_nonnegative(attention, "attention")
-    xp = array_namespace(attention)
-    total = xp.sum(xp.where(mask, attention, xp.zeros_like(attention)), axis=-1)
-    return xp.clip(total - attention[..., 0] - attention[..., -1], 0.0, None)
+    rank = _rank_from_first(mask)
+    return _kept_sum(attention, mask & (rank > 1) & (rank < rank[..., -1:]))
 
 
 def topk_attention(row: Array, k: int) -> Array:
@@ -93,10 +164,16 @@ def topk_attention(row: Array, k: int) -> Array:
     ----------
     row : array (..., n)
     k : int
-        >= 1.
+        >= 1; k = 1 is the largest weight.
+
+    Returns
+    -------
+    array (...)
+        In [0, 1/k]; 1/n for a uniform row over n >= k tokens.
     """
     if k < 1:
         raise ValueError(f"k = {k}: allowed is >= 1")
+    check_nonnegative(row, "row")
     xp = array_namespace(row)
     values, _ = largest(row, min(k, row.shape[-1]))
     return xp.sum(values, axis=-1) / k
@@ -105,10 +182,13 @@ def topk_attention(row: Array, k: int) -> Array:
 def topk_importance_threshold(entropy: Array, gamma: float) -> Array:
     r"""Threshold of the `topk` importance.
 
-    .. math:: I_{th} = \gamma\, e^{-H(A_t)}
+    .. math:: I_{th} = \gamma\, e^{-H(A_t)}, \qquad \text{important when } I_t \ge I_{th}
 
-    docs/theory.md, (31). A uniform row has I_t = e^{-H} exactly, so gamma = 1 separates rows more
-    focused than uniform over their effective number of tokens. Assumption: ours.
+    docs/theory.md, (31). A uniform row over at least k tokens has I_t = e^{-H}, so gamma = 1 puts
+    it on the threshold. The rule compares gamma with (mean of the top k) x (effective number of
+    tokens): a row focused on m < k tokens reaches only m/k, so for k > 1 it is the *too focused*
+    rows that fall below, and gamma > 1 asks diffuse rows to stand out too. With k = 1 every row
+    passes for gamma <= 1, since no largest weight lies below e^{-H}.
 
     Parameters
     ----------
@@ -116,6 +196,8 @@ def topk_importance_threshold(entropy: Array, gamma: float) -> Array:
         H(A_t) in nats.
     gamma : float
         >= 0; 0 calls every context important.
+
+    Assumption: ours.
     """
     check_nonnegative(gamma, "gamma")
     xp = array_namespace(entropy)
@@ -126,18 +208,24 @@ def topk_importance_threshold(entropy: Array, gamma: float) -> Array:
 class RunningThreshold:
     r"""Running mean and variance of an importance, with exponential memory.
 
-    .. math:: I_{th} = m_t + k s_t, \quad m_t = \gamma m_{t-1} + (1-\gamma) I_t
+    .. math:: I_{th} = m_t + k s_t, \quad m_t = \gamma m_{t-1} + (1-\gamma) I_t, \quad
+              s_t^2 = \gamma\big(s_{t-1}^2 + (1-\gamma)(I_t - m_{t-1})^2\big)
 
-    and s_t^2 updated the same way; docs/theory.md, (32). The threshold of a step uses the steps
-    before it; at the first step every context is important. Assumption: ours.
+    docs/theory.md, (32): exactly the mean and variance of the past under weights that fall by gamma
+    a step. The threshold of a step uses the steps before it; at the first step there are none, and
+    every context is important. Assumption: ours.
 
     Attributes
     ----------
     mean, variance : array (B,)
+        One entry for each row of the batch; the variance is >= 0.
     """
 
     mean: Array
     variance: Array
+
+    def __post_init__(self) -> None:
+        check_nonnegative(self.variance, "variance")
 
     @classmethod
     def start(cls, importance: Array) -> RunningThreshold:
@@ -145,12 +233,143 @@ class RunningThreshold:
         return cls(importance, 0 * importance)
 
     def threshold(self, k: float) -> Array:
-        """I_th of the next step."""
+        """I_th of the next step; k may be negative, which is more lenient than the mean."""
         return self.mean + k * self.variance**0.5
 
     def update(self, importance: Array, gamma: float) -> RunningThreshold:
-        """State after one more step."""
+        """State after one more step; gamma in [0, 1], 0 forgets at once and 1 never learns."""
+        check_unit_interval(gamma, "gamma")
         deviation = importance - self.mean
         mean = self.mean + (1.0 - gamma) * deviation
         variance = gamma * (self.variance + (1.0 - gamma) * deviation**2)
         return RunningThreshold(mean, variance)
+
+
+def position_trend(
+    values: np.ndarray, position: np.ndarray, prompt_index: np.ndarray, num_prompts: int
+) -> RatioEstimate:
+    r"""Slope of a token statistic along an answer, within prompts.
+
+    .. math:: \hat b = \frac{\sum_i \sum_t (p_{it} - \bar p_i)(v_{it} - \bar v_i)}
+                            {\sum_i \sum_t (p_{it} - \bar p_i)^2}
+
+    Means are taken within each prompt first: prompts that run long differ from those that stop
+    early, and a pooled slope would mix that difference in. The standard error treats prompts as the
+    independent observations (sandwich over prompts).
+
+    Parameters
+    ----------
+    values : float array (N,)
+        The statistic of each token; NaN is left out.
+    position : array (N,)
+        Position of each token in its answer.
+    prompt_index : int array (N,)
+    num_prompts : int
+
+    Returns
+    -------
+    RatioEstimate
+        Change a position, over the prompts with at least two positions.
+
+    Raises
+    ------
+    ValueError
+        If no prompt has two tokens with a value at different positions.
+    """
+    known = np.isfinite(values)
+    owner = prompt_index[known]
+    v, p = np.asarray(values, np.float64)[known], np.asarray(position, np.float64)[known]
+    counts = np.maximum(sum_by_prompt(np.ones(len(v)), owner, num_prompts), 1.0)
+    v = v - (sum_by_prompt(v, owner, num_prompts) / counts)[owner]
+    p = p - (sum_by_prompt(p, owner, num_prompts) / counts)[owner]
+    cross = sum_by_prompt(v * p, owner, num_prompts)
+    spread = sum_by_prompt(p * p, owner, num_prompts)
+    used = spread > 0
+    num = int(used.sum())
+    if num == 0:
+        raise ValueError("values holds no prompt with two positions: give longer answers")
+    total = float(spread[used].sum())
+    slope = float(cross[used].sum()) / total
+    if num < 2:
+        return RatioEstimate(slope, float("nan"), num)
+    residual = cross[used] - slope * spread[used]
+    variance = num / (num - 1) * float(residual @ residual) / total**2
+    return RatioEstimate(slope, variance**0.5, num)
+
+
+@dataclass(frozen=True)
+class CollapseReport:
+    """Whether attention collapses along an answer, towards one token or towards uniform.
+
+    Attributes
+    ----------
+    entropy_trend, sink_trend : RatioEstimate
+        Change a position of the normalised entropy and of the sink mass, within prompts.
+    low, high : float
+        The stated band of normalised entropy.
+    share_too_focused, share_too_diffuse, share_outside : RatioEstimate
+        Shares of the steps below the band, above it, and either.
+    num_tokens : int
+        Steps whose normalised entropy is defined.
+    """
+
+    entropy_trend: RatioEstimate
+    sink_trend: RatioEstimate
+    low: float
+    high: float
+    share_too_focused: RatioEstimate
+    share_too_diffuse: RatioEstimate
+    share_outside: RatioEstimate
+    num_tokens: int
+
+
+def collapse_report(
+    entropy_share: np.ndarray,
+    sink_mass: np.ndarray,
+    position: np.ndarray,
+    prompt_index: np.ndarray,
+    num_prompts: int,
+    band: tuple[float, float],
+) -> CollapseReport:
+    """Trend of attention along answers and the share of steps outside a stated band.
+
+    docs/theory.md, (31). Every figure carries a standard error clustered by prompt.
+
+    Parameters
+    ----------
+    entropy_share : float array (N,)
+        From :func:`normalised_entropy`; NaN where undefined.
+    sink_mass : float array (N,)
+        From :func:`attention_sink`.
+    position, prompt_index : int array (N,)
+    num_prompts : int
+    band : (low, high)
+        Normalised entropies that count as healthy, 0 <= low < high <= 1. Assumption: the caller's;
+        no paper states one that is public to us.
+
+    Raises
+    ------
+    ValueError
+        If the band is not in order within [0, 1].
+    """
+    low, high = band
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"band = ({low:g}, {high:g}): allowed is 0 <= low < high <= 1")
+    defined = np.isfinite(entropy_share)
+
+    def share(inside: np.ndarray) -> RatioEstimate:
+        return mean_over_tokens(
+            np.where(defined, inside.astype(np.float64), np.nan), prompt_index, num_prompts
+        )
+
+    focused, diffuse = entropy_share < low, entropy_share > high
+    return CollapseReport(
+        position_trend(entropy_share, position, prompt_index, num_prompts),
+        position_trend(sink_mass, position, prompt_index, num_prompts),
+        float(low),
+        float(high),
+        share(focused),
+        share(diffuse),
+        share(focused | diffuse),
+        int(defined.sum()),
+    )

@@ -90,6 +90,16 @@ class ImportanceSettings:
     k: float = 16.0
     gamma: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.variant not in ("topk", "context"):
+            raise ValueError(f"variant = {self.variant!r}: allowed are 'topk', 'context'")
+        if not np.isfinite(self.k) or (self.variant == "topk" and self.k < 1):
+            raise ValueError(f"k = {self.k}: allowed is >= 1 for topk, finite for context")
+        if not 0 <= self.gamma <= (1 if self.variant == "context" else np.finfo(float).max):
+            raise ValueError(
+                f"gamma = {self.gamma}: allowed is [0, inf) for topk, [0, 1] for context"
+            )
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -196,6 +206,9 @@ def make_policy(
             importance=importance or ImportanceSettings(),
         )
     if name in ("cu-hlm-offline", "cu-hlm-online"):
+        kind = FixedSize if name == "cu-hlm-offline" else OnlineSize
+        if size is not None and not isinstance(size, kind):
+            raise ValueError(f"policy {name}: its size is a {kind.__name__}, not {size!r}")
         rule = DraftFromSent() if draft_from_sent else TruncatedDistribution()
         return Policy(name, gate, rule, size=size)
     plain: dict[str, AnyRule] = {

@@ -83,12 +83,9 @@ def binned_means(
     check_unit_interval(rejection_prob, "rejection_prob")
     if num_bins < 2:
         raise ValueError(f"num_bins = {num_bins}: allowed is >= 2")
-    edges = np.unique(np.quantile(uncertainty, np.linspace(0, 1, num_bins + 1)))
-    raw = (
-        np.searchsorted(edges[1:-1], uncertainty, side="left")
-        if len(edges) > 2
-        else (np.zeros(len(uncertainty), dtype=int))
-    )
+    # Inner edges only: a pile-up at the least value is then an edge, and a bin, of its own.
+    inner_edges = np.unique(np.quantile(uncertainty, np.linspace(0, 1, num_bins + 1)[1:-1]))
+    raw = np.searchsorted(inner_edges, uncertainty, side="left")
     _, bins = np.unique(raw, return_inverse=True)
     counts = np.bincount(bins)
     return BinnedMeans(

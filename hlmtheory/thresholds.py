@@ -121,6 +121,11 @@ def risk_budget_threshold(
     check_unit_interval(alpha, "alpha")
     if len(uncertainty) == 0:
         raise ValueError("uncertainty is empty: give at least one token")
+    if len(rejection_prob) != len(uncertainty):
+        raise ValueError(
+            f"rejection_prob has {len(rejection_prob)} entries for {len(uncertainty)} of "
+            "uncertainty: give one for each token"
+        )
     order = np.argsort(uncertainty, kind="stable")
     u_sorted = np.asarray(uncertainty, dtype=np.float64)[order]
     risk = np.cumsum(np.asarray(rejection_prob, dtype=np.float64)[order]) / len(u_sorted)
@@ -138,7 +143,9 @@ def risk_budget_threshold(
             f"the least uncertain tokens (u = {over:.3g}) already carry risk {risk[first_over]:.3g}"
             f" > {alpha:g}",
         )
-    return Threshold(rule, float((below[-1] + over) / 2), True, "")
+    middle = (below[-1] + over) / 2
+    # Between neighbouring floats the midpoint rounds to one of them, maybe to the wrong one.
+    return Threshold(rule, float(middle if middle < over else below[-1]), True, "")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,4 @@
-"""Vocabulary truncation: what k probabilities cost, bounds on it, and the size to send.
-
-The work here is finding the head of a distribution. numpy partitions and sorts plain values an
-order of magnitude faster than torch on a processor, so tensors in main memory are read as numpy
-arrays (the same memory, no copy); on an accelerator the same formulas run on torch.
-"""
+"""Vocabulary truncation: what k probabilities cost, bounds on it, and the size to send."""
 
 from __future__ import annotations
 
@@ -11,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import array_namespace, device
 
-from hlmtheory.acceptance import rejection_probability, residual_distribution, total_variation
+from hlmtheory.acceptance import rejection_probability, residual_distribution
 from hlmtheory.domain import (
     Array,
     check_distribution,
@@ -21,26 +16,11 @@ from hlmtheory.domain import (
     check_same_shape,
     check_unit_interval,
 )
+from hlmtheory.head import Head, check_sizes, tail_level
 from hlmtheory.order import largest, put_along_last_axis
 
 HEAD_SIZE = 16384
 """Entries of a distribution looked at first; a row whose tail reaches further is redone whole."""
-
-
-def _check_sizes(low: int, high: int, vocab_size: int) -> None:
-    if low < 1 or high > vocab_size:
-        raise ValueError(f"size = {low if low < 1 else high}: allowed is 1 to V = {vocab_size}")
-
-
-def tail_level(kept_mass: Array, size: Array | int, vocab_size: int) -> Array:
-    """Probability of each token of a uniform tail: (1 - kept mass)/(V - k), 0 for k = V."""
-    xp = array_namespace(kept_mass)
-    if isinstance(size, int | np.integer):
-        level = xp.clip(1.0 - kept_mass, 0.0, None) / max(vocab_size - int(size), 1)
-        return level if size < vocab_size else xp.zeros_like(level)
-    num_tail = xp.astype(xp.clip(vocab_size - size, 1, None), kept_mass.dtype)
-    level = xp.clip(1.0 - kept_mass, 0.0, None) / num_tail
-    return xp.where(size >= vocab_size, xp.zeros_like(level), level)
 
 
 def truncated_distribution(x: Array, size: Array | int) -> Array:
@@ -61,8 +41,9 @@ def truncated_distribution(x: Array, size: Array | int) -> Array:
     Returns
     -------
     array (..., V)
-        k = V recovers x. Among tokens of equal probability at the edge, which are kept is not
-        specified; N(k) does not depend on it.
+        k = V recovers x. Which of several equally likely tokens at the edge are kept is not
+        specified: N(k) does not depend on it, the exact bias (21) does. Half-precision logits
+        make such ties common.
 
     Raises
     ------
@@ -75,7 +56,7 @@ def truncated_distribution(x: Array, size: Array | int) -> Array:
     vocab = x.shape[-1]
     xp = array_namespace(x)
     if isinstance(size, int | np.integer):
-        _check_sizes(int(size), int(size), vocab)
+        check_sizes(int(size), int(size), vocab)
         if size == vocab:
             return xp.asarray(x, copy=True)
         values, indices = largest(x, int(size))
@@ -83,7 +64,7 @@ def truncated_distribution(x: Array, size: Array | int) -> Array:
         base = xp.broadcast_to(level[..., None], x.shape)
         return put_along_last_axis(base, indices, values)
     most = int(xp.max(size))
-    _check_sizes(int(xp.min(size)), most, vocab)
+    check_sizes(int(xp.min(size)), most, vocab)
     values, indices = largest(x, most)
     inside = xp.arange(most, device=device(x)) < size[..., None]
     kept = xp.sum(xp.where(inside, values, xp.zeros_like(values)), axis=-1)
@@ -91,70 +72,6 @@ def truncated_distribution(x: Array, size: Array | int) -> Array:
     # A row with k = V keeps every entry, so its level is never written.
     base = xp.broadcast_to(level, x.shape)
     return put_along_last_axis(base, indices, xp.where(inside, values, level))
-
-
-def _in_main_memory(x: Array) -> Array:
-    """`x` (..., V) as (B, V), a numpy view wherever it lies in main memory; float32 or float64."""
-    if "float32" not in str(x.dtype) and "float64" not in str(x.dtype):
-        xp = array_namespace(x)
-        x = xp.astype(x, xp.float32)  # half precision has no fast sort, and no numpy form
-    if is_torch_array(x) and x.device.type == "cpu":
-        x = x.detach().numpy()
-    return x.reshape(-1, x.shape[-1])
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The largest entries of each row, falling, with running sums in float64: both (B, M)."""
-
-    values: Array
-    prefix: Array
-    vocab_size: int
-
-    @classmethod
-    def of(cls, rows: Array, num: int) -> _Head:
-        """The `num` largest entries of rows (B, V) as float64."""
-        vocab = rows.shape[-1]
-        if is_torch_array(rows):
-            top = largest(rows, num)[0].double()
-            return cls(top, top.cumsum(-1), vocab)
-        top = rows if num == vocab else np.partition(rows, vocab - num, axis=-1)[:, vocab - num :]
-        top = np.sort(top, axis=-1)[:, ::-1].astype(np.float64)
-        return cls(top, np.cumsum(top, axis=-1), vocab)
-
-    def count_above(self, levels: Array) -> Array:
-        """How many of each row's entries exceed levels (B, G); the integers (B, G)."""
-        num = self.values.shape[-1]
-        if is_torch_array(levels):
-            xp = array_namespace(levels)
-            return num - xp.searchsorted(self.values.flip(-1), levels.contiguous(), side="right")
-        rising = self.values[:, ::-1]
-        return np.stack(
-            [
-                num - np.searchsorted(row, level, side="right")
-                for row, level in zip(rising, levels, strict=True)
-            ]
-        )
-
-    def kept_mass(self, sizes: Array) -> Array:
-        """S_k at sizes (B, G) within the head."""
-        return array_namespace(sizes).take_along_axis(self.prefix, sizes - 1, axis=-1)
-
-    def reaches(self, sizes: Array) -> Array:
-        """Whether all entries above the tail level c_k lie in the head, (B, G)."""
-        if self.values.shape[-1] == self.vocab_size:
-            return sizes > 0
-        level = tail_level(self.kept_mass(sizes), sizes, self.vocab_size)
-        return self.values[:, -1:] <= level
-
-    def deviation(self, sizes: Array) -> Array:
-        """N(k) at sizes (B, G) that the head reaches."""
-        xp = array_namespace(sizes)
-        kept = self.kept_mass(sizes)
-        level = tail_level(kept, sizes, self.vocab_size)
-        last = xp.maximum(self.count_above(level), sizes)  # crossover: x_i > c_k for i <= last
-        excess = self.kept_mass(last) - kept - xp.astype(last - sizes, kept.dtype) * level
-        return xp.where(sizes >= self.vocab_size, 0 * kept, xp.clip(2.0 * excess, 0.0, None))
 
 
 def tail_deviation(x: Array) -> Array:
@@ -166,9 +83,9 @@ def tail_deviation(x: Array) -> Array:
     docs/theory.md, (17), for all k at once in O(V log V): one sort, prefix sums S_k, and a binary
     search for the place where the sorted probabilities cross c_k.
 
-    N never increases. Let D(A) be the sum of |a - mean(A)| over the tail A, and a_0 the entry that
-    k + 1 takes out of it. The mean of A without a_0 lies |a_0 - mean(A)|/(|A| - 1) away from
-    mean(A), so D(A without a_0) <= sum over A without a_0 of |a - mean(A)| + |a_0 - mean(A)| = D(A).
+    N never increases. Let D(A) be the sum of |a - mean(A)| over a tail A, and a_0 the entry that
+    k + 1 takes out of it. The mean of the rest lies |a_0 - mean(A)|/(|A| - 1) away from mean(A),
+    so D(rest) <= sum over the rest of |a - mean(A)| + |a_0 - mean(A)| = D(A).
 
     Parameters
     ----------
@@ -189,11 +106,11 @@ def tail_deviation(x: Array) -> Array:
     Source: docs/theory.md, (17); the quantity is CU-HLM's.
     """
     check_distribution(x, "x")
-    rows = _in_main_memory(x)
+    rows = Head.rows(x)
     xp = array_namespace(rows)
     vocab = rows.shape[-1]
     sizes = xp.broadcast_to(xp.arange(1, vocab + 1, device=device(rows)), rows.shape)
-    return _like(_Head.of(rows, vocab).deviation(sizes), x, tuple(x.shape))
+    return Head.restore(Head.of(rows, vocab).deviation(sizes), x, tuple(x.shape))
 
 
 def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
@@ -222,29 +139,21 @@ def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     Source: docs/theory.md, (17).
     """
     check_distribution(x, "x")
-    rows = _in_main_memory(x)
+    rows = Head.rows(x)
     xp = array_namespace(rows)
     vocab = rows.shape[-1]
-    _check_sizes(min(sizes), max(sizes), vocab)
+    check_sizes(min(sizes), max(sizes), vocab)
     shape = (rows.shape[0], len(sizes))
     grid = xp.broadcast_to(xp.asarray(sizes, dtype=xp.int64, device=device(rows)), shape)
     below_vocab = max((k for k in sizes if k < vocab), default=1)
-    num = min(vocab, max(HEAD_SIZE, 4 * below_vocab))
-    head = _Head.of(rows, num)
+    num = min(vocab, max(HEAD_SIZE, 8 * below_vocab))
+    head = Head.of(rows, num)
     inside = xp.clip(grid, None, num)  # k = V needs no head: its N is set to zero
     short = ~xp.all(head.reaches(inside) | (grid >= vocab), axis=-1)
     deviation = xp.where(grid >= vocab, 0 * head.prefix[:, :1], head.deviation(inside))
     if bool(xp.any(short)):
-        deviation[short] = _Head.of(rows[short], vocab).deviation(grid[short])
-    return _like(deviation, x, (*x.shape[:-1], len(sizes)))
-
-
-def _like(values: Array, x: Array, shape: tuple[int, ...]) -> Array:
-    """`values` in the namespace, precision and place of x."""
-    xp = array_namespace(x)
-    if is_torch_array(x) and not is_torch_array(values):
-        values = xp.asarray(values)
-    return xp.astype(xp.reshape(values, shape), x.dtype, copy=False)
+        deviation[short] = Head.of(rows[short], vocab).deviation(grid[short])
+    return Head.restore(deviation, x, (*x.shape[:-1], len(sizes)))
 
 
 def online_bound_denominator(draft_prob: Array, rejection_prob: Array, eta: float = 1.0) -> Array:
@@ -381,97 +290,6 @@ def reference_law_bias(x: Array, y: Array, reference: Array) -> Array:
     return xp.sum(xp.abs(output - y), axis=-1) / 2
 
 
-def truncation_bias_at(x: Array, y: Array, sizes: Sequence[int]) -> Array:
-    r"""The exact bias (21) of :func:`truncation_bias` at several k, in about one pass over V.
-
-    A token v outside the top k with both x_v <= c_k and y_v <= c_k is accepted with probability
-    y_v/c_k and never resampled, so all such tokens together enter through the sums of x, y and x y
-    alone. Those of the smallest c_k are summed once; only the others are looked at for every k.
-
-    Parameters
-    ----------
-    x, y : array (..., V)
-        Device and server distributions.
-    sizes : sequence of int
-        k in 1..V.
-
-    Returns
-    -------
-    array (..., len(sizes))
-
-    Raises
-    ------
-    ValueError
-        If x or y is not a distribution, the vocabularies differ, or a size lies outside 1..V.
-
-    Source: docs/theory.md, (21).
-    """
-    check_distribution(x, "x")
-    check_distribution(y, "y")
-    check_same_shape(x, y, "x", "y")
-    _check_sizes(min(sizes), max(sizes), x.shape[-1])
-    rows_x, rows_y = _in_main_memory(x), _in_main_memory(y)
-    if is_torch_array(rows_x):
-        return array_namespace(x).stack([truncation_bias(x, y, k) for k in sizes], axis=-1)
-    values = np.stack([_bias_row(p, q, sizes) for p, q in zip(rows_x, rows_y, strict=True)])
-    return _like(values, x, (*x.shape[:-1], len(sizes)))
-
-
-def _bias_row(x: np.ndarray, y: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """The exact bias at sizes (G,) for one pair of distributions (V,)."""
-    vocab = len(x)
-    most = max((k for k in sizes if k < vocab), default=1)
-    top = np.partition(x, vocab - most)[vocab - most :]
-    smallest = float(tail_level(np.sum(top, dtype=np.float64), most, vocab))
-    looked_at = (x >= min(smallest, float(np.min(top)))) | (y > smallest)
-    xs, ys = x[looked_at].astype(np.float64), y[looked_at].astype(np.float64)
-    order = np.argsort(-xs)
-    xs, ys = xs[order], ys[order]
-    zero = x.dtype.type(0)
-    rest_x = np.where(looked_at, zero, x)
-    sum_x, sum_y = float(np.sum(rest_x)), float(np.sum(np.where(looked_at, zero, y)))
-    sum_xy = float(rest_x @ y)
-    prefix = np.cumsum(xs)
-    missing, excess = np.cumsum(np.maximum(xs - ys, 0.0)), np.cumsum(np.maximum(ys - xs, 0.0))
-    out = np.zeros(len(sizes))
-    for i, k in enumerate(sizes):
-        level = float(tail_level(prefix[k - 1], k, vocab)) if k < vocab else 0.0
-        if k >= vocab:
-            continue
-        tail_x, tail_y = xs[k:], ys[k:]
-        accepted = tail_x * np.minimum(tail_y / level, 1.0) if level > 0 else tail_x
-        above = np.maximum(tail_y - level, 0.0)
-        rest_accepted = sum_xy / level if level > 0 else sum_x
-        rejected = missing[k - 1] + np.sum(tail_x - accepted) + max(sum_x - rest_accepted, 0.0)
-        residual = excess[k - 1] + np.sum(above)
-        share = rejected / residual if residual > 0 else 0.0
-        gap = np.sum(np.abs(accepted + share * above - tail_y))
-        rest_gap = max(sum_y - rest_accepted, 0.0) if level > 0 else 0.0
-        out[i] = (excess[k - 1] * abs(share - 1.0) + gap + rest_gap) / 2
-    return out
-
-
-def draft_from_sent_rejection(x: Array, y: Array, size: Array | int) -> Array:
-    r"""Mean rejection probability when drafts are drawn from the truncated law: TV(xhat, y).
-
-    docs/theory.md, (23): draft and verify with the law that is sent, and the output is exactly y
-    for every k; the price is this many rejections instead of TV(x, y), at most N(k)/2 more.
-
-    Parameters
-    ----------
-    x, y : array (..., V)
-    size : int or integer array (...)
-
-    Returns
-    -------
-    array (...)
-        k = V recovers TV(x, y).
-
-    Source: docs/theory.md, (23); known from quantise-sample-verify work.
-    """
-    return total_variation(truncated_distribution(x, size), y)
-
-
 def online_truncation_size(
     x: Array, draft_prob: Array, rejection_prob: Array, theta: float = 0.1, eta: float = 1.0
 ) -> Array:
@@ -509,19 +327,19 @@ def online_truncation_size(
     check_positive(theta, "theta")
     check_distribution(x, "x")
     limits = theta * online_bound_denominator(draft_prob, rejection_prob, eta)
-    rows = _in_main_memory(x)
+    rows = Head.rows(x)
     vocab = rows.shape[-1]
-    limit = _in_main_memory(limits[..., None])
-    sizes, settled = _smallest_sizes(_Head.of(rows, min(vocab, HEAD_SIZE)), limit)
+    limit = Head.rows(limits[..., None])
+    sizes, settled = _smallest_sizes(Head.of(rows, min(vocab, HEAD_SIZE)), limit)
     xp = array_namespace(rows)
     if not bool(xp.all(settled)):
         rest = ~settled
-        sizes[rest], _ = _smallest_sizes(_Head.of(rows[rest], vocab), limit[rest])
+        sizes[rest], _ = _smallest_sizes(Head.of(rows[rest], vocab), limit[rest])
     out = array_namespace(x)
     return out.reshape(out.asarray(sizes), tuple(x.shape[:-1]))
 
 
-def _smallest_sizes(head: _Head, limit: Array) -> tuple[Array, Array]:
+def _smallest_sizes(head: Head, limit: Array) -> tuple[Array, Array]:
     """min{k : N(k) <= limit} (B,) by bisection, and whether the head settles it, (B,) bool."""
     xp = array_namespace(head.values)
     num = head.values.shape[-1]
@@ -595,8 +413,10 @@ def offline_truncation(
     check_positive(theta, "theta")
     table = np.atleast_2d(np.asarray(bounds))
     if table.shape[1] != len(sizes) or any(np.diff(np.asarray(sizes)) < 0):
-        raise ValueError(f"sizes has {len(sizes)} entries for {table.shape[1]} columns: give rising "
-                         "sizes, one for each column of bounds")
+        raise ValueError(
+            f"sizes has {len(sizes)} entries for {table.shape[1]} columns of bounds: give rising "
+            "sizes, one for each column"
+        )
     known = table[np.isfinite(table).all(axis=1)]
     if len(known) == 0:
         raise ValueError("bounds has no complete row: give at least one token")

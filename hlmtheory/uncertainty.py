@@ -251,6 +251,11 @@ def sampled_uncertainty(probabilities: Array, uniforms: Array) -> Array:
     """
     check_unit_interval(probabilities, "probabilities")
     check_unit_interval(uniforms, "uniforms")
+    if uniforms.shape[-1] != probabilities.shape[-1]:
+        raise ValueError(
+            f"uniforms has {tuple(uniforms.shape)} and probabilities {tuple(probabilities.shape)}: "
+            "give one uniform for each temperature, on the last axis"
+        )
     xp = array_namespace(probabilities, uniforms)
     return xp.mean(xp.astype(uniforms >= probabilities, probabilities.dtype), axis=-1)
 

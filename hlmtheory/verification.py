@@ -165,6 +165,7 @@ def output_law(
     check_distribution(x, "x")
     check_distribution(y, "y")
     check_same_shape(x, y, "x", "y")
+    check_same_shape(x, skip_probability, "x", "skip_probability")
     check_unit_interval(skip_probability, "skip_probability")
     xp = array_namespace(x, y)
     reference = rule.reference_law(x, size)
@@ -193,7 +194,8 @@ def bias_lower_bound(x: Array, y: Array, skip_probability: Array) -> Array:
 
     .. math:: \rho(s) = \sum_v \max(\sigma_v x_v - y_v, 0)
 
-    docs/theory.md, (13): every scheme emits v with probability at least sigma_v x_v. For a gate
+    docs/theory.md, (13): every scheme that draws its drafts from x emits v with probability at
+    least sigma_v x_v. For a gate
     with sigma in {0, 1} it equals the rejection risk (11), sum_v sigma_v max(x_v - y_v, 0).
 
     Parameters
@@ -208,6 +210,7 @@ def bias_lower_bound(x: Array, y: Array, skip_probability: Array) -> Array:
     check_distribution(x, "x")
     check_distribution(y, "y")
     check_same_shape(x, y, "x", "y")
+    check_same_shape(x, skip_probability, "x", "skip_probability")
     check_unit_interval(skip_probability, "skip_probability")
     xp = array_namespace(x, y)
     return xp.sum(xp.clip(skip_probability * x - y, 0.0, None), axis=-1)

@@ -30,8 +30,9 @@ NUM_LINE_POINTS = 201
 
 def binned_relation(loaded: LoadedRun) -> tuple[np.ndarray, Curve]:
     """Mean uncertainty of each bin, and its mean rejection probability with interval."""
-    trace, fit = loaded.trace, loaded.calibration["fit"]
-    bins = binned_means(trace["uncertainty"], trace["rejection_prob"], int(fit["num_bins"]))
+    trace = loaded.trace
+    # As many bins as the fit asked for: fewer come back where tokens tie, here as there.
+    bins = binned_means(trace["uncertainty"], trace["rejection_prob"])
     means = group_means(
         trace["rejection_prob"],
         bins.bin_of_token,

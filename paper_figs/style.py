@@ -178,7 +178,8 @@ def finish(figure: Figure, question: str, caption: str) -> Figure:
     """
     left = 0.012
     figure.suptitle(question, x=left, ha="left", fontsize=11, fontweight="bold", parse_math=False)
-    wrapped = wrap(caption, (1 - 2 * left) * WIDTH_IN * 72, CAPTION_SIZE_PT)
+    # Glyphs snapped to pixels are up to a thirtieth wider than their outlines.
+    wrapped = wrap(caption, (1 - 2 * left) * WIDTH_IN * 72 / (1 + 1 / 30), CAPTION_SIZE_PT)
     # Prompt names may hold a dollar sign, which is not the start of a formula here.
     figure.supxlabel(
         wrapped, x=left, ha="left", fontsize=CAPTION_SIZE_PT, color="#303030", parse_math=False

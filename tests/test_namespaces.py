@@ -97,26 +97,37 @@ FUNCTIONS: dict[str, Call] = {
     "attention_entropy": lambda a: F.attention_entropy(a["row"]),
     "attention_sink": lambda a: F.attention_sink(a["attention"]),
     "bias_lower_bound": lambda a: F.bias_lower_bound(a["x"], a["y"], a["sigma"]),
+    "capacity_bps": lambda a: F.capacity_bps(1e6, snr_db=20 * a["u"] - 10),
     "context_attention": lambda a: F.context_attention(a["attention"], a["mask"]),
     "draft_from_sent_rejection": lambda a: F.draft_from_sent_rejection(a["x"], a["y"], a["size"]),
     "entropy": lambda a: F.entropy(a["x"]),
+    "ergodic_rayleigh_rate_bps": lambda a: F.ergodic_rayleigh_rate_bps(1e6, snr=a["u"] + 0.01),
     "exact_uncertainty": lambda a: F.exact_uncertainty(a["logits"], a["tokens"], THETAS),
     "expected_rejection": lambda a: F.expected_rejection(a["x"], a["y"]),
     "largest": lambda a: F.largest(a["x"], 30),
     "linear_rejection": lambda a: F.linear_rejection(a["u"], 0.82, -0.06),
+    "linear_snr": lambda a: F.linear_snr(snr_db=20 * a["u"] - 10),
     "log_partitions": lambda a: F.log_partitions(a["logits"], THETAS),
     "margin": lambda a: F.margin(a["x"]),
+    "mean_throughput_at_skip_rate_tok_s": lambda a: F.mean_throughput_at_skip_rate_tok_s(
+        a["u"], a["uplink_ms"] + 20, a["uplink_ms"] + 90
+    ),
     "mean_throughput_tok_s": lambda a: F.mean_throughput_tok_s(a["uplink_ms"] + 20),
     "normalised_attention": lambda a: F.normalised_attention(a["attention"], a["mask"]),
+    "normalised_entropy": lambda a: F.normalised_entropy(a["u"], a["size"]),
+    "num_unsent_before": lambda a: F.num_unsent_before(a["x"] > 0.01, a["x"] > 0.05),
     "online_bound_denominator": lambda a: F.online_bound_denominator(a["draft_prob"], a["u"]),
     "online_truncation_size": lambda a: F.online_truncation_size(a["x"], a["draft_prob"], a["u"]),
     "optimal_payload": lambda a: F.optimal_payload(a["x"], 200).bias_bound.tolist(),
+    "outage_gain": lambda a: F.outage_gain(1e6 * (a["u"] + 0.1), 1e6, snr_db=10.0),
+    "outage_probability": lambda a: F.outage_probability(1e6 * (a["u"] + 0.1), 1e6, snr_db=10.0),
     "output_bias": lambda a: [
         F.output_bias(rule, a["x"], a["y"], a["sigma"], a["size"]) for rule in RULES
     ],
     "output_law": lambda a: [
         F.output_law(rule, a["x"], a["y"], a["sigma"], a["size"]) for rule in RULES
     ],
+    "pareto_front": lambda a: F.pareto_front(a["x"][:, :3]),
     "participation_ratio": lambda a: F.participation_ratio(a["row"]),
     "payload_bits": lambda a: F.payload_bits(a["size"], VOCAB, accounting="full"),
     "perturbed_probabilities": lambda a: F.perturbed_probabilities(
@@ -136,9 +147,15 @@ FUNCTIONS: dict[str, Call] = {
     "sample_inverse_cdf": lambda a: F.sample_inverse_cdf(a["x"], a["two_uniforms"]),
     "sampled_uncertainty": lambda a: F.sampled_uncertainty(a["p"], a["uniforms"]),
     "sampled_uncertainty_variance": lambda a: F.sampled_uncertainty_variance(a["p"]),
+    "scaled_exponential_integral": lambda a: F.scaled_exponential_integral(
+        20 * a["draft_prob"] ** 3 + 0.01
+    ),
     "tail_deviation": lambda a: F.tail_deviation(a["x"]),
     "tail_deviation_at": lambda a: F.tail_deviation_at(a["x"], [1, 30, VOCAB]),
     "tail_level": lambda a: F.tail_level(a["u"], a["size"], VOCAB),
+    "throughput_at_skip_rate_tok_s": lambda a: F.throughput_at_skip_rate_tok_s(
+        a["u"], a["uplink_ms"] + 20, a["uplink_ms"] + 90
+    ),
     "throughput_tok_s": lambda a: F.throughput_tok_s(a["uplink_ms"] + 20),
     "token_energy_j": lambda a: F.token_energy_j(a["sent"], a["uplink_ms"], PROFILE, 15.0),
     "token_time_ms": lambda a: F.token_time_ms(a["sent"], a["uplink_ms"], PROFILE, 15.0),
@@ -198,6 +215,9 @@ METHODS: dict[str, Call] = {
         .threshold(1.5)
     ),
     "link.uplink_time_ms": lambda a: [channel.uplink_time_ms(a["bits"]) for channel in LINKS],
+    "link.sample_uplink_time_ms": lambda a: [
+        channel.sample_uplink_time_ms(a["bits"], a["u"]) for channel in LINKS
+    ],
 }
 
 

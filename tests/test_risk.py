@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hlmtheory.acceptance import total_variation
-from hlmtheory.clusters import mean_over_tokens, sum_by_prompt
+from hlmtheory.clusters import mean_over_tokens, resample_prompts, sum_by_prompt
 from hlmtheory.risk import (
     cluster_bootstrap_ratio,
     cross_fitted_score,
@@ -150,7 +150,9 @@ def test_conditional_mean_is_the_best_score():
     beta = mean[kinds]
     index = np.arange(6_000) % 40
     best = skip_risk_curve(mean[kinds], beta, index, 40)
-    for order in itertools.chain([np.argsort(mean)[::-1]], (rng.permutation(12) for _ in range(40))):
+    for order in itertools.chain(
+        [np.argsort(mean)[::-1]], (rng.permutation(12) for _ in range(40))
+    ):
         rank = np.empty(12)
         rank[order] = np.arange(12)
         other = skip_risk_curve(rank[kinds], beta, index, 40)
@@ -183,7 +185,7 @@ def test_linear_risk_closed_form():
 
 
 def test_sequence_bound_holds_exactly():
-    """(14) by enumeration: V = 3, T = 3, contexts are prefixes, every answer's probability known."""
+    """(14) by enumeration: V = 3, T = 3, contexts are prefixes, every answer's probability."""
     rng = np.random.default_rng(9)
     for _ in range(20):
         laws: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, float]] = {}
@@ -216,11 +218,8 @@ def test_bootstrap_is_its_definition():
     found = cluster_bootstrap_ratio(
         sums.rejected, sums.num_tokens, 300, np.random.default_rng(11), 0.9
     )
-    generator = np.random.default_rng(11)
-    counts = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=300)
-    ratios = np.array(
-        [(w @ sums.rejected) / (w @ sums.num_tokens) for w in counts.astype(float)]
-    )
+    counts = resample_prompts(num_prompts, 300, np.random.default_rng(11))
+    ratios = np.array([(w @ sums.rejected) / (w @ sums.num_tokens) for w in counts.astype(float)])
     np.testing.assert_allclose(found.low, np.quantile(ratios, 0.05, axis=0), atol=WORST)
     np.testing.assert_allclose(found.high, np.quantile(ratios, 0.95, axis=0), atol=WORST)
     np.testing.assert_allclose(
@@ -230,7 +229,7 @@ def test_bootstrap_is_its_definition():
 
 def test_bootstrap_agrees_with_linearisation():
     """2,000 prompts: both are asymptotic, and differ by the bootstrap's own noise and 1/n."""
-    score, beta, index, num_prompts = random_trace(12, 2_000)
+    _, beta, index, num_prompts = random_trace(12, 2_000)
     sums = sum_by_prompt(beta, index, num_prompts)
     lengths = sum_by_prompt(np.ones(len(beta)), index, num_prompts)
     found = cluster_bootstrap_ratio(sums, lengths, 4_000, np.random.default_rng(13))
@@ -316,7 +315,9 @@ def test_importing_stays_light():
         "import sys, hlmtheory.risk, hlmtheory.guarantees; "
         "print(sorted({'torch', 'sklearn', 'matplotlib', 'transformers'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 

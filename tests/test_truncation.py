@@ -51,9 +51,7 @@ def truncated_by_definition(x: np.ndarray, k: int) -> np.ndarray:
 
 def deviation_by_definition(x: np.ndarray) -> np.ndarray:
     """N(1..V), O(V^2): build each truncation and sum the differences."""
-    return np.array(
-        [np.abs(x - truncated_by_definition(x, k)).sum() for k in range(1, len(x) + 1)]
-    )
+    return np.array([np.abs(x - truncated_by_definition(x, k)).sum() for k in range(1, len(x) + 1)])
 
 
 def random_rows(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
@@ -185,7 +183,10 @@ def test_bounds_hold_and_nest():
         exact = truncation_bias(x, y, size)
         deviation = np.take_along_axis(tail_deviation(x), size[:, None] - 1, axis=-1)[:, 0]
         draft, beta = rng.uniform(size=(2, len(x)))
-        sharp, soft = truncation_bias_bound(deviation), truncation_bound_soft(deviation, draft, beta)
+        sharp, soft = (
+            truncation_bias_bound(deviation),
+            truncation_bound_soft(deviation, draft, beta),
+        )
         np.testing.assert_allclose(
             sharp, total_variation(x, truncated_distribution(x, size)), atol=WORST
         )
@@ -324,9 +325,7 @@ def test_offline_size_is_its_definition():
     exact = next(k for k in range(1, 41) if np.mean(curves[:, k - 1]) <= theta)
     assert offline_truncation_size(curves, range(1, 41), theta) == exact
     grid = (1, 2, 4, 8, 16, 32, 40)
-    on_grid = offline_truncation(
-        tail_deviation_at(x, grid) / denominator[:, None], grid, theta
-    )
+    on_grid = offline_truncation(tail_deviation_at(x, grid) / denominator[:, None], grid, theta)
     assert on_grid.num_entries == min(k for k in grid if k >= exact)
     assert on_grid.feasible
     assert on_grid.num_tokens == 200

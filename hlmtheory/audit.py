@@ -1,0 +1,332 @@
+"""The papers' published numbers held against what the theory says they imply.
+
+docs/theory.md, section 10. A published number stands for an interval, half a unit of its last digit
+to either side; what follows from it is carried through as an interval too, and a row is consistent
+where the two can meet. Inconsistent does not mean wrong: it means that the numbers cannot come from
+one setting under that reading, and the row says which reading or setting they need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hlmtheory.cost import payload_bits, speedup_ceiling
+from hlmtheory.published import Implied, PublishedNumber, PublishedTable, imply
+from hlmtheory.reconcile import (
+    AVERAGINGS,
+    compared_pair,
+    device_time_ms,
+    pair_sent_ratio,
+    throughput_gain,
+    uplink_ratio_for_gain,
+)
+from hlmtheory.thresholds import risk_averse_threshold, risk_prone_threshold
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One published number and what the theory says of it.
+
+    Attributes
+    ----------
+    system : str
+    quantity : str
+        What is compared; "A -> B" where the implied figure B is another quantity than the published
+        A.
+    published, implied : float
+    explanation : str
+    consistent : bool
+        Whether published and implied can meet within rounding.
+    implied_low, implied_high : float or None
+        Interval of the implied figure from the rounding of everything it was worked out from. A
+        ceiling has its own lowest and highest value here. None where rounding leaves no bound.
+    unit : str
+        Of the implied figure.
+    mark : str
+        Of the published number; one of published.MARKS.
+    """
+
+    system: str
+    quantity: str
+    published: float
+    implied: float
+    explanation: str
+    consistent: bool
+    implied_low: float | None
+    implied_high: float | None
+    unit: str = ""
+    mark: str = "abstract"
+
+
+def _row(
+    system: str,
+    quantity: str,
+    number: PublishedNumber,
+    implied: Implied,
+    explanation: str,
+    consistent: bool | None = None,
+    unit: str | None = None,
+) -> AuditRow:
+    return AuditRow(
+        system,
+        quantity,
+        number.value,
+        implied.value,
+        explanation,
+        implied.meets(number) if consistent is None else consistent,
+        implied.low if math.isfinite(implied.low) else None,
+        implied.high if math.isfinite(implied.high) else None,
+        number.unit if unit is None else unit,
+        number.mark,
+    )
+
+
+def audit(published: Sequence[PublishedNumber]) -> tuple[AuditRow, ...]:
+    """Every published number against the theory, one row for each comparison.
+
+    docs/theory.md, section 10.
+
+    Parameters
+    ----------
+    published : sequence of PublishedNumber
+        Those of data/published.json.
+
+    Returns
+    -------
+    tuple of AuditRow
+
+    Raises
+    ------
+    ValueError
+        If a number is missing or given twice.
+    """
+    numbers = PublishedTable(published)
+    return (
+        *_threshold_rows(numbers),
+        *_payload_rows(numbers),
+        *_u_hlm_rows(numbers),
+        *_cu_hlm_rows(numbers),
+        *_ui_hlm_rows(numbers),
+    )
+
+
+def _threshold_rows(numbers: PublishedTable) -> list[AuditRow]:
+    slope, intercept = numbers("U-HLM", "slope"), numbers("U-HLM", "intercept")
+    averse = numbers("U-HLM", "risk_averse_threshold")
+    prone = numbers("U-HLM", "risk_prone_threshold")
+
+    def averse_at(a: float, b: float) -> float:
+        return risk_averse_threshold(a, b).uncertainty_threshold
+
+    def delta_at(u: float, a: float, b: float) -> float:
+        return a * u + b
+
+    delta = imply(delta_at, prone, slope, intercept)
+    again = risk_prone_threshold(slope.value, intercept.value, delta.value).uncertainty_threshold
+    other = (numbers("CU-HLM", "slope"), numbers("CU-HLM", "intercept"))
+    return [
+        _row(
+            "U-HLM", "risk-averse threshold -b/a", averse, imply(averse_at, slope, intercept),
+            "where the line predicts no rejection",
+        ),
+        _row(
+            "U-HLM", "risk-prone threshold -> Delta = P(y_d < x_d)", prone, delta,
+            f"Delta = a u_th + b; (Delta - b)/a gives {again:.3g} back. A pair whose Delta is at "
+            "least a + b skips everything under this rule",
+            consistent=delta.low >= 0 and delta.high <= 1,
+        ),
+        _row(
+            "CU-HLM", "U-HLM's risk-averse threshold as -b/a of this fit", averse,
+            imply(averse_at, *other),
+            "the two papers' fits give different thresholds: quote the fit with the threshold",
+        ),
+    ]  # fmt: skip
+
+
+def _payload_rows(numbers: PublishedTable) -> list[AuditRow]:
+    vocab, k = numbers("CU-HLM", "vocab_size"), numbers("CU-HLM", "num_entries")
+    compression = numbers("CU-HLM", "vocabulary_compression")
+    full, best = numbers("CU-HLM", "payload_full_bytes"), numbers("CU-HLM", "payload_best_bytes")
+
+    def payload_bytes(num_entries: float, vocab_size: float) -> float:
+        return float(payload_bits(num_entries, int(vocab_size))) / 8
+
+    def compression_at(num_entries: float, vocab_size: float) -> float:
+        return 1 - payload_bytes(num_entries, vocab_size) / payload_bytes(vocab_size, vocab_size)
+
+    def entries_at(share: float, vocab_size: float) -> float:
+        return (1 - share) * vocab_size
+
+    # If the full distribution goes in vocabulary order, its indices need not be sent.
+    unindexed = (1 - compression.value) * vocab.value * 8 / (payload_bytes(1, vocab.value) * 8)
+    return [
+        _row(
+            "CU-HLM", "payload of the full vocabulary", full,
+            imply(payload_bytes, vocab, vocab), "V (8 + ceil(log2 V)) bit",
+        ),
+        _row(
+            "CU-HLM", "payload of the optimal k", best, imply(payload_bytes, k, vocab),
+            "k (8 + ceil(log2 V)) bit",
+        ),
+        _row(
+            "CU-HLM", "vocabulary compression, at k* = 30", compression,
+            imply(compression_at, k, vocab),
+            "the optimal k compresses far more than the abstract says: another k, or another mean",
+        ),
+        _row(
+            "CU-HLM", "optimal k, from the compression", k,
+            imply(entries_at, compression, vocab),
+            f"97.4 % leaves 2.6 % of V; {unindexed:.0f} if the full vocabulary is billed without "
+            "indices",
+        ),
+    ]  # fmt: skip
+
+
+def _u_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
+    skip, gain = numbers("U-HLM", "skip_rate"), numbers("U-HLM", "throughput_ratio")
+    ceiling = imply(speedup_ceiling, skip)
+    needed = 1 - 1 / gain.value
+    sent = imply(_gain_to_sent_ratio, gain, skip)
+    mean_time = throughput_gain(skip.value, sent.value)
+    return [
+        _row(
+            "U-HLM", "speed-up over HLM in mean token time (ceiling)", gain, ceiling,
+            f"1/(1 - p), reached only if device time is free; {gain.value:g}x needs p of at least "
+            f"{needed:.1%}, so no (t_slm, t_up, t_llm) gives it",
+            consistent=gain.low <= ceiling.high,
+        ),
+        _row(
+            "U-HLM", "speed-up over HLM as mean of throughputs -> (t_up + t_llm)/t_slm", gain, sent,
+            "1 + p r: reconciled at this r; the speed-up in mean token time is then only "
+            f"{mean_time:.2f}x",
+            consistent=math.isfinite(sent.value), unit="t_slm",
+        ),
+    ]  # fmt: skip
+
+
+def _gain_to_sent_ratio(gain: float, skip_rate: float) -> float:
+    """r = t_up + t_llm in t_slm: without truncation only the sum counts, so l = 0 will do."""
+    return float(uplink_ratio_for_gain(gain, skip_rate, averaging="mean-of-throughputs"))
+
+
+def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
+    skip, gain = numbers("CU-HLM", "skip_rate"), numbers("CU-HLM", "throughput_ratio")
+    compression = numbers("CU-HLM", "vocabulary_compression")
+    k, vocab = numbers("CU-HLM", "num_entries"), numbers("CU-HLM", "vocab_size")
+    best_ratio = k.value / vocab.value
+    other_gain, other_skip = numbers("U-HLM", "throughput_ratio"), numbers("U-HLM", "skip_rate")
+
+    def ceiling_at(p: float, share: float) -> float:
+        return speedup_ceiling(p, 1 - share)
+
+    def mean_of_throughputs(g: float, p: float, share: float) -> float:
+        return float(uplink_ratio_for_gain(g, p, 0.0, 1 - share, "mean-of-throughputs"))
+
+    def ratio_of_means(g: float, p: float, entries: float) -> float:
+        return float(uplink_ratio_for_gain(g, p, 0.0, entries / vocab.value))
+
+    def best_in_other_setting(g: float, p: float, share: float, own_p: float) -> float:
+        q = _gain_to_sent_ratio(g, p)
+        return float(throughput_gain(own_p, q, 0.0, 1 - share, "mean-of-throughputs"))
+
+    ceiling = imply(ceiling_at, skip, compression)
+    uplink = imply(mean_of_throughputs, gain, skip, compression)
+    at_best = imply(ratio_of_means, gain, skip, k)
+    elsewhere = imply(best_in_other_setting, other_gain, other_skip, compression, skip)
+    mean_time = throughput_gain(skip.value, uplink.value, 0.0, 1 - compression.value)
+    full_bits = float(payload_bits(vocab.value, int(vocab.value)))
+    return [
+        _row(
+            "CU-HLM", "speed-up over HLM in mean token time, at the stated compression (ceiling)",
+            gain, ceiling,
+            "1/((1 - p) c), reached only if device and server time are free: no times give the "
+            "published figure",
+            consistent=gain.low <= ceiling.high,
+        ),
+        _row(
+            "CU-HLM", "speed-up over HLM in mean token time, at k* = 30 -> t_up/t_slm", gain,
+            at_best,
+            f"the ceiling is {speedup_ceiling(skip.value, best_ratio):,.0f}x at c = "
+            f"{best_ratio:.4%}: reconciled with t_llm = 0, more uplink with more t_llm; an uplink "
+            f"of {full_bits / at_best.value:,.0f} bit per device token",
+            consistent=math.isfinite(at_best.value), unit="t_slm",
+        ),
+        _row(
+            "CU-HLM", "speed-up over HLM as mean of throughputs, at the stated compression -> "
+            "t_up/t_slm", gain, uplink,
+            "reconciled with t_llm = 0; the speed-up in mean token time is then only "
+            f"{mean_time:.0f}x",
+            consistent=math.isfinite(uplink.value), unit="t_slm",
+        ),
+        _row(
+            "CU-HLM", "speed-up over HLM in the setting that reconciles U-HLM's (ceiling)", gain,
+            elsewhere,
+            "at U-HLM's (t_up + t_llm)/t_slm, all of it uplink, as mean of throughputs: the two "
+            "papers' figures come from different channels",
+            consistent=gain.low <= elsewhere.high,
+        ),
+    ]  # fmt: skip
+
+
+def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
+    pair = compared_pair(numbers)
+    headline = numbers("UI-HLM", "throughput_tok_s")
+    headline_saved = numbers("UI-HLM", "energy_saved")
+    other_gain = numbers("U-HLM", "throughput_ratio")
+
+    def skip_rate_at(p: float, saved: float, more_saved: float) -> float:
+        return p * more_saved / saved
+
+    def between(saved: float, more_saved: float, speed: float, more: float, own: float) -> float:
+        weight = (own - saved) / (more_saved - saved)
+        return 1 / ((1 - weight) / speed + weight / more)
+
+    def gain_here(*values: float) -> float:
+        r = pair_sent_ratio("mean-of-throughputs", *values)
+        return float(throughput_gain(values[0], r, averaging="mean-of-throughputs"))
+
+    skip = imply(skip_rate_at, pair.skip, pair.saved, pair.higher_saved)
+    line = imply(between, *pair.numbers()[1:], headline_saved)
+    gain = imply(gain_here, *pair.numbers())
+    rows = [
+        _row(
+            "U-HLM in UI-HLM", "energy saved against HLM (ceiling: the skip rate)", pair.saved,
+            Implied(pair.skip.value, pair.skip.low, pair.skip.high),
+            "skipping saves at most the share of tokens skipped; here the skipped part is "
+            f"{pair.saved.value / pair.skip.value:.0%} of HLM's energy, if U-HLM skips as in its "
+            "own paper (assumption)",
+            consistent=pair.saved.low <= pair.skip.high,
+        ),
+        _row(
+            "UI-HLM", "energy saved against HLM -> skip rate", pair.higher_saved, skip,
+            "energy falls by the same amount for every token skipped; same assumption",
+            consistent=skip.low >= 0 and skip.high <= 1, unit="",
+        ),
+    ]  # fmt: skip
+    for averaging in AVERAGINGS:
+        r = imply(lambda *values, kind=averaging: pair_sent_ratio(kind, *values), *pair.numbers())
+        slm = device_time_ms(pair.speed.value, pair.skip.value, r.value, averaging)
+        rows.append(
+            _row(
+                "UI-HLM", f"throughput beside U-HLM's, {averaging} -> (t_up + t_llm)/t_slm",
+                pair.higher_speed, r,
+                f"reconciled: t_slm = {slm:,.0f} ms, t_up + t_llm = {r.value * slm:,.0f} ms, HLM "
+                f"at {1e3 / (slm * (1 + r.value)):.2f} token/s",
+                consistent=math.isfinite(r.value), unit="t_slm",
+            )
+        )  # fmt: skip
+    rows += [
+        _row(
+            "UI-HLM", "headline throughput, from the headline energy saving", headline, line,
+            "mean token time and energy are both linear in the skip rate, so three points of one "
+            "setting lie on a line; this one does not: another setting",
+        ),
+        _row(
+            "U-HLM in UI-HLM", "U-HLM's published speed-up over HLM, as mean of throughputs",
+            other_gain, gain,
+            "1 + p r at the r above: the same system in another setting",
+        ),
+    ]  # fmt: skip
+    return rows

@@ -1,0 +1,315 @@
+"""The best operating point: which policy, threshold and k, for a link, a device and a bias budget.
+
+docs/theory.md, (30). The search is over given curves, one for each policy and k on a grid of
+thresholds. What they say of risk and bias is taken as it is; what they cost is worked out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from hlmtheory.cost import (
+    DeviceProfile,
+    mean_throughput_at_skip_rate_tok_s,
+    throughput_at_skip_rate_tok_s,
+    token_energy_j,
+    token_time_ms,
+)
+from hlmtheory.domain import Array, check_finite, check_nonnegative, check_unit_interval
+from hlmtheory.link import Link
+
+Objective: TypeAlias = Literal["throughput", "mean-throughput", "energy"]
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+"""1/E[token time], E[1/token time], or energy of a token; the first two are maximised."""
+
+PARETO_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class PolicyCurve:
+    """What one policy does at each threshold of a grid.
+
+    Attributes
+    ----------
+    policy : str
+        The gate and rule together, as the command line names them.
+    rule : str
+        Verification rule.
+    uncertainty_threshold : float array (G,)
+        u_th; 0 for a policy without a gate.
+    skip_rate : float array (G,)
+        Share of tokens emitted without the server.
+    risk : float array (G,)
+        R, expected rejection risk of the skipped tokens; docs/theory.md, (11).
+    payload_bits : float array (G,)
+        Mean uplink bits of one *sent* token.
+    bias : float array (G,)
+        Bias of truncation, on top of the risk; 0 for rules without it.
+    num_entries : int, optional
+        k of a rule with a fixed size.
+    server_only : bool
+        The server decodes alone.
+
+    Raises
+    ------
+    ValueError
+        If the arrays differ in length, are empty, or hold a value out of range.
+    """
+
+    policy: str
+    rule: str
+    uncertainty_threshold: np.ndarray
+    skip_rate: np.ndarray
+    risk: np.ndarray
+    payload_bits: np.ndarray
+    bias: np.ndarray
+    num_entries: int | None = None
+    server_only: bool = False
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.uncertainty_threshold)
+        if len(shape) != 1 or shape[0] == 0:
+            raise ValueError(f"uncertainty_threshold has shape {shape}: give at least one, (G,)")
+        for name in ("uncertainty_threshold", "skip_rate", "risk", "payload_bits", "bias"):
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            if values.shape != shape:
+                raise ValueError(f"{name} has shape {values.shape}: allowed is {shape}, the grid's")
+            if name == "payload_bits":
+                check_nonnegative(values, name)
+            else:
+                check_unit_interval(values, name)
+            object.__setattr__(self, name, values)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of a curve with what it costs, or why no point is allowed.
+
+    Attributes
+    ----------
+    policy, rule : str
+        Empty where infeasible, as every number below is NaN then.
+    num_entries : int or None
+    uncertainty_threshold, skip_rate, risk : float
+    total_bias : float
+        Risk plus truncation bias, what the budget limits: an upper bound on the bias of the output
+        where the two do not cancel.
+    uplink_bits_per_token : float
+        Over all tokens, skipped ones included.
+    token_time_ms, throughput_tok_s, mean_throughput_tok_s, energy_j_per_token : float
+    feasible : bool
+    reason : str
+        Why infeasible, or what is degenerate; empty otherwise.
+    """
+
+    policy: str
+    rule: str
+    num_entries: int | None
+    uncertainty_threshold: float
+    skip_rate: float
+    risk: float
+    total_bias: float
+    uplink_bits_per_token: float
+    token_time_ms: float
+    throughput_tok_s: float
+    mean_throughput_tok_s: float
+    energy_j_per_token: float
+    feasible: bool
+    reason: str
+
+    def loss(self, objective: Objective) -> float:
+        """The objective as something to minimise."""
+        _check_objective(objective)
+        if objective == "energy":
+            return self.energy_j_per_token
+        return -(self.throughput_tok_s if objective == "throughput" else self.mean_throughput_tok_s)
+
+
+def _check_objective(objective: str) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective = {objective!r}: allowed are {', '.join(OBJECTIVES)}")
+
+
+def curve_choices(curve: PolicyCurve, link: Link, profile: DeviceProfile) -> tuple[Choice, ...]:
+    """Every point of a curve, priced over a link for a device; docs/theory.md, (27) to (29).
+
+    Parameters
+    ----------
+    curve : PolicyCurve
+    link : Link
+    profile : DeviceProfile
+
+    Returns
+    -------
+    tuple of Choice (G,)
+        In the order of the grid, all feasible.
+
+    Assumption: every sent token of a point carries the mean payload. Mean time and energy are exact
+    all the same where time is linear in bits; the mean of throughputs is then a lower bound.
+    """
+    none = np.zeros(1)
+    uplink = np.asarray(link.uplink_time_ms(curve.payload_bits))
+    round_trip, alone = link.round_trip_ms, curve.server_only
+    sent_ms = token_time_ms(np.ones_like(uplink), uplink, profile, round_trip, alone)
+    skipped_ms = float(token_time_ms(none, none, profile, round_trip, alone)[0])
+    sent_j = token_energy_j(np.ones_like(uplink), uplink, profile, round_trip, alone)
+    skipped_j = float(token_energy_j(none, none, profile, round_trip, alone)[0])
+    skip = curve.skip_rate
+    time_ms = skip * skipped_ms + (1.0 - skip) * sent_ms
+    throughput = np.asarray(throughput_at_skip_rate_tok_s(skip, skipped_ms, sent_ms))
+    mean_throughput = np.asarray(mean_throughput_at_skip_rate_tok_s(skip, skipped_ms, sent_ms))
+    energy_j = skip * skipped_j + (1.0 - skip) * sent_j
+    total_bias = np.minimum(curve.risk + curve.bias, 1.0)
+    return tuple(
+        Choice(
+            curve.policy,
+            curve.rule,
+            curve.num_entries,
+            float(curve.uncertainty_threshold[g]),
+            float(skip[g]),
+            float(curve.risk[g]),
+            float(total_bias[g]),
+            float((1.0 - skip[g]) * curve.payload_bits[g]),
+            float(time_ms[g]),
+            float(throughput[g]),
+            float(mean_throughput[g]),
+            float(energy_j[g]),
+            True,
+            _degenerate(float(skip[g])),
+        )
+        for g in range(len(skip))
+    )
+
+
+def _degenerate(skip_rate: float) -> str:
+    if skip_rate >= 1:
+        return "degenerate: every token is skipped"
+    return "degenerate: no token is skipped" if skip_rate <= 0 else ""
+
+
+def best_choice(
+    curves: Sequence[PolicyCurve],
+    link: Link,
+    profile: DeviceProfile,
+    alpha: float,
+    objective: Objective = "throughput",
+) -> Choice:
+    r"""The fastest, or least hungry, point within a bias budget.
+
+    .. math:: \max_{\text{policy},\, u_{th},\, k} \; \frac{1}{E[t]}
+              \quad \text{subject to} \quad R + \text{truncation bias} \le \alpha
+
+    docs/theory.md, (30). Ties go to the smaller bias, then to the curve given first.
+
+    Parameters
+    ----------
+    curves : sequence of PolicyCurve
+        One for each policy and k.
+    link : Link
+    profile : DeviceProfile
+    alpha : float
+        Budget in [0, 1].
+    objective : {"throughput", "mean-throughput", "energy"}
+
+    Returns
+    -------
+    Choice
+        Infeasible, with the least bias there is as the reason, where no point keeps the budget.
+
+    Raises
+    ------
+    ValueError
+        If there is no curve, or an argument is out of range.
+    """
+    check_unit_interval(alpha, "alpha")
+    _check_objective(objective)
+    choices = _all_choices(curves, link, profile)
+    allowed = [choice for choice in choices if choice.total_bias <= alpha]
+    if allowed:
+        return min(allowed, key=lambda choice: (choice.loss(objective), choice.total_bias))
+    least = min(choices, key=lambda choice: choice.total_bias)
+    nan = float("nan")
+    return replace(
+        least,
+        policy="",
+        rule="",
+        num_entries=None,
+        uncertainty_threshold=nan,
+        skip_rate=nan,
+        risk=nan,
+        total_bias=nan,
+        uplink_bits_per_token=nan,
+        token_time_ms=nan,
+        throughput_tok_s=nan,
+        mean_throughput_tok_s=nan,
+        energy_j_per_token=nan,
+        feasible=False,
+        reason=(
+            f"no point keeps the budget {alpha:g}: the least biased is {least.policy} at u_th = "
+            f"{least.uncertainty_threshold:g} with {least.total_bias:.3g}"
+        ),
+    )
+
+
+def pareto_choices(
+    curves: Sequence[PolicyCurve],
+    link: Link,
+    profile: DeviceProfile,
+    objective: Objective = "throughput",
+) -> tuple[Choice, ...]:
+    """The points that no other beats in both bias and objective, by rising bias.
+
+    docs/theory.md, (30). For every budget the choice of :func:`best_choice` is one of them: the
+    last whose bias is within it.
+
+    Parameters are those of :func:`best_choice`.
+    """
+    _check_objective(objective)
+    choices = _all_choices(curves, link, profile)
+    points = np.array([[choice.total_bias, choice.loss(objective)] for choice in choices])
+    front = [choice for choice, kept in zip(choices, pareto_front(points), strict=True) if kept]
+    return tuple(sorted(front, key=lambda choice: (choice.total_bias, choice.loss(objective))))
+
+
+def _all_choices(curves: Sequence[PolicyCurve], link: Link, profile: DeviceProfile) -> list[Choice]:
+    if not curves:
+        raise ValueError("curves is empty: give at least one")
+    return [choice for curve in curves for choice in curve_choices(curve, link, profile)]
+
+
+def pareto_front(points: Array) -> Array:
+    """Which points no other point dominates; every column is something to minimise.
+
+    A point dominates another if it is nowhere above and somewhere below it, so equal points stay
+    together, on the front or off it.
+
+    Parameters
+    ----------
+    points : array (N, M)
+        Finite.
+
+    Returns
+    -------
+    bool array (N,)
+
+    Raises
+    ------
+    ValueError
+        If `points` has another number of axes or holds NaN.
+    """
+    if points.ndim != 2:
+        raise ValueError(f"points has shape {tuple(points.shape)}: allowed is (N, M)")
+    check_finite(points, "points")
+    xp = array_namespace(points)
+    kept = []
+    for first in range(0, points.shape[0], PARETO_CHUNK):
+        some = points[first : first + PARETO_CHUNK]
+        nowhere_above = xp.all(points[None, :, :] <= some[:, None, :], axis=-1)  # (chunk, N)
+        somewhere_below = xp.any(points[None, :, :] < some[:, None, :], axis=-1)
+        kept.append(~xp.any(nowhere_above & somewhere_below, axis=-1))
+    return xp.concat(kept) if kept else xp.zeros((0,), dtype=xp.bool)

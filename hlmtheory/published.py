@@ -1,0 +1,106 @@
+"""Published numbers with their marks, and intervals from their rounding.
+
+A published number stands for an interval, half a unit of its last digit to either side; what
+follows from it is carried through as an interval too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+MARKS = ("abstract", "second-hand")
+"""abstract: stated by the paper's public abstract. second-hand: read from public replications and
+notes that quote the paper, not checked against it."""
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class PublishedNumber:
+    """One number of one paper.
+
+    Attributes
+    ----------
+    paper : str
+        U-HLM, CU-HLM or UI-HLM.
+    quantity : str
+        Its name, unique within the paper.
+    value : float
+    rounding : float
+        Half a unit of the last digit given; 0 for counts and exact values.
+    unit : str
+        Empty for shares and ratios.
+    mark : str
+        One of MARKS.
+    source : str
+        Where it is stated.
+    """
+
+    paper: str
+    quantity: str
+    value: float
+    rounding: float
+    unit: str
+    mark: str
+    source: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"value of {self.paper} {self.quantity} = {self.value}: give a number")
+        if not (math.isfinite(self.rounding) and self.rounding >= 0):
+            raise ValueError(f"rounding = {self.rounding}: allowed is [0, inf)")
+        if self.mark not in MARKS:
+            raise ValueError(f"mark = {self.mark!r}: allowed are {', '.join(MARKS)}")
+
+    @property
+    def low(self) -> float:
+        """Least value that rounds to the published one."""
+        return self.value - self.rounding
+
+    @property
+    def high(self) -> float:
+        """Largest value that rounds to the published one."""
+        return self.value + self.rounding
+
+
+class PublishedTable:
+    """Look-up of the numbers by paper and quantity."""
+
+    def __init__(self, numbers: Sequence[PublishedNumber]) -> None:
+        self._numbers = {(n.paper, n.quantity): n for n in numbers}
+        if len(self._numbers) < len(numbers):
+            raise ValueError("published holds a quantity of one paper twice: give each once")
+
+    def __call__(self, paper: str, quantity: str) -> PublishedNumber:
+        try:
+            return self._numbers[paper, quantity]
+        except KeyError:
+            raise ValueError(f"published lacks {quantity!r} of {paper}: add it") from None
+
+
+@dataclass(frozen=True)
+class Implied:
+    """An implied figure with its interval from rounding."""
+
+    value: float
+    low: float
+    high: float
+
+    def meets(self, number: PublishedNumber) -> bool:
+        margin = TOLERANCE * max(1.0, abs(number.value))
+        return self.low <= number.high + margin and number.low <= self.high + margin
+
+
+def imply(function: Callable[..., float], *numbers: PublishedNumber) -> Implied:
+    """Value at the published numbers, range over the corners of their rounding.
+
+    Exact for functions monotone in each argument, which all of this room's are. Corners without a
+    solution stretch the range to infinity: the ceiling lies within rounding.
+    """
+    corners = [function(*c) for c in itertools.product(*((n.low, n.high) for n in numbers))]
+    known = [corner for corner in corners if math.isfinite(corner)]
+    high = math.inf if len(known) < len(corners) else max(known)
+    return Implied(function(*(n.value for n in numbers)), min(known) if known else math.nan, high)

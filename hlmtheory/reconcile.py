@@ -1,0 +1,366 @@
+"""Which times of device, uplink and server make a published speed-up come out.
+
+docs/theory.md, section 10. Everything here is in multiples of the device model's time a token:
+q = t_up / t_slm for the baseline's full payload, l = t_llm / t_slm (any round trip with it),
+e = t_uncertainty / t_slm. The baseline is HLM, which sends the full distribution of every token.
+Times are constant; where the uplink fades, q stands for its harmonic mean under
+``mean-of-throughputs`` and for its mean under ``ratio-of-means``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from hlmtheory.cost import speedup_ceiling
+from hlmtheory.domain import check_nonnegative, check_positive, check_unit_interval
+from hlmtheory.published import PublishedNumber, PublishedTable, imply
+
+Averaging: TypeAlias = Literal["ratio-of-means", "mean-of-throughputs"]
+AVERAGINGS: tuple[Averaging, ...] = get_args(Averaging)
+"""How a throughput ratio was taken: of 1/E[token time], or of E[1/token time]."""
+
+Values: TypeAlias = np.ndarray | float
+
+LLM_RATIOS = (0.0, 1.0, 3.0)
+"""t_llm / t_slm at which the reconciling uplink time is tabulated."""
+
+
+def _check(
+    averaging: str, skip_rate: Values, llm_ratio: Values, payload_ratio: Values, extra: Values
+) -> None:
+    if averaging not in AVERAGINGS:
+        raise ValueError(f"averaging = {averaging!r}: allowed are {', '.join(AVERAGINGS)}")
+    check_unit_interval(skip_rate, "skip_rate")
+    check_nonnegative(llm_ratio, "llm_ratio")
+    check_positive(payload_ratio, "payload_ratio")
+    check_unit_interval(payload_ratio, "payload_ratio")
+    check_nonnegative(extra, "uncertainty_ratio")
+
+
+def throughput_gain(
+    skip_rate: Values,
+    uplink_ratio: Values,
+    llm_ratio: Values = 0.0,
+    payload_ratio: Values = 1.0,
+    averaging: Averaging = "ratio-of-means",
+    uncertainty_ratio: Values = 0.0,
+) -> Values:
+    r"""Throughput of a skipping, truncating policy over that of HLM.
+
+    .. math:: \frac{1 + q + l}{1 + e + (1 - p)(c q + l)} \quad \text{(ratio-of-means)}
+
+    .. math:: (1 + q + l)\Big(\frac{p}{1 + e} + \frac{1 - p}{1 + e + c q + l}\Big)
+              \quad \text{(mean-of-throughputs)}
+
+    docs/theory.md, section 10. The first never exceeds 1/((1 - p) c); the second has no ceiling for
+    p > 0, and is never below the first. Both rise with q.
+
+    Parameters
+    ----------
+    skip_rate : float array (...) or float
+        p in [0, 1].
+    uplink_ratio, llm_ratio, uncertainty_ratio : float array (...) or float
+        q, l, e >= 0.
+    payload_ratio : float array (...) or float
+        c in (0, 1], payload of a sent token over HLM's.
+    averaging : {"ratio-of-means", "mean-of-throughputs"}
+    """
+    _check(averaging, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
+    check_nonnegative(uplink_ratio, "uplink_ratio")
+    baseline = 1.0 + uplink_ratio + llm_ratio
+    skipped = 1.0 + uncertainty_ratio
+    extra = payload_ratio * uplink_ratio + llm_ratio
+    if averaging == "ratio-of-means":
+        return baseline / (skipped + (1.0 - skip_rate) * extra)
+    return baseline * (skip_rate / skipped + (1.0 - skip_rate) / (skipped + extra))
+
+
+def uplink_ratio_for_gain(
+    gain: Values,
+    skip_rate: Values,
+    llm_ratio: Values = 0.0,
+    payload_ratio: Values = 1.0,
+    averaging: Averaging = "ratio-of-means",
+    uncertainty_ratio: Values = 0.0,
+) -> Values:
+    r"""The q at which :func:`throughput_gain` equals a given gain: one line of solutions over l.
+
+    Linear in q for ``ratio-of-means``; for ``mean-of-throughputs`` the positive root of
+
+    .. math:: p c\, q^2 + \big[p(s + c a) + u(1 - p) - G u c\big] q
+              + \big[p s + u(1 - p)\big] a - G u s = 0,
+
+    a = 1 + l, u = 1 + e, s = u + l, which is unique since the gain rises with q.
+
+    Parameters
+    ----------
+    gain : float array (...) or float
+        G > 0.
+    skip_rate, llm_ratio, payload_ratio, averaging, uncertainty_ratio
+        As for :func:`throughput_gain`.
+
+    Returns
+    -------
+    float array (...) or float
+        q >= 0; NaN where no q gives this gain: it lies above the ceiling, or below what q = 0
+        gives already.
+    """
+    _check(averaging, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
+    check_positive(gain, "gain")
+    g, p, le, c, e = np.broadcast_arrays(
+        *(
+            np.asarray(v, dtype=np.float64)
+            for v in (gain, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
+        )
+    )
+    a, u = 1.0 + le, 1.0 + e
+    s = u + le
+    if averaging == "ratio-of-means":
+        leading = np.zeros_like(g)
+        middle = 1.0 - g * (1.0 - p) * c
+        constant = a - g * (u + (1.0 - p) * le)
+    else:
+        leading = p * c
+        middle = p * (s + c * a) + u * (1.0 - p) - g * u * c
+        constant = (p * s + u * (1.0 - p)) * a - g * u * s
+    root = np.sqrt(np.clip(middle**2 - 4.0 * leading * constant, 0.0, None))
+    # Two forms of the positive root; each keeps the digits that the other cancels.
+    rising = middle > 0
+    direct = np.divide(-2.0 * constant, middle + root, out=np.zeros_like(g), where=rising)
+    solvable = ~rising & (leading > 0)
+    other = np.divide(root - middle, 2.0 * leading, out=np.zeros_like(g), where=solvable)
+    q = np.where(rising, direct, other)
+    out = np.where((constant <= 0) & (rising | solvable), q, np.nan)
+    given = (gain, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
+    return float(out) if all(isinstance(v, int | float) for v in given) else out
+
+
+def sent_ratio_for_step(
+    step: float, skip_rate: float, higher_skip_rate: float, averaging: Averaging = "ratio-of-means"
+) -> float:
+    r"""The sent cost r = (t_up + t_llm)/t_slm at which skipping more speeds up by a given factor.
+
+    .. math:: \kappa = \frac{1 + (1-p) r}{1 + (1-p') r} \;\Rightarrow\;
+              r = \frac{\kappa - 1}{(1-p) - \kappa(1-p')} \quad \text{(ratio-of-means)}
+
+    .. math:: \kappa = \frac{1 + p' r}{1 + p r} \;\Rightarrow\; r = \frac{\kappa - 1}{p' - \kappa p}
+              \quad \text{(mean-of-throughputs)}
+
+    docs/theory.md, section 10: two policies of one setting, the same payload for each sent token.
+
+    Parameters
+    ----------
+    step : float
+        kappa >= 1, throughput of the policy that skips more over the other's.
+    skip_rate, higher_skip_rate : float
+        p < p' in [0, 1].
+    averaging : {"ratio-of-means", "mean-of-throughputs"}
+
+    Returns
+    -------
+    float
+        r >= 0; NaN where even a free device could not reach the step.
+    """
+    _check(averaging, skip_rate, 0.0, 1.0, 0.0)
+    check_unit_interval(higher_skip_rate, "higher_skip_rate")
+    if not step >= 1:
+        raise ValueError(f"step = {step}: allowed is [1, inf); swap the two policies")
+    if not higher_skip_rate > skip_rate:
+        raise ValueError(
+            f"higher_skip_rate = {higher_skip_rate:g}: allowed is above skip_rate = {skip_rate:g}"
+        )
+    if averaging == "ratio-of-means":
+        denominator = (1.0 - skip_rate) - step * (1.0 - higher_skip_rate)
+    else:
+        denominator = higher_skip_rate - step * skip_rate
+    return (step - 1.0) / denominator if denominator > 0 else float("nan")
+
+
+def device_time_ms(
+    throughput_tok_s: float,
+    skip_rate: float,
+    sent_ratio: float,
+    averaging: Averaging = "ratio-of-means",
+) -> float:
+    r"""t_slm of a policy from its throughput, skip rate and r = (t_up + t_llm)/t_slm, ms.
+
+    .. math:: t_{slm} = \frac{1}{\tau\,(1 + (1-p) r)} \quad \text{or} \quad
+              \frac{1}{\tau}\Big(p + \frac{1-p}{1+r}\Big)
+
+    with tau the throughput, as 1/E[token time] or as E[1/token time]; docs/theory.md, (28).
+    """
+    _check(averaging, skip_rate, 0.0, 1.0, 0.0)
+    check_positive(throughput_tok_s, "throughput_tok_s")
+    check_nonnegative(sent_ratio, "sent_ratio")
+    if averaging == "ratio-of-means":
+        return 1e3 / (throughput_tok_s * (1.0 + (1.0 - skip_rate) * sent_ratio))
+    return 1e3 / throughput_tok_s * (skip_rate + (1.0 - skip_rate) / (1.0 + sent_ratio))
+
+
+@dataclass(frozen=True)
+class Reconciliation:
+    """Times that make a published figure come out, or why none do.
+
+    Attributes
+    ----------
+    system, target : str
+        Whose figure, and which.
+    averaging : str
+        How the throughput ratio is taken; one of AVERAGINGS.
+    payload_ratio : float
+        Payload of a sent token over HLM's.
+    t_slm, t_llm : float
+        In `unit`; t_llm is given, not solved for.
+    t_up : float or None
+        Uplink time of HLM's full payload that solves the equation, None where nothing does.
+    t_up_low, t_up_high : float or None
+        Its interval from rounding; high is None where rounding reaches the ceiling.
+    ratio_of_means : float or None
+        Speed-up in mean token time over HLM at these times.
+    unit : str
+        "t_slm" where only ratios are determined, else "ms".
+    reason : str
+        Why there is no solution; empty otherwise.
+    """
+
+    system: str
+    target: str
+    averaging: Averaging
+    payload_ratio: float
+    t_slm: float
+    t_llm: float
+    t_up: float | None
+    t_up_low: float | None
+    t_up_high: float | None
+    ratio_of_means: float | None
+    unit: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ComparedPair:
+    """U-HLM and UI-HLM as compared in UI-HLM's paper."""
+
+    skip: PublishedNumber
+    saved: PublishedNumber
+    higher_saved: PublishedNumber
+    speed: PublishedNumber
+    higher_speed: PublishedNumber
+
+    def numbers(self) -> tuple[PublishedNumber, ...]:
+        return self.skip, self.saved, self.higher_saved, self.speed, self.higher_speed
+
+
+def compared_pair(numbers: PublishedTable) -> ComparedPair:
+    return ComparedPair(
+        numbers("U-HLM", "skip_rate"),
+        numbers("UI-HLM", "baseline_energy_saved"),
+        numbers("UI-HLM", "compared_energy_saved"),
+        numbers("UI-HLM", "baseline_throughput_tok_s"),
+        numbers("UI-HLM", "compared_throughput_tok_s"),
+    )
+
+
+def pair_sent_ratio(
+    averaging: Averaging, p: float, saved: float, more_saved: float, speed: float, more: float
+) -> float:
+    """r from the step in throughput; energy saved is proportional to the tokens skipped."""
+    return sent_ratio_for_step(more / speed, p, min(p * more_saved / saved, 1.0), averaging)
+
+
+def reconciliations(
+    published: Sequence[PublishedNumber], llm_ratios: Sequence[float] = LLM_RATIOS
+) -> tuple[Reconciliation, ...]:
+    """Which (t_slm, t_up, t_llm) make each paper's throughput come out, under both averagings.
+
+    docs/theory.md, section 10. U-HLM and CU-HLM publish ratios, so times are in multiples of t_slm;
+    UI-HLM publishes token/s, so they are in ms.
+
+    Parameters
+    ----------
+    published : sequence of PublishedNumber
+    llm_ratios : sequence of float
+        t_llm / t_slm to solve at, >= 0: each set of figures leaves a line of solutions.
+    """
+    numbers = PublishedTable(published)
+    skip, gain = numbers("U-HLM", "skip_rate"), numbers("U-HLM", "throughput_ratio")
+    own_skip, own_gain = numbers("CU-HLM", "skip_rate"), numbers("CU-HLM", "throughput_ratio")
+    compression = numbers("CU-HLM", "vocabulary_compression")
+    k, vocab = numbers("CU-HLM", "num_entries"), numbers("CU-HLM", "vocab_size")
+    pair = compared_pair(numbers)
+    out: list[Reconciliation] = []
+    for averaging, llm in itertools.product(AVERAGINGS, llm_ratios):
+        out += [
+            _solve("U-HLM", (gain, skip), lambda _: 1.0, averaging, llm),
+            _solve("CU-HLM", (own_gain, own_skip, compression), lambda c: 1 - c, averaging, llm),
+            _solve(
+                "CU-HLM at k* = 30", (own_gain, own_skip, k), lambda n: n / vocab.value,
+                averaging, llm,
+            ),
+            _solve_pair(pair, averaging, llm),
+        ]  # fmt: skip
+    return tuple(sorted(out, key=lambda entry: entry.system))
+
+
+def _solve(
+    system: str,
+    given: tuple[PublishedNumber, ...],
+    payload_ratio: Callable[[float], float],
+    averaging: Averaging,
+    llm: float,
+) -> Reconciliation:
+    """The line of q over l of one published speed-up, at one l."""
+
+    def ratio_at(values: Sequence[float]) -> float:
+        return payload_ratio(values[-1]) if len(given) > 2 else 1.0
+
+    def uplink(*values: float) -> float:
+        return float(uplink_ratio_for_gain(values[0], values[1], llm, ratio_at(values), averaging))
+
+    values = [n.value for n in given]
+    target, c = f"{values[0]:g}x HLM's throughput", ratio_at(values)
+    solved = imply(uplink, *given)
+    if not math.isfinite(solved.value):
+        least = float(throughput_gain(values[1], 0.0, llm, c, averaging))
+        if least > values[0]:
+            reason = f"t_llm alone gives {least:.3g}x already: t_llm must be less"
+        else:
+            reason = f"above the ceiling {speedup_ceiling(values[1], c):.4g}x"
+        return Reconciliation(
+            system, target, averaging, c, 1.0, llm, None, None, None, None, "t_slm", reason
+        )
+    means = float(throughput_gain(values[1], solved.value, llm, c))
+    return Reconciliation(
+        system, target, averaging, c, 1.0, llm, solved.value, solved.low,
+        solved.high if math.isfinite(solved.high) else None, means, "t_slm", "",
+    )  # fmt: skip
+
+
+def _solve_pair(pair: ComparedPair, averaging: Averaging, llm: float) -> Reconciliation:
+    """Absolute times from two throughputs and two energy savings of one setting."""
+
+    def sent_ms(*values: float) -> float:
+        r = pair_sent_ratio(averaging, *values)
+        return (r - llm) * device_time_ms(values[3], values[0], r, averaging)
+
+    values = [n.value for n in pair.numbers()]
+    r = pair_sent_ratio(averaging, *values)
+    slm = device_time_ms(pair.speed.value, pair.skip.value, r, averaging)
+    target = f"{pair.speed.value:g} and {pair.higher_speed.value:g} token/s"
+    solved = imply(sent_ms, *pair.numbers())
+    if solved.value < 0:
+        return Reconciliation(
+            "UI-HLM", target, averaging, 1.0, slm, llm * slm, None, None, None, None, "ms",
+            f"t_up + t_llm = {r * slm:,.0f} ms in all: t_llm must be less",
+        )  # fmt: skip
+    means = float(throughput_gain(pair.skip.value, r))
+    return Reconciliation(
+        "UI-HLM", target, averaging, 1.0, slm, llm * slm, solved.value, max(solved.low, 0.0),
+        solved.high if math.isfinite(solved.high) else None, means, "ms", "",
+    )  # fmt: skip
