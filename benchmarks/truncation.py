@@ -68,7 +68,7 @@ def check_small(rng: np.random.Generator) -> dict[str, int]:
     )
     found = online_truncation_size(x, draft, beta, THETA)
     tensors = [torch.from_numpy(a) for a in (x, draft, beta)]
-    found_torch = online_truncation_size(*tensors, THETA).numpy()
+    found_torch = online_truncation_size(tensors[0], tensors[1], tensors[2], THETA).numpy()
     return {
         "vocab_size": SMALL_VOCAB_SIZE,
         "num_contexts": NUM_SMALL,

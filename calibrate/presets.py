@@ -9,8 +9,10 @@ from typing import Any
 
 from calibrate.errors import UsageError
 from calibrate.resources import data_path
+from hlmtheory.audit import AuditRow, audit
 from hlmtheory.cost import DeviceProfile
 from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
+from hlmtheory.published import PublishedNumber
 
 LINK_MODELS: dict[str, Any] = {
     "awgn": AwgnLink,
@@ -18,8 +20,13 @@ LINK_MODELS: dict[str, Any] = {
     "rayleigh-outage": RayleighOutageLink,
     "trace": TraceLink,
 }
-# Of the processor that measured the times; the server's share is what a small model costs on it.
-MEASURED_POWERS_W: dict[str, Any] = {"p_slm_w": 4.0, "p_tx_w": 1.0, "p_llm_w": 300.0, "p_idle_w": 0.5}
+# Assumed: nothing here measures watts. They go with times that were measured.
+MEASURED_POWERS_W: dict[str, Any] = {
+    "p_slm_w": 4.0,
+    "p_tx_w": 1.0,
+    "p_llm_w": 300.0,
+    "p_idle_w": 0.5,
+}
 
 
 def load_link(name: str) -> Link:
@@ -113,3 +120,9 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: needs {', '.join(sorted(names))}") from None
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def audit_rows() -> tuple[AuditRow, ...]:
+    """The published numbers that ship with the project, held against the theory."""
+    entries = _read_object(data_path("published.json"), "published.json")["numbers"]
+    return audit([PublishedNumber(**entry) for entry in entries])

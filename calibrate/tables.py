@@ -23,7 +23,7 @@ PRICE_METRICS = (
     "mean_throughput_tok_s",
     "energy_j_per_token",
 )
-WRAPPED = ("what it is", "why", "what mends it", "what it says")
+WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
 
 
 def _console() -> Any:

@@ -171,15 +171,15 @@ def _payload_rows(numbers: PublishedTable) -> list[AuditRow]:
             "k (8 + ceil(log2 V)) bit",
         ),
         _row(
-            "CU-HLM", "vocabulary compression, at k* = 30", compression,
+            "CU-HLM", f"vocabulary compression, at k* = {k.value:g}", compression,
             imply(compression_at, k, vocab),
             "the optimal k compresses far more than the abstract says: another k, or another mean",
         ),
         _row(
             "CU-HLM", "optimal k, from the compression", k,
             imply(entries_at, compression, vocab),
-            f"97.4 % leaves 2.6 % of V; {unindexed:.0f} if the full vocabulary is billed without "
-            "indices",
+            f"{compression.value:.1%} leaves {1 - compression.value:.1%} of V; {unindexed:.0f} if "
+            "the full vocabulary is billed without indices",
         ),
     ]  # fmt: skip
 
@@ -246,8 +246,8 @@ def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
             consistent=gain.low <= ceiling.high,
         ),
         _row(
-            "CU-HLM", "speed-up over HLM in mean token time, at k* = 30 -> t_up/t_slm", gain,
-            at_best,
+            "CU-HLM", f"speed-up over HLM in mean token time, at k* = {k.value:g} -> t_up/t_slm",
+            gain, at_best,
             f"the ceiling is {speedup_ceiling(skip.value, best_ratio):,.0f}x at c = "
             f"{best_ratio:.4%}: reconciled with t_llm = 0, more uplink with more t_llm; an uplink "
             f"of {full_bits / at_best.value:,.0f} bit per device token",
@@ -308,12 +308,19 @@ def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
     for averaging in AVERAGINGS:
         r = imply(lambda *values, kind=averaging: pair_sent_ratio(kind, *values), *pair.numbers())
         slm = device_time_ms(pair.speed.value, pair.skip.value, r.value, averaging)
+        # Nobody publishes U-HLM's skip rate here; these are the least and largest it can be.
+        least, most = pair.saved.value, pair.saved.value / pair.higher_saved.value
+        rest = (pair.saved, pair.higher_saved, pair.speed, pair.higher_speed)
+        values = [n.value for n in rest]
+        ends = [pair_sent_ratio(averaging, p, *values) for p in (most, least)]
         rows.append(
             _row(
                 "UI-HLM", f"throughput beside U-HLM's, {averaging} -> (t_up + t_llm)/t_slm",
                 pair.higher_speed, r,
                 f"reconciled: t_slm = {slm:,.0f} ms, t_up + t_llm = {r.value * slm:,.0f} ms, HLM "
-                f"at {1e3 / (slm * (1 + r.value)):.2f} token/s",
+                f"at {1e3 / (slm * (1 + r.value)):.2f} token/s; same assumption, without it p lies "
+                f"between {least:.0%} and {most:.0%} and this between {ends[0]:.2f} and "
+                f"{ends[1]:.2f}",
                 consistent=math.isfinite(r.value), unit="t_slm",
             )
         )  # fmt: skip

@@ -24,23 +24,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from hlmtheory.clusters import sum_by_prompt
-from hlmtheory.domain import check_unit_interval
 from hlmtheory.risk import skip_risk_sums
+from hlmtheory.risk_tests import (
+    TestMethod,
+    betting_p_value,
+    check_level,
+    conformal_bound,
+    hoeffding_bentkus_p_value,
+    prompts_needed,
+    risk_upper_bound,
+)
 from hlmtheory.thresholds import Threshold
-
-TestMethod = Literal["betting", "hoeffding-bentkus"]
-
-BETS = np.append(np.arange(1, 16) / 16, 1.0)
-"""Shares of the largest stake that the betting test spreads its capital over."""
-
-BET_WEIGHTS = np.append(np.full(15, 0.25 / 15), 0.75)
-"""Most of the capital on the largest stake: losses that are small means over tokens favour it."""
 
 
 @dataclass(frozen=True)
@@ -103,128 +101,6 @@ def prompt_losses(
     """
     sums = skip_risk_sums(score, rejection_prob, prompt_index, num_prompts, thresholds)
     return np.minimum(sums.rejected / np.maximum(sums.num_tokens, 1)[:, None], 1.0)
-
-
-def conformal_bound(mean_loss: np.ndarray, num_prompts: int) -> np.ndarray:
-    r"""What conformal risk control compares with alpha: (n R + 1)/(n + 1), for losses in [0, 1].
-
-    docs/theory.md, (34); Angelopoulos et al. 2022.
-    """
-    return (num_prompts * np.asarray(mean_loss) + 1.0) / (num_prompts + 1.0)
-
-
-def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: float) -> np.ndarray:
-    r"""P-value of "the risk is at least alpha" from the mean of losses in [0, 1].
-
-    .. math:: p = \min\big(e^{-n h(\hat R \wedge \alpha,\, \alpha)},\;
-              e\, P(\mathrm{Bin}(n, \alpha) \le \lceil n \hat R \rceil)\big)
-
-    with h the binary relative entropy. It is as strong as losses of 0 and 1 allow, and blind to
-    how much smaller the variance of a mean over tokens is. docs/theory.md, (35).
-
-    Parameters
-    ----------
-    mean_loss : float array (...)
-        Empirical risk over independent prompts.
-    num_prompts : int
-    alpha : float
-        In (0, 1).
-
-    Returns
-    -------
-    float array (...)
-        Rising in mean_loss.
-
-    Source: Bates et al. 2021, after Hoeffding 1963 and Bentkus 2004.
-    """
-    _check_level(alpha, "alpha")
-    mean = np.asarray(mean_loss, dtype=float)
-    smaller = np.minimum(mean, alpha)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        first = np.where(smaller > 0, smaller * np.log(smaller / alpha), 0.0)
-        second = (1 - smaller) * np.log((1 - smaller) / (1 - alpha))
-    hoeffding = np.exp(-num_prompts * (first + second))
-    # n R of exact fractions may come out a rounding error above an integer.
-    count = np.ceil(num_prompts * mean * (1 - 1e-14))
-    bentkus = np.e * stats.binom.cdf(count, num_prompts, alpha)
-    return np.minimum(1.0, np.minimum(hoeffding, bentkus))
-
-
-def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
-    r"""P-value of "the risk is at least alpha" from a bet against it, for losses in [0, 1].
-
-    .. math:: p = \min(1, 1/W), \qquad
-              W = \sum_j w_j \prod_{i=1}^{n} \Big(1 + q_j \frac{\alpha - L_i}{1 - \alpha}\Big)
-
-    If E[L] >= alpha every factor has mean at most one, so E[W] <= 1 and P(W >= 1/delta) <= delta.
-    Fixed stakes q_j keep W falling in each loss and free of the order of prompts. docs/theory.md,
-    (35).
-
-    Parameters
-    ----------
-    losses : float array (..., n)
-        Losses of n independent prompts on the last axis, in [0, 1].
-    alpha : float
-        In (0, 1).
-
-    Returns
-    -------
-    float array (...)
-        Rising in every loss.
-
-    Source: capital process of Waudby-Smith and Ramdas 2024, with a fixed mixture of stakes.
-    """
-    _check_level(alpha, "alpha")
-    values = np.asarray(losses, dtype=float)
-    check_unit_interval(values, "losses")
-    return np.minimum(1.0, np.exp(-_log_capital(values, np.asarray(alpha))))
-
-
-def _log_capital(losses: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """ln W for losses (..., n) and alpha (...)."""
-    edge = (alpha[..., None] - losses) / (1.0 - alpha[..., None])
-    logs = np.empty((len(BETS), *edge.shape[:-1]))
-    with np.errstate(divide="ignore"):
-        for j, share in enumerate(BETS):
-            logs[j] = np.sum(np.log1p(share * edge), axis=-1) + np.log(BET_WEIGHTS[j])
-    peak = np.max(logs, axis=0)
-    return peak + np.log(np.sum(np.exp(logs - peak), axis=0))
-
-
-def risk_upper_bound(
-    losses: np.ndarray, delta: float, method: TestMethod = "betting"
-) -> np.ndarray:
-    """Upper confidence bound on the risk: the largest alpha that the test at level delta keeps.
-
-    P(risk > bound) <= delta for a threshold fixed beforehand; docs/theory.md, (35).
-
-    Parameters
-    ----------
-    losses : float array (..., n)
-        Losses of n independent prompts on the last axis, in [0, 1].
-    delta : float
-        In (0, 1).
-    method : {"betting", "hoeffding-bentkus"}
-
-    Returns
-    -------
-    float array (...)
-        In [mean loss, 1], to 2^-40.
-    """
-    _check_level(delta, "delta")
-    values = np.asarray(losses, dtype=float)
-    check_unit_interval(values, "losses")
-    mean = values.mean(axis=-1)
-    low, high = np.array(mean), np.ones_like(mean)
-    for _ in range(40):
-        middle = np.clip((low + high) / 2, 1e-15, 1 - 1e-15)
-        if method == "betting":
-            p_value = np.exp(-np.maximum(_log_capital(values, middle), 0.0))
-        else:
-            p_value = np.vectorize(hoeffding_bentkus_p_value)(mean, values.shape[-1], middle)
-        kept = p_value > delta
-        low, high = np.where(kept, middle, low), np.where(kept, high, middle)
-    return high
 
 
 def plug_in_threshold(
@@ -359,11 +235,10 @@ def learn_then_test_threshold(
         If alpha or delta is outside (0, 1), the method is unknown, a prompt has more than
         max_tokens tokens, or the trace is bad.
 
-    Source: Angelopoulos et al. 2021 (Learn then Test); the tests are :func:`betting_p_value` and
-    :func:`hoeffding_bentkus_p_value`.
+    Source: Angelopoulos et al. 2021 (Learn then Test); the tests are those of hlmtheory.risk_tests.
     Valid when calibration prompts are independent draws of the population of fresh prompts.
     """
-    _check_level(delta, "delta")
+    check_level(delta, "delta")
     if method not in ("betting", "hoeffding-bentkus"):
         raise ValueError(f"method = {method!r}: allowed are 'betting', 'hoeffding-bentkus'")
     trace = _trace(score, rejection_prob, prompt_index, num_prompts, alpha, max_tokens)
@@ -385,28 +260,6 @@ def learn_then_test_threshold(
         "prompts",
         1 - delta,
     )
-
-
-def prompts_needed(alpha: float, delta: float = 0.05, method: TestMethod = "betting") -> int:
-    """Fewest prompts with which Learn-then-Test can certify anything: all of them without loss."""
-    _check_level(alpha, "alpha")
-    _check_level(delta, "delta")
-
-    def certifies(num_prompts: int) -> bool:
-        if method == "betting":
-            gains = num_prompts * np.log1p(BETS * alpha / (1 - alpha))
-            return bool(np.sum(BET_WEIGHTS * np.exp(gains)) >= 1 / delta)
-        zero = np.zeros(())
-        return bool(hoeffding_bentkus_p_value(zero, num_prompts, alpha) <= delta)
-
-    high = 1
-    while not certifies(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if certifies(middle) else (middle, high)
-    return high
 
 
 @dataclass(frozen=True)
@@ -444,7 +297,7 @@ def _trace(
     alpha: float,
     max_tokens: int | None,
 ) -> _Trace:
-    _check_level(alpha, "alpha")
+    check_level(alpha, "alpha")
     values = np.asarray(score, dtype=float)
     beta = np.asarray(rejection_prob, dtype=float)
     index = np.asarray(prompt_index)
@@ -494,8 +347,3 @@ def _certify(
         confidence,
         trace.num_prompts,
     )
-
-
-def _check_level(value: float, name: str) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} = {value}: allowed is above 0 and below 1")

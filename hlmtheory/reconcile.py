@@ -4,7 +4,9 @@ docs/theory.md, section 10. Everything here is in multiples of the device model'
 q = t_up / t_slm for the baseline's full payload, l = t_llm / t_slm (any round trip with it),
 e = t_uncertainty / t_slm. The baseline is HLM, which sends the full distribution of every token.
 Times are constant; where the uplink fades, q stands for its harmonic mean under
-``mean-of-throughputs`` and for its mean under ``ratio-of-means``.
+``mean-of-throughputs`` and for its mean under ``ratio-of-means``. Averaging each answer's own
+throughput over answers lies between the two: it is the first where every answer skips alike, and
+the second where answers skip all or nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ AVERAGINGS: tuple[Averaging, ...] = get_args(Averaging)
 
 Values: TypeAlias = np.ndarray | float
 
-LLM_RATIOS = (0.0, 1.0, 3.0)
+LLM_RATIOS = (0.0, 0.5, 2.0)
 """t_llm / t_slm at which the reconciling uplink time is tabulated."""
 
 
@@ -300,7 +302,7 @@ def reconciliations(
             _solve("U-HLM", (gain, skip), lambda _: 1.0, averaging, llm),
             _solve("CU-HLM", (own_gain, own_skip, compression), lambda c: 1 - c, averaging, llm),
             _solve(
-                "CU-HLM at k* = 30", (own_gain, own_skip, k), lambda n: n / vocab.value,
+                f"CU-HLM at k* = {k.value:g}", (own_gain, own_skip, k), lambda n: n / vocab.value,
                 averaging, llm,
             ),
             _solve_pair(pair, averaging, llm),

@@ -30,7 +30,6 @@ from hlmtheory.domain import (
 from hlmtheory.relation import linear_rejection
 
 Weighting = Literal["tokens", "prompts"]
-Model = Literal["boosting", "logistic"]
 MAX_GRID = 1000
 
 
@@ -440,101 +439,3 @@ def cluster_bootstrap_ratio(
 def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(denominators > 0, numerators / denominators, np.nan)
-
-
-def cross_fitted_score(
-    features: np.ndarray,
-    rejection_prob: np.ndarray,
-    prompt_index: np.ndarray,
-    model: Model = "boosting",
-    num_folds: int = 5,
-    seed: int = 0,
-) -> np.ndarray:
-    r"""A learned score, the estimate of E[beta | device-side features].
-
-    docs/theory.md, (15): the best score there is, as far as it can be learned. Each prompt's tokens
-    are scored by a model fitted to other prompts only, so the curve of the score is an honest one.
-
-    Parameters
-    ----------
-    features : float array (N, F)
-        Known on the device before anything is sent: uncertainty, entropy, margin, position and the
-        like. Nothing of the server.
-    rejection_prob : float array (N,)
-        beta in [0, 1].
-    prompt_index : int array (N,)
-        Folds are made of whole prompts.
-    model : {"boosting", "logistic"}
-        Gradient-boosted trees with squared loss, whose minimum is the conditional mean, clipped to
-        [0, 1]; or logistic regression on standardised features, beta as the weight of class one.
-    num_folds : int
-        2 to the number of prompts.
-    seed : int
-        Of the folds and of the trees.
-
-    Returns
-    -------
-    float array (N,)
-        Scores in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range, not finite, or of another length.
-    """
-    from sklearn.model_selection import GroupKFold
-
-    table, beta = np.asarray(features, dtype=float), np.asarray(rejection_prob, dtype=float)
-    index = np.asarray(prompt_index)
-    check_finite(table, "features")
-    check_unit_interval(beta, "rejection_prob")
-    if table.ndim != 2 or not len(table) == len(beta) == len(index):
-        raise ValueError(
-            f"features, rejection_prob, prompt_index have {table.shape}, {beta.shape}, "
-            f"{index.shape}: give (N, F), (N,), (N,)"
-        )
-    num_prompts = len(np.unique(index))
-    if not 2 <= num_folds <= num_prompts:
-        raise ValueError(f"num_folds = {num_folds}: allowed is 2 to {num_prompts}, the prompts")
-    if model not in ("boosting", "logistic"):
-        raise ValueError(f"model = {model!r}: allowed are 'boosting', 'logistic'")
-    score = np.empty(len(beta))
-    fit = _boosted_mean if model == "boosting" else _logistic_mean
-    folds = GroupKFold(num_folds, shuffle=True, random_state=seed)
-    for train, test in folds.split(table, beta, index):
-        score[test] = fit(table[train], beta[train], table[test], seed)
-    return np.clip(score, 0.0, 1.0)
-
-
-def _boosted_mean(train: np.ndarray, target: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    from sklearn.ensemble import HistGradientBoostingRegressor
-
-    # Early stopping would hold out tokens of the very prompts it trains on; a fixed small number
-    # of shallow trees is not tuned on anything.
-    trees = HistGradientBoostingRegressor(
-        max_iter=150,
-        learning_rate=0.06,
-        max_leaf_nodes=15,
-        min_samples_leaf=40,
-        early_stopping=False,
-        random_state=seed,
-    )
-    return trees.fit(train, target).predict(test)
-
-
-def _logistic_mean(
-    train: np.ndarray, target: np.ndarray, test: np.ndarray, seed: int
-) -> np.ndarray:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    if target.max() == 0 or target.min() == 1:  # one class only: nothing to separate
-        return np.full(len(test), target[0])
-    scaler = StandardScaler().fit(train)
-    rows = scaler.transform(train)
-    # A fractional target is two weighted rows, one of each class.
-    classes = np.repeat([1, 0], len(target))
-    weights = np.concatenate([target, 1 - target])
-    model = LogisticRegression(max_iter=1000, random_state=seed)
-    model.fit(np.concatenate([rows, rows]), classes, sample_weight=weights)
-    return model.predict_proba(scaler.transform(test))[:, 1]

@@ -248,8 +248,7 @@ def provenance_rows(loaded: LoadedRun) -> list[tuple[str, str]]:
     rows = []
     for side, name in (("slm", "device model"), ("llm", "server model")):
         model = pair[side]
-        dropped = ", ".join(map(str, model.get("drop_layers") or []))
-        rows.append((name, model["label"] + (f", without layers {dropped}" if dropped else "")))
+        rows.append((name, str(model["label"])))
         rows.append((f"{name}, sha256", str(model["sha256"] or "–")))
     rows += [
         ("calibrated by", shlex.join(info.get("command") or []) or "–"),

@@ -162,9 +162,9 @@ summary { cursor: pointer; }
 <p class="no">Derived anew since the rerun, so not compared with today's settings elsewhere on this
 page: {{ outdated }}. Run <code>hlm validate</code> again.</p>
 {%- endif %}
+<p class="soft">Measured, and in small what was predicted. Marked ✗: outside its prediction
+interval.</p>
 <div class="scroll"><table>
-<caption>Measured, and in small what was predicted. Marked ✗: outside its prediction interval.
-</caption>
 <thead><tr><th>policy</th><th>rule</th>
 {%- for name in matrix_columns %}<th class="n">{{ name }}</th>{% endfor -%}
 </tr></thead>

@@ -77,7 +77,8 @@ def figure(loaded: LoadedRun) -> Figure | None:
     top.set_ylabel("skip rate (share of tokens)")
     panel_letter(top, "a", "skip rate")
     bottom.set_yscale("function", functions=(_root, np.square))
-    highest = float(np.nanmax(np.append(risks.high, risks.value.max())))
+    # A pair that never rejects has no risk at all: its axis still needs a length.
+    highest = max(float(np.nanmax(np.append(risks.high, risks.value.max()))), 0.01)
     bottom.set_ylim(0.0, min(1.0, highest) * 1.05)
     ticks = [t for t in (0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0) if t <= highest]
     bottom.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -41,9 +41,7 @@ def run(slm, llm, policy, num_prompts=NUM_PROMPTS, steps=NUM_DRAWS // NUM_PROMPT
     settings = DecodingSettings(
         **{"max_new_tokens": steps, "batch_size": num_prompts, "trace": "minimal", "seed": 3} | kw
     )
-    batches = decode(
-        TableModel(slm), TableModel(llm), prompts(num_prompts), policy, settings, eos
-    )
+    batches = decode(TableModel(slm), TableModel(llm), prompts(num_prompts), policy, settings, eos)
     parts = []
     for batch in batches:
         columns = dict(batch.columns)
@@ -189,28 +187,33 @@ def test_a_longer_limit_continues_the_same_tokens():
     slm, llm = markov()
     short = run(slm, llm, make_policy("hlm"), num_prompts=9, steps=5)
     long = run(slm, llm, make_policy("hlm"), num_prompts=9, steps=11)
-    np.testing.assert_array_equal(
-        short["output_token"], long["output_token"][long["step"] < 5]
-    )
+    np.testing.assert_array_equal(short["output_token"], long["output_token"][long["step"] < 5])
 
 
-def test_live_importance_equals_its_replay_from_the_trace(tmp_path):
-    from calibrate.recording import replay_importance
+def full_trace(tmp_path, policy):
     from calibrate.traces import read_trace, write_shard
 
     slm, llm = markov()
-    for importance in (ImportanceSettings("topk", 2, 1.6), ImportanceSettings("context", 0.3, 0.9)):
-        policy = make_policy("ui-hlm", 0.3, importance=importance)
-        settings = DecodingSettings(max_new_tokens=20, batch_size=7, seed=5)
-        batches = list(
-            decode(TableModel(slm), TableModel(llm), prompts(20), policy, settings, (5,))
-        )
-        paths = []
-        for i, batch in enumerate(batches):
-            paths.append(tmp_path / f"{importance.variant}{i}.parquet")
-            write_shard(paths[-1], batch.columns, list(batch.prompt_ids), {})
-        trace = read_trace(paths)
-        important = replay_importance(trace, importance)
-        skipped = (trace["uncertainty"] <= 0.3) | ~important
-        assert 0.05 < important.mean() < 0.95
-        np.testing.assert_array_equal(trace["skipped"], skipped)
+    settings = DecodingSettings(max_new_tokens=20, batch_size=7, seed=5)
+    paths = []
+    for batch in decode(TableModel(slm), TableModel(llm), prompts(20), policy, settings, (5,)):
+        paths.append(tmp_path / f"{policy.name}-{len(paths)}.parquet")
+        write_shard(paths[-1], batch.columns, list(batch.prompt_ids), {})
+    return read_trace(paths)
+
+
+@pytest.mark.parametrize("variant", ["topk", "context"])
+def test_live_importance_equals_its_replay_from_the_trace(tmp_path, variant):
+    from calibrate.recording import TOPK_ATTENTION_GRID, replay_importance
+
+    if variant == "topk":
+        calibrated = full_trace(tmp_path, make_policy("hlm"))
+        focus = calibrated["topk_attention"][:, TOPK_ATTENTION_GRID.index(2)]
+        gamma = float(np.median(focus * np.exp(calibrated["attention_entropy"])))
+        importance = ImportanceSettings("topk", 2, gamma)
+    else:
+        importance = ImportanceSettings("context", 0.8, 0.9)
+    trace = full_trace(tmp_path, make_policy("ui-hlm", 0.3, importance=importance))
+    important = replay_importance(trace, importance)
+    assert 0.05 < important.mean() < 0.95
+    np.testing.assert_array_equal(trace["skipped"], (trace["uncertainty"] <= 0.3) | ~important)

@@ -498,7 +498,10 @@ def test_throughput_at_the_derived_snr_is_the_prediction(loaded: LoadedRun) -> N
 # Files
 
 
-def test_draw_run_writes_every_format_and_leaves_no_temporary(run: Path, tmp_path: Path) -> None:
+def test_draw_run_writes_every_format_and_leaves_no_temporary(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "PNG_DPI", 40)
     output = tmp_path / "out"
     told: list[object] = []
     written = draw.draw_run(run, output, told.append)
@@ -580,6 +583,23 @@ def test_cells_of_an_earlier_derivation_are_not_shown_as_current(run: Path, tmp_
     assert "Derived anew since the rerun" in write_report(copy).read_text(encoding="utf-8")
 
 
+def test_a_pair_that_never_rejects_is_drawn(loaded: LoadedRun) -> None:
+    """All risks are zero: no axis collapses, which Matplotlib would warn of."""
+    from dataclasses import replace
+
+    from calibrate.traces import Trace
+
+    columns = dict(loaded.trace.columns)
+    for name in ("rejection_prob", "truncation_bias", "skip_set_bias"):
+        columns[name] = 0.0 * columns[name]
+    agreeing = replace(loaded, trace=Trace(columns, loaded.trace.prompt_ids))
+    with styled():
+        for module in (relation, thresholds, estimators, truncation, payload_bias):
+            drawing = module.figure(agreeing)
+            assert drawing is not None
+            drawing.canvas.draw()
+
+
 # The table
 
 
@@ -654,7 +674,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page_text(run: Path) -> str:
-    return write_report(run).read_text(encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "PNG_DPI", 40)
+        return write_report(run).read_text(encoding="utf-8")
 
 
 def test_report_holds_every_figure_and_section(page_text: str, loaded: LoadedRun) -> None:

@@ -18,13 +18,15 @@ from scipy import stats
 
 from hlmtheory.guarantees import (
     CertifiedThreshold,
-    betting_p_value,
-    conformal_bound,
     conformal_threshold,
-    hoeffding_bentkus_p_value,
     learn_then_test_threshold,
     plug_in_threshold,
     prompt_losses,
+)
+from hlmtheory.risk_tests import (
+    betting_p_value,
+    conformal_bound,
+    hoeffding_bentkus_p_value,
     prompts_needed,
     risk_upper_bound,
 )

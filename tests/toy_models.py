@@ -37,11 +37,12 @@ class TableSession:
         logits = self.table[rows]
         if not self.attention:
             return StepOutput(logits)
-        # Attention that depends on the last token, over as many positions as there are.
+        # Attention whose place and focus depend on the last token, from uniform to sharp.
         width = int(self.length.max())
         positions = torch.arange(width)
         mask = positions < self.length[:, None]
-        weights = torch.where(mask, 1.0 / (1.0 + (positions + tokens[:, None]) % 5), 0.0)
+        focus = (tokens[:, None] % 4) / 2
+        weights = torch.exp(-focus * ((positions + tokens[:, None]) % 5)) * mask
         return StepOutput(logits, weights / weights.sum(-1, keepdim=True), mask)
 
     def keep(self, rows: torch.Tensor) -> None:
