@@ -36,7 +36,7 @@ from hlmtheory.thresholds import (
     risk_budget_threshold,
     risk_prone_threshold,
 )
-from hlmtheory.truncation import offline_truncation_size, online_bound_denominator
+from hlmtheory.truncation import offline_truncation, online_bound_denominator
 
 THRESHOLD_BINS = 400
 
@@ -181,10 +181,14 @@ def policy_settings(
         beta = np.clip(slope * trace["uncertainty"] + intercept, 0.0, 1.0)
         denominator = online_bound_denominator(trace["draft_prob"], beta, request.eta)
         sizes = tuple(min(k, calibration["pair"]["vocab_size"]) for k in SIZE_GRID)
-        size = offline_truncation_size(
+        chosen = offline_truncation(
             trace["tail_deviation"] / denominator[:, None], sizes, request.theta
         )
-        return {"num_entries": int(size)}
+        return {
+            "num_entries": chosen.num_entries,
+            "tolerance": request.theta,
+            "tolerance_met": chosen.feasible,
+        }
     return {}
 
 
@@ -216,10 +220,11 @@ def derive_thresholds(
     def linear(level_is_delta: bool) -> Any:
         def statistic(totals: np.ndarray) -> np.ndarray:
             n, su, sb, suu, sub, sd = np.moveaxis(totals.astype(np.float64), -1, 0)
-            a = (sub - su * sb / n) / (suu - su * su / n)
-            b = (sb - a * su) / n
-            level = sd / n if level_is_delta else 0.0
-            return (level - b) / a
+            with np.errstate(divide="ignore", invalid="ignore"):
+                a = (sub - su * sb / n) / (suu - su * su / n)
+                b = (sb - a * su) / n
+                level = sd / n if level_is_delta else 0.0
+                return (level - b) / a
 
         return statistic
 
@@ -299,7 +304,10 @@ def _point(
     predicted = predict(trace, policy, economics, confidence)
     reason = threshold.reason
     skip_rate = predicted["skip_rate"].value
-    if not reason and skip_rate == 0.0:
+    if not settings.get("tolerance_met", True):
+        size = settings["num_entries"]
+        reason = f"no stored size meets theta = {settings['tolerance']:g}: k = {size}, the largest"
+    elif not reason and skip_rate == 0.0:
         reason = "degenerate: no calibration token is skipped"
     elif not reason and skip_rate == 1.0:
         reason = "degenerate: every calibration token is skipped"

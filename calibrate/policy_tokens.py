@@ -13,7 +13,13 @@ from calibrate.recording import BIAS_SIZE_GRID, SIZE_GRID, THRESHOLD_GRID, repla
 from calibrate.runs import Figure
 from calibrate.traces import Trace
 from hlmtheory.clusters import RatioEstimate, mean_over_tokens
-from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
+from hlmtheory.cost import (
+    DeviceProfile,
+    num_unsent_before,
+    payload_bits,
+    token_energy_j,
+    token_time_ms,
+)
 from hlmtheory.gates import UncertaintyGate, UncertaintyImportanceGate
 from hlmtheory.link import Link
 from hlmtheory.policies import FixedSize, ImportanceSettings, OnlineSize, Policy
@@ -86,15 +92,19 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
     docs/theory.md, (11), (18), (27), (28), (29). Throughput is 1/E[token time], mean throughput
     E[1/token time]: they answer different questions, so both are given.
     """
-    # A predicted size is known only where the trace recorded N(k): cost is a mean over those.
-    priced = np.isfinite(tokens.num_entries)
-    sent = 1.0 - tokens.skipped[priced]
-    entries = tokens.num_entries[priced]
+    sent = 1.0 - tokens.skipped
     server_only = tokens.policy.name == "llm"
     if tokens.policy.name in ("slm", "llm"):
         bits = np.zeros_like(sent)
     else:
-        bits = sent * payload_bits(entries, economics.vocab_size, accounting=economics.accounting)
+        starts = np.diff(tokens.prompt_index, prepend=-1) != 0
+        bits = sent * payload_bits(
+            tokens.num_entries,
+            economics.vocab_size,
+            accounting=economics.accounting,
+            draft_sent=tokens.policy.rule.name not in ("residual", "ask"),
+            num_unsent=num_unsent_before(sent, starts),
+        )
     link, profile = economics.link, economics.profile
     uplink_ms = link.uplink_time_ms(bits)
     time_ms = token_time_ms(sent, uplink_ms, profile, link.round_trip_ms, server_only)
@@ -103,20 +113,17 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
     def mean(values: np.ndarray) -> RatioEstimate:
         return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
 
-    def mean_priced(values: np.ndarray) -> RatioEstimate:
-        return mean_over_tokens(values, tokens.prompt_index[priced], tokens.num_prompts)
-
-    time = mean_priced(time_ms)
+    time = mean(time_ms)
     return {
         "skip_rate": mean(tokens.skipped),
         "rejection_risk": mean(tokens.skipped * tokens.rejection_prob),
-        "uplink_bits_per_token": mean_priced(bits),
+        "uplink_bits_per_token": mean(bits),
         "token_time_ms": time,
         "throughput_tok_s": RatioEstimate(
             1e3 / time.value, 1e3 * time.standard_error / time.value**2, time.num_prompts
         ),
-        "mean_throughput_tok_s": mean_priced(1e3 / time_ms),
-        "energy_j_per_token": mean_priced(energy),
+        "mean_throughput_tok_s": mean(1e3 / time_ms),
+        "energy_j_per_token": mean(energy),
         "tv_bias": mean(tokens.bias),
     }
 
@@ -178,9 +185,7 @@ def predicted_tokens(trace: Trace, policy: Policy, vocab_size: int) -> PolicyTok
     distance = trace["tv_distance"]
     rho = at_threshold(trace, "skip_set_bias", gate.threshold, distance)
     if policy.name == "r-hlm":
-        return tokens(
-            skipped, rho, at_threshold(trace, "skip_set_size", gate.threshold, vocab_size)
-        )
+        return tokens(skipped, rho, sent_skip_set_size(trace, gate.threshold, vocab_size))
     if policy.name == "ask-llm":
         bias = at_threshold(trace, "skip_set_ask_bias", gate.threshold, distance)
         return tokens(skipped, bias, zeros)
@@ -192,7 +197,7 @@ def predicted_tokens(trace: Trace, policy: Policy, vocab_size: int) -> PolicyTok
         return tokens(skipped, rho, zeros + vocab_size)
     verified = gate.threshold < 1 and not policy.rule.drafts_from_sent
     extra = truncation_bias_at(trace, sizes, vocab_size) if verified else zeros
-    # The gate's bias and the truncation's add, to first order: docs/theory.md, (21).
+    # At most the sum of the gate's bias and the truncation's, and nearly it: docs/theory.md, (21).
     return tokens(skipped, np.minimum(rho + extra, 1.0), sizes)
 
 
@@ -215,6 +220,20 @@ def at_threshold(
     return (1 - weight) * values[:, upper - 1] + weight * values[:, upper]
 
 
+def sent_skip_set_size(trace: Trace, threshold: float, vocab_size: int) -> np.ndarray:
+    """|S| at the threshold of each token, for tokens that are sent, (N,).
+
+    A sent draft is not in S, but it may be in the stored skip set at the next higher threshold,
+    with which :func:`at_threshold` interpolates: its own share is taken out.
+    """
+    sizes = at_threshold(trace, "skip_set_size", threshold, vocab_size)
+    grid = np.array((*THRESHOLD_GRID, 1.0))
+    upper = int(np.clip(np.searchsorted(grid, threshold), 1, len(grid) - 1))
+    weight = np.clip((threshold - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
+    u = trace["uncertainty"]
+    return np.clip(sizes - weight * ((u > threshold) & (u <= grid[upper])), 0.0, None)
+
+
 def predicted_importance(trace: Trace, settings: ImportanceSettings | None) -> np.ndarray:
     """Which contexts the setting calls important, (N,) bool."""
     if settings is None:
@@ -223,10 +242,7 @@ def predicted_importance(trace: Trace, settings: ImportanceSettings | None) -> n
 
 
 def predicted_online_sizes(trace: Trace, size: OnlineSize, vocab_size: int) -> np.ndarray:
-    """k* of each token from N(k) on the stored grid, log-linear in between, (N,).
-
-    NaN at steps where the trace did not record N(k).
-    """
+    """k* of each token from N(k) on the stored grid, log-linear in between, (N,)."""
     sizes = np.minimum(np.array(SIZE_GRID, dtype=float), vocab_size)
     predicted_beta = linear_rejection(trace["uncertainty"], size.slope, size.intercept)
     limit = size.theta * online_bound_denominator(trace["draft_prob"], predicted_beta, size.eta)
@@ -241,8 +257,7 @@ def predicted_online_sizes(trace: Trace, size: OnlineSize, vocab_size: int) -> n
     share = np.clip(np.where(first == 0, 1.0, share), 0.0, 1.0)
     logs = np.log(sizes)
     exact = np.exp(logs[previous] + share * (logs[first] - logs[previous]))
-    rounded = np.ceil(np.where(fits.any(1), exact, sizes[-1]) - 1e-9)
-    return np.where(np.isfinite(deviation).all(1), rounded, np.nan)
+    return np.ceil(np.where(fits.any(1), exact, sizes[-1]) - 1e-9)
 
 
 def truncation_bias_at(trace: Trace, sizes: np.ndarray, vocab_size: int) -> np.ndarray:

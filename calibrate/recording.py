@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 
 from calibrate.traces import Trace
 from hlmtheory.importance import (
@@ -19,8 +18,12 @@ from hlmtheory.importance import (
     topk_importance_threshold,
 )
 from hlmtheory.policies import ImportanceSettings
-from hlmtheory.truncation import tail_deviation_at, truncation_bias
+from hlmtheory.truncation import tail_deviation_at
+from hlmtheory.truncation_bias import truncation_bias_at
 from hlmtheory.uncertainty import Temperatures, exact_uncertainty
+
+if TYPE_CHECKING:
+    import torch
 
 Columns: TypeAlias = dict[str, np.ndarray]
 
@@ -52,6 +55,8 @@ def skip_set_columns(
     docs/theory.md, (11), (24), and (25) for `skip_set_ask_bias`. The skip set at a threshold up to
     0.98 has at most fifty tokens, and they are the likeliest.
     """
+    import torch
+
     num_tokens = min(z.shape[-1], int(1 / (1 - THRESHOLD_GRID[-1])) + 1)
     top = z.topk(num_tokens).indices  # (B, M)
     uncertainty = exact_uncertainty(z, top, thetas, log_z)  # (B, M)
@@ -70,18 +75,17 @@ def skip_set_columns(
 
 
 def truncation_columns(step: int, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """N(k) on the size grid and the exact bias at a few k, every TRUNCATION_STRIDE-th step.
+    """N(k) on the size grid; the exact bias at a few k every TRUNCATION_STRIDE-th step.
 
-    NaN at the other steps: a systematic sample of the contexts, which means over tokens skip.
+    The bias is NaN at the other steps: a systematic sample, and means over tokens skip NaN.
     """
+    import torch
+
     vocab = x.shape[-1]
-    sizes = tuple(min(k, vocab) for k in SIZE_GRID)
-    deviation = torch.full((x.shape[0], len(SIZE_GRID)), float("nan"), device=x.device)
+    deviation = tail_deviation_at(x, tuple(min(k, vocab) for k in SIZE_GRID))
     bias = torch.full((x.shape[0], len(BIAS_SIZE_GRID)), float("nan"), device=x.device)
     if step % TRUNCATION_STRIDE == 0:
-        deviation = tail_deviation_at(x, sizes)
-        for i, k in enumerate(BIAS_SIZE_GRID):
-            bias[:, i] = truncation_bias(x, y, min(k, vocab))
+        bias = truncation_bias_at(x, y, tuple(min(k, vocab) for k in BIAS_SIZE_GRID))
     return {"tail_deviation": deviation, "truncation_bias": bias}
 
 
@@ -89,6 +93,8 @@ def attention_columns(
     attention: torch.Tensor, mask: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Statistics of the attention row that the importance of a context is made of."""
+    import torch
+
     if mask is None:
         mask = torch.ones_like(attention, dtype=torch.bool)
     row = normalised_attention(attention, mask)
@@ -157,6 +163,4 @@ def replay_importance(trace: Trace, settings: ImportanceSettings) -> np.ndarray:
 
 def to_numpy(values: Any) -> np.ndarray:
     """A CPU numpy array, whatever came in."""
-    if isinstance(values, torch.Tensor):
-        return values.detach().cpu().numpy()
-    return np.asarray(values)
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)

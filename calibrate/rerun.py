@@ -55,6 +55,14 @@ class Cell:
     measured: Figure
     covered: bool
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the policy alone fixes the figure: no spread among prompts beyond rounding."""
+        low, high, value = self.measured.low, self.measured.high, self.measured.value
+        if low is None or high is None or value is None:
+            return False
+        return high - low <= ROUNDING * max(abs(value), 1.0)
+
 
 def prediction_interval(
     predicted: Figure, num_calibration: int, measured: RatioEstimate, confidence: float
@@ -170,11 +178,16 @@ def compare(
 def coverage(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
     """Covered cells out of all, with the exact binomial interval of the share.
 
+    `tested` leaves out the figures that a policy fixes by itself, whose comparison is arithmetic.
     The interval treats cells as independent, which those of one rerun are not: it is a lower
     bound on the width.
     """
-    total = len(cells)
-    covered = sum(cell.covered for cell in cells)
+    tested = [cell for cell in cells if not cell.fixed]
+    return {**_share(cells, confidence), "tested": _share(tested, confidence)}
+
+
+def _share(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
+    covered, total = sum(cell.covered for cell in cells), len(cells)
     if total == 0:
         return {"covered": 0, "total": 0, "share": asdict(Figure(None))}
     interval = stats.binomtest(covered, total).proportion_ci(confidence)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hlmtheory.audit import AuditRow
-
     from calibrate.doctor import HealthReport
     from calibrate.pairs import PairDescription
+    from hlmtheory.audit import AuditRow
 
 
 PRICE_METRICS = (
@@ -225,8 +224,10 @@ def print_validation(result: dict[str, Any]) -> None:
     console.print(table)
     summary = result["coverage"]
     console.print(
-        f"covered: {summary['covered']} of {summary['total']} cells, share "
-        f"{_number(summary['share'])} (cells of one rerun are dependent)\n"
+        f"covered: {summary['covered']} of {summary['total']} cells; of the "
+        f"{summary['tested']['total']} that the policy does not fix by itself, "
+        f"{summary['tested']['covered']}, share {_number(summary['tested']['share'])} "
+        "(cells of one rerun are dependent)\n"
     )
 
 

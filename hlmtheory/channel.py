@@ -56,7 +56,7 @@ def linear_snr(snr: Array | float | None = None, snr_db: Array | float | None = 
     if snr_db is not None:
         decibels = as_array(snr_db)
         check_finite(decibels, "snr_db")
-        return 10.0 ** (decibels / 10.0)
+        return float_if_floats(10.0 ** (decibels / 10.0), snr_db)
     ratio = as_array(snr)
     check_finite(ratio, "snr")
     smallest = float(array_namespace(ratio).min(ratio))
@@ -65,7 +65,7 @@ def linear_snr(snr: Array | float | None = None, snr_db: Array | float | None = 
             f"snr = {smallest:.6g}: allowed is (0, inf), a linear ratio; "
             "SNR in the wrong unit by its sign: give snr_db"
         )
-    return ratio
+    return float_if_floats(ratio, snr)
 
 
 def capacity_bps(
@@ -90,7 +90,7 @@ def capacity_bps(
         1 MHz at 0 dB carries 1 Mbit/s; C ~ W SNR / ln 2 as SNR falls to 0.
     """
     check_positive(bandwidth_hz, "bandwidth_hz")
-    ratio = linear_snr(snr, snr_db)
+    ratio = as_array(linear_snr(snr, snr_db))
     xp = array_namespace(ratio)
     return float_if_floats(bandwidth_hz * xp.log1p(ratio) / math.log(2.0), snr, snr_db)
 
@@ -154,8 +154,7 @@ def ergodic_rayleigh_rate_bps(
     """
     check_positive(bandwidth_hz, "bandwidth_hz")
     ratio = linear_snr(snr, snr_db)
-    rate = bandwidth_hz / math.log(2.0) * scaled_exponential_integral(1.0 / ratio)
-    return float_if_floats(rate, snr, snr_db)
+    return bandwidth_hz / math.log(2.0) * scaled_exponential_integral(1.0 / ratio)
 
 
 def outage_gain(
@@ -164,15 +163,21 @@ def outage_gain(
     snr: Array | float | None = None,
     snr_db: Array | float | None = None,
 ) -> Array:
-    r"""Channel gain below which a block cannot carry the rate, g_0 = (2^{R/W} - 1)/SNR."""
+    r"""Power gain below which a block cannot carry the rate.
+
+    .. math:: g_0 = (2^{R/W} - 1)/\bar\gamma
+
+    Parameters and returns as for :func:`outage_probability`, which is P(gain < g_0) for a gain
+    exponential with mean 1.
+    """
     check_positive(rate_bps, "rate_bps")
     check_positive(bandwidth_hz, "bandwidth_hz")
     ratio = linear_snr(snr, snr_db)
-    efficiency = as_array(rate_bps) / bandwidth_hz
     # Past 1000 bit/s/Hz every block fails anyway, and 2^1000 is still finite.
-    efficiency = array_namespace(efficiency).clip(efficiency, 0.0, 1000.0)
-    needed = array_namespace(efficiency).expm1(efficiency * math.log(2.0))
-    return float_if_floats(needed / ratio, rate_bps, snr, snr_db)
+    if isinstance(rate_bps, int | float):
+        return math.expm1(min(rate_bps / bandwidth_hz, 1000.0) * math.log(2.0)) / ratio
+    xp = array_namespace(rate_bps)
+    return xp.expm1(xp.clip(rate_bps / bandwidth_hz, 0.0, 1000.0) * math.log(2.0)) / ratio
 
 
 def outage_probability(

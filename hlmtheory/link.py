@@ -220,7 +220,7 @@ class TraceLink:
         check_unit_interval(uniforms, "uniforms")
         starts = as_array(uniforms)
         xp = array_namespace(starts)
-        payloads, starts = xp.broadcast_arrays(as_array(bits) + 0 * starts, starts)
+        payloads, starts = xp.broadcast_arrays(bits + 0 * starts, starts)
         carried = _CarriedBits(self, starts)
         # A start at the very end of the trace is the start of the next round.
         fraction = xp.where(starts < 1, starts, xp.zeros_like(starts))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.rerun import ROUNDING, Cell
+from calibrate.rerun import Cell
 from paper_figs.loaded import LoadedRun, metric_label, metric_names
 from paper_figs.style import BLUE, VERMILLION, finish, new_figure
 
@@ -81,8 +81,8 @@ def figure(loaded: LoadedRun) -> Figure | None:
             continue
         metric = list(placed)[number]
         outside = [p for p in placed[metric] if not p.cell.covered]
-        fixed = [p for p in placed[metric] if p.cell.covered and is_fixed(p.cell)]
-        inside = [p for p in placed[metric] if p.cell.covered and not is_fixed(p.cell)]
+        fixed = [p for p in placed[metric] if p.cell.covered and p.cell.fixed]
+        inside = [p for p in placed[metric] if p.cell.covered and not p.cell.fixed]
         axis.axvspan(-1, 1, color="#e9e9e9", zorder=0, linewidth=0)
         axis.axvline(0, color="#9a9a9a", linewidth=0.8)
         _scatter(axis, fixed, "o", 3.4, BLUE, "white")
@@ -107,14 +107,6 @@ def figure(loaded: LoadedRun) -> Figure | None:
     for axis in axes[:, 0]:
         axis.set_ylabel("policy")
     return finish(drawn, QUESTION, _caption(loaded))
-
-
-def is_fixed(cell: Cell) -> bool:
-    """Whether the policy alone fixes the measurement: no spread among prompts beyond rounding."""
-    low, high, value = cell.measured.low, cell.measured.high, cell.measured.value
-    if low is None or high is None or value is None:
-        return False
-    return high - low <= ROUNDING * max(abs(value), 1.0)
 
 
 def _two_lines(label: str) -> str:
@@ -151,7 +143,7 @@ def _caption(loaded: LoadedRun) -> str:
             f"{100 * share['high']:.1f}] % as if cells were independent, which those of one rerun "
             "are not"
         )
-    free = [cell for cell in loaded.cells if not is_fixed(cell)]
+    free = [cell for cell in loaded.cells if not cell.fixed]
     return (
         f"{text}; of the {len(free)} that are not fixed, {sum(cell.covered for cell in free)}. "
         f"Errors beyond ±{LIMIT:g} stand at the edge with their size. Within a policy's row, its "

@@ -59,8 +59,9 @@ def test_full_accounting_bills_all_that_crosses_the_link():
 def test_payload_of_arrays():
     sizes = np.array([0, 1, 30, V])
     np.testing.assert_array_equal(payload_bits(sizes, V), 23 * sizes)
-    tensor = payload_bits(torch.from_numpy(sizes), V, accounting="full", num_unsent=sizes)
-    np.testing.assert_array_equal(tensor, 23 * sizes + 30 + 15 * sizes)
+    tensor = torch.from_numpy(sizes)
+    full = payload_bits(tensor, V, accounting="full", num_unsent=tensor)
+    np.testing.assert_array_equal(full, 23 * sizes + 30 + 15 * sizes)
 
 
 def test_payload_refusals():

@@ -119,6 +119,18 @@ def test_outage_is_the_share_of_weak_fades(rng):
         assert capacity_bps(1e6, 10.0 * outage_gain(rate, 1e6, snr=10.0)) == pytest.approx(rate)
 
 
+def test_floats_mix_with_arrays_of_either_kind():
+    rates, ratios = np.array([1e5, 1e6]), np.array([1.0, 10.0])
+    for build in (np.asarray, torch.from_numpy):
+        by_rate = outage_probability(build(rates), 1e6, snr=10.0)
+        by_snr = outage_probability(1e6, 1e6, snr=build(ratios))
+        both = outage_probability(build(rates), 1e6, snr_db=build(10 * np.log10(ratios)))
+        assert type(by_rate) is type(by_snr) is type(both) is type(build(rates))
+        assert float(by_rate[1]) == pytest.approx(float(by_snr[1]), rel=1e-14)
+        assert float(both[1]) == pytest.approx(float(by_rate[1]), rel=1e-12)
+    assert isinstance(outage_probability(1e6, 1e6, snr=10.0), float)
+
+
 def test_best_fixed_rate_beats_its_neighbours():
     best = best_outage_rate_bps(180e3, snr_db=10.0)
     rates = best * np.array([0.9, 0.99, 1.0, 1.01, 1.1])
@@ -183,6 +195,10 @@ def test_floats_and_tensors_are_taken_like_arrays(link):
     np.testing.assert_allclose(other.numpy(), sample, rtol=1e-13)
     assert link.uplink_time_ms(690.0) == pytest.approx(float(mean[1, 0]), rel=1e-14)
     assert np.all(np.isfinite(sample))
+    mixed = link.sample_uplink_time_ms(690.0, torch.from_numpy(uniforms))
+    np.testing.assert_allclose(
+        mixed.numpy(), link.sample_uplink_time_ms(690.0, uniforms), rtol=1e-13
+    )
 
 
 def test_outage_link_sends_a_geometric_number_of_times(rng):
