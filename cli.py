@@ -377,10 +377,10 @@ def report(run: RunArgument) -> None:
 @app.command()
 def audit(as_json: JsonOption = False) -> None:
     """The papers' published numbers against what the theory says they imply."""
-    from calibrate.presets import audit_rows
+    from calibrate.presets import published_audit
     from calibrate.tables import print_audit
 
-    print_audit(audit_rows(), as_json)
+    print_audit(*published_audit(), as_json)
 
 
 @app.command()

@@ -5,7 +5,7 @@ Both ends of every comparison go through the same :func:`metrics`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from hlmtheory.cost import (
     token_energy_j,
     token_time_ms,
 )
-from hlmtheory.gates import UncertaintyGate, UncertaintyImportanceGate
+from hlmtheory.gates import AlwaysSkip, NeverSkip, UncertaintyGate, UncertaintyImportanceGate
 from hlmtheory.link import Link
 from hlmtheory.policies import FixedSize, ImportanceSettings, OnlineSize, Policy
 from hlmtheory.relation import linear_rejection
@@ -106,6 +106,9 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
             num_unsent=num_unsent_before(sent, starts),
         )
     link, profile = economics.link, economics.profile
+    if isinstance(tokens.policy.gate, AlwaysSkip | NeverSkip):
+        # Nobody looks at the uncertainty, so nobody computes it.
+        profile = replace(profile, t_uncertainty_ms=0.0)
     uplink_ms = link.uplink_time_ms(bits)
     time_ms = token_time_ms(sent, uplink_ms, profile, link.round_trip_ms, server_only)
     energy = token_energy_j(sent, uplink_ms, profile, link.round_trip_ms, server_only)

@@ -13,6 +13,7 @@ from hlmtheory.audit import AuditRow, audit
 from hlmtheory.cost import DeviceProfile
 from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
 from hlmtheory.published import PublishedNumber
+from hlmtheory.reconcile import Reconciliation, reconciliations
 
 LINK_MODELS: dict[str, Any] = {
     "awgn": AwgnLink,
@@ -122,7 +123,8 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: {error}") from None
 
 
-def audit_rows() -> tuple[AuditRow, ...]:
-    """The published numbers that ship with the project, held against the theory."""
+def published_audit() -> tuple[tuple[AuditRow, ...], tuple[Reconciliation, ...]]:
+    """The shipped published numbers against the theory, and the times that reconcile them."""
     entries = _read_object(data_path("published.json"), "published.json")["numbers"]
-    return audit([PublishedNumber(**entry) for entry in entries])
+    numbers = [PublishedNumber(**entry) for entry in entries]
+    return audit(numbers), reconciliations(numbers)

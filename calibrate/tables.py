@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calibrate.doctor import HealthReport
     from calibrate.pairs import PairDescription
     from hlmtheory.audit import AuditRow
+    from hlmtheory.reconcile import Reconciliation
 
 
 PRICE_METRICS = (
@@ -163,6 +164,8 @@ def print_calibration(summary: dict[str, Any], run: Path) -> None:
 
 def print_operating_points(result: dict[str, Any]) -> None:
     """`hlm derive`: every point with its predictions."""
+    from hlmtheory.importance import IMPORTANCE_ASSUMPTION
+
     console = _console()
     console.print(
         f"derived settings ({result['num_prompts']} prompts, {result['num_tokens']} tokens; link "
@@ -192,6 +195,11 @@ def print_operating_points(result: dict[str, Any]) -> None:
     console.print(choice)
     console.print("at which the policies cost (means over tokens)")
     console.print(price)
+    assumed = result["profile"].get("assumed", ())
+    if assumed:
+        console.print(f"  energy: {', '.join(assumed)} are assumed, not measured")
+    if any("importance" in point["settings"] for point in result["operating_points"]):
+        console.print(f"  ui-hlm: {IMPORTANCE_ASSUMPTION}", soft_wrap=True)
     for reason, names in notes.items():
         console.print(f"  {', '.join(names)}: {reason}", soft_wrap=True)
     console.print()
@@ -231,11 +239,16 @@ def print_validation(result: dict[str, Any]) -> None:
     )
 
 
-def print_audit(rows: Sequence[AuditRow], as_json: bool) -> None:
-    """`hlm audit`: the published numbers against the theory."""
+def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_json: bool) -> None:
+    """`hlm audit`: the published numbers against the theory, and what would reconcile them."""
     if as_json:
-        print(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
+        content = {
+            "rows": [asdict(row) for row in rows],
+            "reconciliations": [asdict(entry) for entry in times],
+        }
+        print(json.dumps(content, indent=1))
         return
+    console = _console()
     table = _table("system", "quantity", ">published", ">implied", "consistent", "why")
     for row in rows:
         table.add_row(
@@ -246,7 +259,23 @@ def print_audit(rows: Sequence[AuditRow], as_json: bool) -> None:
             "yes" if row.consistent else "NO",
             row.explanation,
         )
-    _console().print(table)
+    console.print(table)
+    console.print("times that make each throughput figure come out (t_llm given, t_up solved for)")
+    table = _table(
+        "system", "averaging", ">t_slm", ">t_llm", ">t_up", "unit", ">speed-up in mean time", "why"
+    )
+    for entry in times:
+        table.add_row(
+            entry.system,
+            entry.averaging,
+            f"{entry.t_slm:.4g}",
+            f"{entry.t_llm:.4g}",
+            "none" if entry.t_up is None else f"{entry.t_up:.4g}",
+            entry.unit,
+            "-" if entry.ratio_of_means is None else f"{entry.ratio_of_means:.3g}x",
+            entry.reason,
+        )
+    console.print(table)
 
 
 def print_doctor(report: HealthReport, as_json: bool) -> None:
