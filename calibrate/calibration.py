@@ -16,6 +16,7 @@ from calibrate.fit import (
     LineFit,
     estimator_score,
     fit_line,
+    learned_scores,
     score_estimator,
 )
 from calibrate.prompts import (
@@ -248,9 +249,11 @@ def summarise(trace: Trace, info: dict[str, Any], confidence: float = 0.95) -> d
         num_prompts,
         confidence,
     )
+    scores = {name: estimator_score(trace, name) for name in ESTIMATORS}
+    scores |= learned_scores(trace)
     estimators: list[EstimatorScore] = [
-        score_estimator(name, estimator_score(trace, name), beta, index, num_prompts, confidence)
-        for name in ESTIMATORS
+        score_estimator(name, score, beta, index, num_prompts, confidence)
+        for name, score in scores.items()
     ]
 
     def mean(values: np.ndarray, unit: str = "") -> Figure:

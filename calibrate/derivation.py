@@ -56,6 +56,7 @@ def derive_run(
     importance = parse_importance(importance_text)
     calibration = read_json(run, "calibration.json")
     from calibrate.operating_points import DeriveRequest, derive
+    from calibrate.optimum import optima
     from calibrate.policy_tokens import Economics
     from calibrate.presets import link_to_dict, load_link, load_profile
     from calibrate.traces import read_trace, shard_paths
@@ -70,7 +71,8 @@ def derive_run(
         theta=theta,
         importance=importance,
     )
-    points = derive(read_trace(shard_paths(run)), calibration, request, economics)
+    trace = read_trace(shard_paths(run))
+    points = derive(trace, calibration, request, economics)
     result: dict[str, Any] = {
         "pair": calibration["pair"],
         "num_prompts": calibration["num_prompts"],
@@ -80,6 +82,7 @@ def derive_run(
         "profile": {"name": profile_name, **asdict(profile)},
         "accounting": accounting,
         "operating_points": [asdict(point) for point in points],
+        "optima": [asdict(optimum) for optimum in optima(trace, economics, risks)],
     }
     write_json(run / "operating_points.json", result)
     return result

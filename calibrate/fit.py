@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from hlmtheory.clusters import (
     resample_prompts,
     sum_by_prompt,
 )
+from hlmtheory.learned_score import cross_fitted_score
 from hlmtheory.relation import binned_means, weighted_correlation
 
 NUM_RESAMPLES = 2000
@@ -33,6 +34,30 @@ def estimator_score(trace: Trace, name: str) -> np.ndarray:
     if name == "margin":
         return 1.0 - trace["margin"]
     return trace[name]
+
+
+LEARNED_MODELS: tuple[Literal["boosting", "logistic"], ...] = ("boosting", "logistic")
+LEARNED_FEATURES = ("uncertainty", "entropy", "max_prob", "margin", "draft_prob", "step")
+LEARNED_MIN_PROMPTS = 10
+LEARNED_MAX_TOKENS = 200_000
+
+
+def learned_scores(trace: Trace) -> dict[str, np.ndarray]:
+    """E[beta | device-side features], cross-fitted by prompt; docs/theory.md, (15).
+
+    Empty with fewer than LEARNED_MIN_PROMPTS prompts, which leave too few to fit on, and beyond
+    LEARNED_MAX_TOKENS tokens, which would take minutes.
+    """
+    if trace.num_prompts < LEARNED_MIN_PROMPTS or trace.num_tokens > LEARNED_MAX_TOKENS:
+        return {}
+    names = [name for name in (*LEARNED_FEATURES, "attention_entropy") if name in trace]
+    features = np.column_stack([trace[name] for name in names])
+    return {
+        f"learned_{model}": cross_fitted_score(
+            features, trace["rejection_prob"], trace.prompt_index, model
+        )
+        for model in LEARNED_MODELS
+    }
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,21 @@ def print_operating_points(result: dict[str, Any]) -> None:
     console.print(choice)
     console.print("at which the policies cost (means over tokens)")
     console.print(price)
+    for optimum in result["optima"]:
+        choice = optimum["choice"]
+        if not choice["feasible"]:
+            found = choice["reason"]
+        else:
+            size = f", k = {choice['num_entries']}" if choice["num_entries"] else ""
+            found = (
+                f"{choice['policy']} at u_th = {choice['uncertainty_threshold']:.3g}{size}: "
+                f"{choice['throughput_tok_s']:.4g} token/s, {choice['energy_j_per_token']:.4g} "
+                f"J/token, bias at most {choice['total_bias']:.2g}"
+            )
+        console.print(
+            f"  best {optimum['objective']} within risk {optimum['risk']:g}: {found}",
+            soft_wrap=True,
+        )
     assumed = result["profile"].get("assumed", ())
     if assumed:
         console.print(f"  energy: {', '.join(assumed)} are assumed, not measured")
