@@ -11,12 +11,10 @@ import numpy as np
 
 from calibrate.errors import UserError
 from calibrate.fit import (
-    ESTIMATORS,
     EstimatorScore,
     LineFit,
-    estimator_score,
+    estimator_scores,
     fit_line,
-    learned_scores,
     score_estimator,
 )
 from calibrate.prompts import (
@@ -249,11 +247,9 @@ def summarise(trace: Trace, info: dict[str, Any], confidence: float = 0.95) -> d
         num_prompts,
         confidence,
     )
-    scores = {name: estimator_score(trace, name) for name in ESTIMATORS}
-    scores |= learned_scores(trace)
     estimators: list[EstimatorScore] = [
         score_estimator(name, score, beta, index, num_prompts, confidence)
-        for name, score in scores.items()
+        for name, score in estimator_scores(trace).items()
     ]
 
     def mean(values: np.ndarray, unit: str = "") -> Figure:

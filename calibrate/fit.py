@@ -27,8 +27,13 @@ ESTIMATORS = ("uncertainty", "uncertainty_sampled", "entropy", "one_minus_max_pr
 SCORE_BINS = 200
 
 
+def estimator_scores(trace: Trace) -> dict[str, np.ndarray]:
+    """Every score of each token, larger where rejection is likelier, learned ones last."""
+    return {name: estimator_score(trace, name) for name in ESTIMATORS} | learned_scores(trace)
+
+
 def estimator_score(trace: Trace, name: str) -> np.ndarray:
-    """Score of each token, larger where rejection is likelier."""
+    """One of ESTIMATORS, larger where rejection is likelier."""
     if name == "one_minus_max_prob":
         return 1.0 - trace["max_prob"]
     if name == "margin":

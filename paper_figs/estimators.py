@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.errors import UserError
-from calibrate.fit import estimator_score
+from calibrate.fit import estimator_scores
 from calibrate.runs import Figure as Number
 from paper_figs.curves import error_lengths, skip_risk_curve
 from paper_figs.loaded import LoadedRun
@@ -20,6 +19,8 @@ LABELS = {
     "entropy": "entropy",
     "one_minus_max_prob": "1 − max probability",
     "margin": "1 − margin of the top two",
+    "learned_boosting": "learned, boosting",
+    "learned_logistic": "learned, logistic",
 }
 
 
@@ -32,12 +33,12 @@ def figure(loaded: LoadedRun) -> Figure | None:
     drawn, axes = new_figure(1, 2, 3.5, width_ratios=(1.15, 1.0))
     left, right = axes[0]
     highest = 0.0
+    scores = estimator_scores(loaded.trace)
     for number, estimator in enumerate(estimators):
         name, style = estimator["name"], SERIES[number % len(SERIES)]
-        try:
-            score = estimator_score(loaded.trace, name)
-        except UserError:  # scored at calibration, but its column was not kept
+        if name not in scores:  # scored at calibration, by a version that knew it
             continue
+        score = scores[name]
         risk, rate = skip_risk_curve(score, beta)
         highest = max(highest, float(np.interp(MAX_RISK, risk, rate)))
         left.plot(

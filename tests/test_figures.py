@@ -443,8 +443,9 @@ def test_estimator_curves_end_where_calibration_says(loaded: LoadedRun) -> None:
     """
     beta = loaded.trace["rejection_prob"]
     tolerance = 1 / 200 + 1.5 / loaded.trace.num_tokens
+    scores = estimators.estimator_scores(loaded.trace)
     for entry in loaded.calibration["estimators"]:
-        score = estimators.estimator_score(loaded.trace, entry["name"])
+        score = scores[entry["name"]]
         risk, rate = skip_risk_curve(score, beta)
         for level, figure in entry["skip_rate_at_risk"].items():
             best = float(rate[risk <= float(level)].max())
