@@ -175,7 +175,7 @@ def calibrate(
         pair = "smollm2"
     request = CalibrationRequest(
         spec=resolve_pair(pair, slm, llm, drop_layers),
-        prompts_source=prompts,
+        prompts_source=_absolute(prompts),
         limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -187,7 +187,7 @@ def calibrate(
         run=output_path,
         resume=resume,
         command=["hlm", *sys.argv[1:]],
-        given={"slm": slm, "llm": llm, "drop_layers": drop_layers},
+        given={"slm": _absolute(slm), "llm": _absolute(llm), "drop_layers": drop_layers},
     )
     chosen = prepare(request)
     summary = _calibrate(request, chosen, _load(request.spec, dtype, device, trace == "full"))
@@ -197,6 +197,11 @@ def calibrate(
     from calibrate.tables import print_calibration
 
     print_calibration(summary, output_path)
+
+
+def _absolute(model: str | None) -> str | None:
+    """A model's path as a rerun from another folder finds it; hub ids stay as they are."""
+    return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
 
 
 def _calibrate(request: Any, chosen: Any, pair: LoadedPair) -> dict[str, Any]:

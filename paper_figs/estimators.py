@@ -82,6 +82,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
         f"{loaded.sample} (a) Tokens are skipped in rising order of each score, ties together; "
         "R is the sum of β over the skipped tokens, divided by all tokens. "
         f"(b) Bars: {loaded.interval_note} (bootstrap over prompts). Scores are compared on the "
-        "trace that they are computed from; none of them was fitted to it."
+        "trace that they are computed from; learned ones are cross-fitted, each prompt scored by "
+        "models fitted to others."
     )
     return finish(drawn, QUESTION, caption)
