@@ -200,7 +200,9 @@ def predicted_tokens(trace: Trace, policy: Policy, vocab_size: int) -> PolicyTok
         return tokens(skipped, rho, zeros + vocab_size)
     verified = gate.threshold < 1 and not policy.rule.drafts_from_sent
     extra = truncation_bias_at(trace, sizes, vocab_size) if verified else zeros
-    # At most the sum of the gate's bias and the truncation's, and nearly it: docs/theory.md, (21).
+    # At most the sum of the gate's bias and the truncation's, and nearly it: docs/theory.md, (23).
+    # Where the size depends on the draft, both this and the rerun's figure are of the law at the
+    # drafted token's size: an estimate of the policy's bias, not a bound.
     return tokens(skipped, np.minimum(rho + extra, 1.0), sizes)
 
 
