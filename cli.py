@@ -52,7 +52,7 @@ PromptsOption = Annotated[
     str | None,
     typer.Option(help="Prompts: .jsonl or .txt file, or hub dataset. Default: the shipped 320."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 PolicyOption = Annotated[
     list[str] | None, typer.Option("--policy", help="Policy; repeat for more. Default: all.")
@@ -79,6 +79,8 @@ def main() -> NoReturn:
         _fail("interrupted; nothing half-written was left", 1)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -158,7 +160,9 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    trace: Annotated[str, typer.Option(help="full, or minimal for fewer columns.")] = "full",
+    trace: Annotated[
+        str, typer.Option(help="full, or minimal: faster, but gated policies cannot be derived.")
+    ] = "full",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
@@ -230,8 +234,6 @@ def _check_decoding(
     device: str,
     dtype: str,
 ) -> None:
-    import re
-
     _at_least("--limit", limit, 1, "leave it out for the default")
     _at_least("--max-new-tokens", max_new_tokens, 1)
     _at_least("--batch-size", batch_size, 1)
@@ -241,10 +243,16 @@ def _check_decoding(
             f"--temperature {temperature:g}: allowed is above 0 and at most 10; at 0 there is no "
             "sampling and every draft is either right or wrong"
         )
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: allowed are auto, cpu, mps, cuda and cuda:N")
+    _check_device(device)
     if dtype not in ("auto", "bfloat16", "float32"):
         raise UsageError(f"--dtype {dtype}: allowed are auto, bfloat16, float32")
+
+
+def _check_device(device: str) -> None:
+    import re
+
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: allowed are auto, cpu, mps, cuda and cuda:N")
 
 
 @app.command()
@@ -274,8 +282,7 @@ def derive(
     for value in risks:
         _inside("--risk", value, 0, 1)
     _inside("--confidence", confidence, 0, 1)
-    if not theta > 0:
-        raise UsageError(f"--theta {theta:g}: allowed is above 0")
+    _inside("--theta", theta, 0, float("inf"))
     if accounting not in ("paper", "full"):
         raise UsageError(f"--accounting {accounting}: allowed are paper, full")
     result = derive_run(
@@ -329,6 +336,7 @@ def validate(
     _at_least("--batch-size", batch_size, 1)
     if seed is not None:
         _at_least("--seed", seed, 0)
+    _check_device(device)
     plan = prepare_validation(
         run,
         policies=_policies(policy) if policy else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,6 +180,7 @@ def calibrate(
     }
     if request.resume and (request.run / "run.json").is_file():
         earlier = read_json(request.run, "run.json")
+        _check_same_inputs(earlier, info)
         info |= {key: earlier[key] for key in ("wall_s", "forward_s")}
     write_json(request.run / "run.json", info)
     done = finished_prompts(request.run) if request.resume else set()
@@ -187,6 +189,11 @@ def calibrate(
         on_total(len(left) * request.max_new_tokens)
     decode_to_shards(request.run, slm, llm, left, make_policy("hlm"), settings, pair, info, on_step)
     trace = read_trace(shard_paths(request.run))
+    if set(trace.prompt_ids) != {prompt.prompt_id for prompt in tokenized}:
+        raise UserError(
+            f"{request.run}: its shards do not hold the {len(tokenized)} prompts of this run; "
+            "name another folder"
+        )
     info |= {
         "complete": True,
         "num_prompts": trace.num_prompts,
@@ -196,6 +203,17 @@ def calibrate(
     write_json(request.run / "calibration.json", summary)
     write_json(request.run / "run.json", info)
     return summary
+
+
+def _check_same_inputs(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume on other prompts or other models than the finished shards'."""
+    before = {key: earlier.get(key) for key in ("prompt_keys", "pair")}
+    after = json.loads(json.dumps({key: now[key] for key in before}))
+    for key, what in (("prompt_keys", "prompts"), ("pair", "models")):
+        if before[key] != after[key]:
+            raise UserError(
+                f"--resume: the {what} are not those of the interrupted run; name another folder"
+            )
 
 
 def decode_to_shards(
@@ -213,7 +231,8 @@ def decode_to_shards(
     from calibrate.engine import decode
 
     header = {key: info[key] for key in ("pair", "settings", "versions", "revision", "command")}
-    offset = len(shard_paths(run))
+    numbers = [int(path.stem.rpartition("-")[2]) for path in shard_paths(run)]
+    offset = max(numbers, default=-1) + 1
     batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
     for number, batch in enumerate(batches, start=offset):
         path = run / "traces" / f"shard-{number:05d}.parquet"

@@ -53,6 +53,8 @@ def derive_run(
     dict
         The content of operating_points.json.
     """
+    # Rules are named by their budget as it is printed: one of each name.
+    risks = tuple({f"{risk:g}": risk for risk in risks}.values())
     importance = parse_importance(importance_text)
     calibration = read_json(run, "calibration.json")
     from calibrate.operating_points import DeriveRequest, derive
@@ -73,6 +75,7 @@ def derive_run(
     )
     trace = read_trace(shard_paths(run))
     points = derive(trace, calibration, request, economics)
+    best = optima(trace, economics, risks) if "skip_set_bias" in trace else []
     result: dict[str, Any] = {
         "pair": calibration["pair"],
         "num_prompts": calibration["num_prompts"],
@@ -82,7 +85,7 @@ def derive_run(
         "profile": {"name": profile_name, **asdict(profile)},
         "accounting": accounting,
         "operating_points": [asdict(point) for point in points],
-        "optima": [asdict(optimum) for optimum in optima(trace, economics, risks)],
+        "optima": [asdict(optimum) for optimum in best],
     }
     write_json(run / "operating_points.json", result)
     return result
@@ -90,6 +93,7 @@ def derive_run(
 
 def parse_importance(text: str) -> Any:
     """Read variant:k:gamma."""
+    from calibrate.recording import topk_column
     from hlmtheory.policies import ImportanceSettings
 
     parts = text.split(":")
@@ -103,6 +107,9 @@ def parse_importance(text: str) -> Any:
     if not (math.isfinite(k) and math.isfinite(gamma)):
         raise UsageError(f"--importance {text}: k and gamma must be finite")
     try:
-        return ImportanceSettings(parts[0], k, gamma)  # type: ignore[arg-type]
+        settings = ImportanceSettings(parts[0], k, gamma)  # type: ignore[arg-type]
+        if settings.variant == "topk":
+            topk_column(settings)
+        return settings
     except ValueError as error:
         raise UsageError(f"--importance {text}: {error}") from None

@@ -116,7 +116,7 @@ def fit_line(
     """
     if len(uncertainty) < 3 or np.ptp(uncertainty) == 0:
         raise UserError(
-            f"cannot fit a line: {len(uncertainty)} tokens with uncertainty that does not vary; "
+            f"cannot fit a line: {len(uncertainty)} tokens, or uncertainty that does not vary; "
             "calibrate on more prompts or tokens"
         )
     clustered = num_prompts >= 2
@@ -199,6 +199,8 @@ def _curvature(
     groups: np.ndarray | None,
     confidence: float,
 ) -> Figure:
+    if len(uncertainty) <= 3:  # a parabola through three points leaves nothing to judge it by
+        return Figure(None)
     centred = (uncertainty - uncertainty.mean()) ** 2
     result = _least_squares([uncertainty, centred], rejection_prob, groups)
     low, high = result.conf_int(alpha=1 - confidence)[2] if groups is not None else (None, None)

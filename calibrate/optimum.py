@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.policy_tokens import Economics, predicted_tokens
+from calibrate.policy_tokens import Economics, payload_of_sent, predicted_tokens
 from calibrate.recording import BIAS_SIZE_GRID, THRESHOLD_GRID
 from calibrate.traces import Trace
-from hlmtheory.cost import payload_bits
 from hlmtheory.optimise import Objective, PolicyCurve, best_choice
 from hlmtheory.policies import FixedSize, Policy, make_policy
 
@@ -83,9 +82,7 @@ def _curve(
         )
         tokens = predicted_tokens(trace, policy, economics.vocab_size)
         sent = 1.0 - tokens.skipped
-        bits = payload_bits(
-            tokens.num_entries, economics.vocab_size, accounting=economics.accounting
-        )
+        bits = payload_of_sent(tokens, economics)
         num_sent = sent.sum()
         risk = float(np.mean(tokens.skipped * tokens.rejection_prob))
         known = np.isfinite(tokens.bias)

@@ -86,6 +86,22 @@ class Economics:
     accounting: str = "paper"
 
 
+def payload_of_sent(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
+    """Uplink bits of each token if it is sent, (N,); docs/theory.md, (18)."""
+    if tokens.policy.name in ("slm", "llm"):
+        return np.zeros_like(tokens.skipped)
+    starts = np.diff(tokens.prompt_index, prepend=-1) != 0
+    return np.asarray(
+        payload_bits(
+            tokens.num_entries,
+            economics.vocab_size,
+            accounting=economics.accounting,
+            draft_sent=tokens.policy.rule.name not in ("residual", "ask"),
+            num_unsent=num_unsent_before(1.0 - tokens.skipped, starts),
+        )
+    )
+
+
 def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstimate]:
     """Every metric of METRICS as a mean over tokens with its prompt-clustered standard error.
 
@@ -93,18 +109,8 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
     E[1/token time]: they answer different questions, so both are given.
     """
     sent = 1.0 - tokens.skipped
+    bits = sent * payload_of_sent(tokens, economics)
     server_only = tokens.policy.name == "llm"
-    if tokens.policy.name in ("slm", "llm"):
-        bits = np.zeros_like(sent)
-    else:
-        starts = np.diff(tokens.prompt_index, prepend=-1) != 0
-        bits = sent * payload_bits(
-            tokens.num_entries,
-            economics.vocab_size,
-            accounting=economics.accounting,
-            draft_sent=tokens.policy.rule.name not in ("residual", "ask"),
-            num_unsent=num_unsent_before(sent, starts),
-        )
     link, profile = economics.link, economics.profile
     if isinstance(tokens.policy.gate, AlwaysSkip | NeverSkip):
         # Nobody looks at the uncertainty, so nobody computes it.

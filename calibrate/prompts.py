@@ -67,12 +67,14 @@ def read_prompts(source: str | None) -> list[Prompt]:
         If the file cannot be read, is empty, or a line of it is not a prompt.
     """
     path = data_path("prompts.jsonl") if source is None else Path(source)
+    if path.is_dir():
+        raise UsageError(f"--prompts {source}: is a folder; give a .jsonl or .txt file")
     if not path.is_file():
         if source is not None and source.count("/") == 1 and not path.suffix:
             return _from_hub(source)
         raise UsageError(f"--prompts {source}: no such file; give a .jsonl or .txt file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {path}: not UTF-8 text ({error.reason})") from None
     numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
@@ -103,6 +105,10 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
         raise UserError(f'--prompts {path}, line {number}: give an object with a "prompt" string')
     if not text.strip():
         raise UserError(f"--prompts {path}, line {number}: the prompt is empty")
+    try:
+        (text + str(entry.get("id"))).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompts {path}, line {number}: a lone surrogate is no text") from None
     split = entry.get("split")
     if split not in (None, "calibration", "validation"):
         raise UserError(
@@ -153,11 +159,12 @@ def validation_prompts(
     UsageError
         If none is left.
     """
-    fresh = [
-        p
-        for p in prompts
-        if p.split in (None, "validation") and text_key(p.text) not in calibrated_on
-    ]
+    half = [p for p in prompts if p.split in (None, "validation")]
+    if not half:
+        raise UsageError(
+            "none of the prompts is in the validation half; give others with --prompts"
+        )
+    fresh = [p for p in half if text_key(p.text) not in calibrated_on]
     if not fresh:
         raise UsageError(
             "no prompt is left to validate on: all were calibrated on; give others with --prompts"

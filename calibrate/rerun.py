@@ -44,8 +44,8 @@ class Cell:
         Interval for the *rerun's* figure: calibration and validation sampling both.
     measured : Figure
         With its own sampling interval.
-    covered : bool
-        Whether the measured value lies inside the predicted interval.
+    covered : bool or None
+        Whether the measured value lies inside the predicted interval; None where there is none.
     """
 
     policy: str
@@ -53,7 +53,7 @@ class Cell:
     metric: str
     predicted: Figure
     measured: Figure
-    covered: bool
+    covered: bool | None
 
     @property
     def fixed(self) -> bool:
@@ -66,7 +66,7 @@ class Cell:
 
 def prediction_interval(
     predicted: Figure, num_calibration: int, measured: RatioEstimate, confidence: float
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     r"""Interval in which a rerun on other prompts is expected to fall.
 
     .. math:: \hat\theta \pm t_{n+m-2}\, s \sqrt{1/n + 1/m}, \qquad
@@ -86,9 +86,15 @@ def prediction_interval(
     measured : RatioEstimate
         Of the rerun.
     confidence : float
+
+    Returns
+    -------
+    (low, high), or None where one prompt on either side leaves no spread to go by.
     """
     value = float(predicted.value or 0.0)
     num_validation = measured.num_prompts
+    if num_calibration < 2 and num_validation < 2:
+        return None
     half = 0.0
     if predicted.low is not None and predicted.high is not None:
         half = (predicted.high - predicted.low) / 2
@@ -161,7 +167,8 @@ def compare(
     for metric in METRICS:
         predicted = Figure(**point["predicted"][metric])
         estimate = measured[metric]
-        low, high = prediction_interval(predicted, num_calibration, estimate, confidence)
+        interval = prediction_interval(predicted, num_calibration, estimate, confidence)
+        low, high = interval if interval is not None else (None, None)
         cells.append(
             Cell(
                 point["policy"],
@@ -169,7 +176,7 @@ def compare(
                 metric,
                 Figure(predicted.value, low, high, UNITS[metric]),
                 as_figure(estimate, UNITS[metric], confidence),
-                bool(low <= estimate.value <= high),
+                None if interval is None else bool(interval[0] <= estimate.value <= interval[1]),
             )
         )
     return cells
@@ -187,7 +194,8 @@ def coverage(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
 
 
 def _share(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
-    covered, total = sum(cell.covered for cell in cells), len(cells)
+    judged = [cell.covered for cell in cells if cell.covered is not None]
+    covered, total = sum(judged), len(judged)
     if total == 0:
         return {"covered": 0, "total": 0, "share": asdict(Figure(None))}
     interval = stats.binomtest(covered, total).proportion_ci(confidence)

@@ -17,6 +17,14 @@ from typing import Any
 from calibrate.errors import UsageError, UserError
 
 SCHEMA_VERSION = 1
+# They never change a token, and a smaller batch is the way out of a full memory.
+FREE_ON_RESUME = {"batch_size", "device"}
+REQUIRED = {
+    "run.json": {"pair", "settings"},
+    "calibration.json": {"pair", "settings", "fit", "timings", "num_prompts", "num_tokens"},
+    "operating_points.json": {"operating_points", "link", "profile", "accounting", "confidence"},
+    "validation.json": {"cells", "coverage"},
+}
 STAGES = {
     "run.json": "hlm calibrate",
     "calibration.json": "hlm calibrate",
@@ -94,10 +102,13 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
         raise UserError(f"RUN {run}: {name} is missing; run `{STAGES[name]}` first")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError:  # not JSON, or not even text
+        raise UserError(f"{path} is not valid JSON; run `{STAGES[name]}` again") from None
+    missing = REQUIRED[name] - content.keys() if isinstance(content, dict) else REQUIRED[name]
+    if missing:
         raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}); run `{STAGES[name]}` again"
-        ) from None
+            f"{path} is not what `{STAGES[name]}` writes ({min(missing)} is missing); run it again"
+        )
     return content
 
 
@@ -153,14 +164,17 @@ def open_run(run: Path, settings: dict[str, Any], resume: bool) -> bool:
     """
     if run.exists() and not run.is_dir():
         raise UsageError(f"--output-path {run}: is a file; name a folder")
+    parent = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"--output-path {run}: cannot be made there; name another folder")
     marker = run / "run.json"
     if not marker.is_file():
         if run.is_dir() and any(run.iterdir()):
             raise UsageError(f"--output-path {run}: not empty, and not a run; name another folder")
         return False
     try:
-        earlier = json.loads(marker.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+        earlier = read_json(run, "run.json")
+    except UserError:
         raise UsageError(
             f"--output-path {run}: its run.json is broken; name another folder"
         ) from None
@@ -173,7 +187,7 @@ def open_run(run: Path, settings: dict[str, Any], resume: bool) -> bool:
         )
     different = sorted(
         key
-        for key in settings.keys() | earlier["settings"].keys()
+        for key in (settings.keys() | earlier["settings"].keys()) - FREE_ON_RESUME
         if settings.get(key) != earlier["settings"].get(key)
     )
     if different:

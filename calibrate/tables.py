@@ -242,9 +242,13 @@ def print_validation(result: dict[str, Any]) -> None:
             cell["metric"] + (f" ({unit})" if unit else ""),
             _number(cell["predicted"], 4),
             f"{cell['measured']['value']:.4g}",
-            "yes" if cell["covered"] else "NO",
+            {True: "yes", False: "NO", None: "-"}[cell["covered"]],
         )
     console.print(table)
+    for point in result["infeasible"]:
+        console.print(
+            f"  not rerun: {point['policy']}/{point['rule']}: {point['reason']}", soft_wrap=True
+        )
     summary = result["coverage"]
     console.print(
         f"covered: {summary['covered']} of {summary['total']} cells; of the "

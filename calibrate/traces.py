@@ -69,7 +69,9 @@ def read_header(path: Path) -> dict[str, Any]:
         metadata = pq.read_schema(path).metadata or {}
         header: dict[str, Any] = json.loads(metadata[HEADER_KEY])
     except (OSError, KeyError, pa.ArrowInvalid, json.JSONDecodeError):
-        raise UserError(f"{path}: not a trace shard, or cut off; delete it and --resume") from None
+        raise UserError(
+            f"{path}: not a trace shard, or cut off; calibrate again into another folder"
+        ) from None
     if header.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema version {header.get('schema_version')}, this is {SCHEMA_VERSION}; "
@@ -150,12 +152,14 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
     names = [name for name in tables[0].column_names if name != "prompt_id"]
     for name in names:
         out[name] = np.concatenate([_to_numpy(table[name]) for table in tables])
-    ids = np.concatenate([np.asarray(table["prompt_id"].to_pylist(), object) for table in tables])
-    prompt_ids, index = np.unique(ids.astype(str), return_inverse=True)
+    ids = [prompt_id for table in tables for prompt_id in table["prompt_id"].to_pylist()]
+    prompt_ids = sorted(set(ids))
+    place = {prompt_id: i for i, prompt_id in enumerate(prompt_ids)}
+    index = np.array([place[prompt_id] for prompt_id in ids], dtype=np.int64)
     order = np.lexsort((out["step"], index))
     trace_columns = {name: values[order] for name, values in out.items()}
     trace_columns["prompt_index"] = index[order]
-    return Trace(trace_columns, [str(name) for name in prompt_ids])
+    return Trace(trace_columns, prompt_ids)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:

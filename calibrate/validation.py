@@ -23,6 +23,7 @@ class ValidationPlan:
     spec: PairSpec
     dtype: str
     points: tuple[dict[str, Any], ...]
+    infeasible: tuple[dict[str, Any], ...]
     prompts: tuple[Prompt, ...]
     derived: dict[str, Any]
     calibration: dict[str, Any]
@@ -47,7 +48,8 @@ def prepare_validation(
     Raises
     ------
     UserError, UsageError
-        If the run is not derived, nothing is left to rerun, or no fresh prompt is left.
+        If the run is not derived, nothing derived matches, or no fresh prompt is left. Points that
+        are infeasible are a result: they are listed, not rerun.
     """
     derived = read_json(run, "operating_points.json")
     calibration = read_json(run, "calibration.json")
@@ -65,19 +67,21 @@ def prepare_validation(
             "no derived operating point matches --policy and --rule; derived are "
             + ", ".join(f"{policy}/{rule}" for policy, rule in known)
         )
+    for option, wanted, key in (("--policy", policies, "policy"), ("--rule", rules, "rule")):
+        missing = set(wanted or ()) - {point[key] for point in derived["operating_points"]}
+        if missing:
+            raise UsageError(f"{option} {min(missing)}: not derived; run `hlm derive` with it")
     feasible = [point for point in chosen if point["feasible"]]
-    if not feasible:
-        reasons = "; ".join(f"{p['policy']}/{p['rule']}: {p['reason']}" for p in chosen)
-        raise UserError(f"every chosen operating point is infeasible: {reasons}")
     source = prompts_source
     if source is None and settings["prompts"] != "shipped":
         source = settings["prompts"]
-    prompts = validation_prompts(read_prompts(source), limit, set(info["prompt_keys"]))
+    prompts = validation_prompts(read_prompts(source), limit, set(info.get("prompt_keys", ())))
     return ValidationPlan(
         run=run,
         spec=spec_from_settings(settings),
         dtype=calibration["pair"]["dtype"],
         points=tuple(feasible),
+        infeasible=tuple(point for point in chosen if not point["feasible"]),
         prompts=tuple(prompts),
         derived=derived,
         calibration=calibration,
@@ -178,6 +182,9 @@ def run_validation(
         "num_prompts": len(prompts),
         "num_calibration_prompts": derived["num_prompts"],
         "num_tokens": num_tokens,
+        "infeasible": [
+            {key: point[key] for key in ("policy", "rule", "reason")} for point in plan.infeasible
+        ],
         "cells": [asdict(cell) for cell in cells],
         "coverage": coverage(cells, confidence),
     }

@@ -324,7 +324,7 @@ def _by_metric(cells: tuple[Cell, ...], metrics: list[str]) -> list[dict[str, An
     return [
         {
             "name": metric_label(metric),
-            "covered": sum(cell.covered for cell in cells if cell.metric == metric),
+            "covered": sum(bool(cell.covered) for cell in cells if cell.metric == metric),
             "total": sum(cell.metric == metric for cell in cells),
         }
         for metric in metrics

@@ -172,8 +172,9 @@ interval.</p>
 {%- for row in matrix %}
 <tr><th scope="row">{{ row.policy }}</th><td class="w">{{ row.rule }}</td>
 {%- for cell in row.cells -%}
-{%- if cell %}<td class="n{{ '' if cell.covered else ' missed' }}">
-{{- '' if cell.covered else '✗ ' }}{{ cell.measured }}<br><small>{{ cell.predicted }}</small></td>
+{%- if cell %}<td class="n{{ ' missed' if cell.covered == false else '' }}">
+{{- '✗ ' if cell.covered == false else '' }}{{ cell.measured }}<br>
+{{- '' }}<small>{{ cell.predicted }}</small></td>
 {%- else %}<td class="n">–</td>{% endif -%}
 {%- endfor -%}
 </tr>
@@ -197,7 +198,8 @@ interval.</p>
 <tr><th scope="row">{{ cell.policy }}</th><td class="w">{{ cell.rule }}</td>
 <td class="w">{{ cell.metric }}</td>
 <td class="n">{{ cell.predicted }}</td><td class="n">{{ cell.measured }}</td>
-<td class="{{ 'yes' if cell.covered else 'no' }}">{{ 'yes' if cell.covered else 'no' }}</td></tr>
+<td class="{{ 'no' if cell.covered == false else 'yes' }}">
+{{- 'yes' if cell.covered else ('no' if cell.covered == false else '-') }}</td></tr>
 {%- endfor %}
 </tbody></table></div>
 </details>

@@ -68,10 +68,11 @@ def policies_of(cells: tuple[Cell, ...]) -> list[str]:
 
 def figure(loaded: LoadedRun) -> Figure | None:
     """One panel a metric, one row a policy, one marker a cell."""
-    if not loaded.cells:
+    judged = tuple(cell for cell in loaded.cells if cell.covered is not None)
+    if not judged:
         return None
-    placed = placed_cells(loaded.cells)
-    policies = policies_of(loaded.cells)
+    placed = placed_cells(judged)
+    policies = policies_of(judged)
     num_rows = -(-len(placed) // NUM_COLUMNS)
     height = num_rows * (0.75 + 0.19 * len(policies))
     drawn, axes = new_figure(num_rows, NUM_COLUMNS, height, share_x=True, share_y=True)
@@ -143,9 +144,9 @@ def _caption(loaded: LoadedRun) -> str:
             f"{100 * share['high']:.1f}] % as if cells were independent, which those of one rerun "
             "are not"
         )
-    free = [cell for cell in loaded.cells if not cell.fixed]
+    free = [cell.covered for cell in loaded.cells if cell.covered is not None and not cell.fixed]
     return (
-        f"{text}; of the {len(free)} that are not fixed, {sum(cell.covered for cell in free)}. "
+        f"{text}; of the {len(free)} that are not fixed, {sum(free)}. "
         f"Errors beyond ±{LIMIT:g} stand at the edge with their size. Within a policy's row, its "
         "rules lie one below the other."
     )

@@ -87,7 +87,9 @@ def test_an_empty_prompt_file_is_refused(tmp_path: Path, empty_prompts: Path) ->
 
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"complete": True, "settings": {}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"complete": True, "settings": {}, "pair": {}, "prompt_keys": []})
+    )
     result = hlm("calibrate", "--output-path", str(tmp_path))
     assert result.returncode == 2
     assert "another run" in result.stderr
