@@ -9,5 +9,6 @@ from pathlib import Path
 def data_path(*parts: str) -> Path:
     """Path of a shipped file, in a checkout or in an installation."""
     checkout = Path(__file__).resolve().parent.parent / "data"
-    root = checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "hlmtheory"
+    installed = Path(sys.prefix) / "share" / "hlmtheory"
+    root = checkout if (checkout / "prompts.jsonl").is_file() else installed
     return root.joinpath(*parts)
