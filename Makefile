@@ -7,13 +7,12 @@ STAMP := $(VENV)/.installed
 # One BLAS thread in tests: results and times do not depend on how many cores are idle.
 TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help install quickstart test lint type long bench clean
+.PHONY: help install quickstart test lint type bench clean
 
 help:
 	@echo "make quickstart  install and run the main job on the embedded pair"
 	@echo "make test        run the tests (fetches 93 MB of weights once)"
 	@echo "make lint type   ruff and mypy"
-	@echo "make long        tests that take minutes"
 	@echo "make bench       speed, as ratios in one run"
 
 install: $(STAMP)
@@ -31,10 +30,7 @@ quickstart: $(STAMP)
 	$(BIN)/hlm quickstart --output-path $(QUICKSTART_PATH) $(QUICKSTART_ARGS)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
-
-long: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -m long
+	$(TEST_ENV) $(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
