@@ -52,6 +52,10 @@ PromptsOption = Annotated[
     str | None,
     typer.Option(help="Prompts: .jsonl or .txt file, or hub dataset. Default: the shipped 320."),
 ]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(help="Prompts decoded together.", show_default="as many as memory allows, to 64"),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 PolicyOption = Annotated[
@@ -155,7 +159,7 @@ def calibrate(
     prompts: PromptsOption = None,
     limit: Annotated[int, typer.Option(help="Prompts of the calibration half to use.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    batch_size: BatchOption = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature of both models.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
     device: DeviceOption = "auto",
@@ -228,7 +232,7 @@ def _calibrate(request: Any, chosen: Any, pair: LoadedPair) -> dict[str, Any]:
 def _check_decoding(
     limit: int,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     temperature: float,
     seed: int,
     device: str,
@@ -236,7 +240,8 @@ def _check_decoding(
 ) -> None:
     _at_least("--limit", limit, 1, "leave it out for the default")
     _at_least("--max-new-tokens", max_new_tokens, 1)
-    _at_least("--batch-size", batch_size, 1)
+    if batch_size is not None:
+        _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
     _at_least("--seed", seed, 0)
     if not 0 < temperature <= 10:
         raise UsageError(
@@ -325,7 +330,7 @@ def validate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the reruns. Default: another than calibration's.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -333,7 +338,8 @@ def validate(
     from calibrate.validation import prepare_validation
 
     _at_least("--limit", limit, 1, "leave it out for the default")
-    _at_least("--batch-size", batch_size, 1)
+    if batch_size is not None:
+        _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
     if seed is not None:
         _at_least("--seed", seed, 0)
     _check_device(device)
@@ -424,13 +430,13 @@ def quickstart(
     from paper_figs.draw import draw_run
 
     begin = time.perf_counter()
-    _check_decoding(limit, max_new_tokens, 32, 1.0, seed, "auto", "auto")
+    _check_decoding(limit, max_new_tokens, None, 1.0, seed, "auto", "auto")
     request = CalibrationRequest(
         spec=resolve_pair("smollm2", None, None, None),
         prompts_source=None,
         limit=limit,
         max_new_tokens=max_new_tokens,
-        batch_size=32,
+        batch_size=None,
         seed=seed,
         temperature=1.0,
         device="auto",
@@ -448,7 +454,7 @@ def quickstart(
         policies=("u-hlm", "r-hlm", "cu-hlm-offline"),
         rules=("risk-averse", "risk-0.01"),
         limit=limit,
-        batch_size=32,
+        batch_size=None,
         command=request.command,
     )
     print_validation(_validate(plan, pair))

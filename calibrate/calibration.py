@@ -53,7 +53,9 @@ class CalibrationRequest:
     spec : PairSpec
     prompts_source : str or None
         File or hub id; None for the shipped prompts.
-    limit, max_new_tokens, batch_size, seed : int
+    limit, max_new_tokens, seed : int
+    batch_size : int or None
+        None: as many as memory and lengths allow.
     temperature : float
     device, dtype, trace : str
     run : Path
@@ -67,7 +69,7 @@ class CalibrationRequest:
     prompts_source: str | None
     limit: int
     max_new_tokens: int
-    batch_size: int
+    batch_size: int | None
     seed: int
     temperature: float
     device: str
@@ -149,18 +151,20 @@ def calibrate(
         The content of calibration.json.
     """
     from calibrate.engine import DecodingSettings
+    from calibrate.memory import automatic_batch_size
     from calibrate.models import TransformerModel
     from calibrate.timing import measure_timings
     from hlmtheory.policies import make_policy
 
+    tokenized = tokenize_prompts(prompts, pair.tokenizer, request.max_new_tokens, pair.max_context)
     settings = DecodingSettings(
         temperature=request.temperature,
         max_new_tokens=request.max_new_tokens,
-        batch_size=request.batch_size,
+        batch_size=request.batch_size
+        or automatic_batch_size(pair, tokenized, request.max_new_tokens),
         seed=request.seed,
         trace=request.trace,
     )
-    tokenized = tokenize_prompts(prompts, pair.tokenizer, request.max_new_tokens, pair.max_context)
     slm = TransformerModel(pair.slm, pair.vocab_size)
     llm = TransformerModel(pair.llm, pair.vocab_size)
     timings = measure_timings(slm, llm, tokenized[0].tokens, settings.thetas)

@@ -136,13 +136,21 @@ def decode(
     DecodedBatch
         One a batch, complete.
     """
-    # Like lengths together: less padding, and the largest batch is the first to run out of memory.
-    order = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.prompt_id))
-    for begin in range(0, len(order), settings.batch_size):
-        batch = order[begin : begin + settings.batch_size]
+    for batch in batches_by_length(prompts, settings.batch_size):
         with torch.inference_mode(), domain.unchecked():
             run = _BatchRun(slm, llm, batch, policy, settings, eos_token_ids, observer)
             yield run.to_end(on_step)
+
+
+def batches_by_length(
+    prompts: Sequence[TokenizedPrompt], batch_size: int
+) -> list[list[TokenizedPrompt]]:
+    """Prompts in batches, longest first.
+
+    Like lengths together make less padding, and the first batch to run out of memory is the first.
+    """
+    order = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.prompt_id))
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
 
 class _BatchRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ class RowCache:
             return
         for layer, filled in zip(self.cache.layers, part.cache.layers, strict=True):
             layer.place_rows(filled, list(places), self._num_rows, width)
+
+    def copy(self) -> RowCache:
+        """A cache of its own with the same contents."""
+        return RowCache(copy.deepcopy(self.cache), self.can_place_rows, self._num_rows)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""

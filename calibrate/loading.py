@@ -12,6 +12,7 @@ from calibrate.cache import file_sha256
 from calibrate.convert import first_line, refuse_missing_weights
 from calibrate.errors import UserError
 from calibrate.layers import share_without_layers
+from calibrate.memory import keep_large_buffers
 from calibrate.quiet import quiet
 from calibrate.sources import HubRepo, ModelSpec, PairSpec
 from calibrate.store import ensure_folder, source_sha256
@@ -98,6 +99,7 @@ def load_pair(
     UserError
         A model cannot be fetched, read or placed, or the two do not share a tokenizer.
     """
+    keep_large_buffers()
     device = resolve_device(device)
     if dtype == "auto":
         dtype = default_dtype(device)

@@ -72,18 +72,86 @@ class LanguageModel(Protocol):
 
 
 class TransformerModel:
-    """A transformers causal language model behind the LanguageModel interface."""
+    """A transformers causal language model behind the LanguageModel interface.
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    With `reuse_prefill` the last batch's prefill is kept, for running the same contexts again
+    under another policy: it costs the memory of one more key-value cache.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, reuse_prefill: bool = False) -> None:
         self.model = model
         self.vocab_size = vocab_size
         self.device = next(model.parameters()).device
+        self._reuse_prefill = reuse_prefill
+        self._prefilled: tuple[Any, Prefill] | None = None
 
     def start(
         self, contexts: Sequence[Sequence[int]], attention: bool, fill: bool = True
     ) -> TransformerSession:
         """Prefill the contexts (each at least one token)."""
-        return TransformerSession(self, contexts, attention, MIN_ROWS if fill else 1)
+        if any(len(context) == 0 for context in contexts):
+            raise UserError("a prompt has fewer than two tokens: give at least one word")
+        min_rows = MIN_ROWS if fill else 1
+        begin = time.perf_counter()
+        key = (tuple(map(tuple, contexts)), min_rows)
+        if self._prefilled is not None and self._prefilled[0] == key:
+            prefill = self._prefilled[1].copy()
+        else:
+            self._prefilled = None
+            prefill = prefill_contexts(self.model, contexts, min_rows, self.device)
+            if self._reuse_prefill:
+                self._prefilled = (key, prefill.copy())
+        synchronise(self.device)
+        seconds = time.perf_counter() - begin
+        return TransformerSession(self, prefill, len(contexts), attention, min_rows, seconds)
+
+
+@dataclass
+class Prefill:
+    """Contexts inside one model: their caches, and which positions hold a token.
+
+    Attributes
+    ----------
+    cache : RowCache
+        R rows, at least as many as there are contexts.
+    mask : integer tensor (R, n)
+    """
+
+    cache: RowCache
+    mask: torch.Tensor
+
+    def copy(self) -> Prefill:
+        """Contents of its own."""
+        return Prefill(self.cache.copy(), self.mask.clone())
+
+
+def prefill_contexts(
+    model: Any, contexts: Sequence[Sequence[int]], min_rows: int, device: torch.device
+) -> Prefill:
+    """Run contexts, padded on the right, in groups of like width; the first fills missing rows."""
+    rows = list(contexts)
+    rows += [rows[0]] * (min_rows - len(rows))
+    widths = [_padded_width(len(row)) for row in rows]
+    cache = make_cache(model.config, len(rows))
+    mask = torch.zeros(len(rows), max(widths), dtype=torch.long)
+    for places in _prefill_groups(widths, min_rows, cache.can_place_rows):
+        width = max(widths[i] for i in places)
+        ids = torch.zeros(len(places), width, dtype=torch.long)
+        for i, place in enumerate(places):
+            ids[i, : len(rows[place])] = torch.tensor(rows[place])
+            mask[place, : len(rows[place])] = 1
+        part = make_cache(model.config, len(places))
+        # The layers without the output head: no logits of a prompt are read, and on a slice of the
+        # hidden states the head would copy its whole matrix once a row.
+        model.base_model(
+            input_ids=ids.to(device),
+            attention_mask=mask[places, :width].to(device),
+            position_ids=torch.arange(width, device=device).expand(len(places), width),
+            past_key_values=part.cache,
+            use_cache=True,
+        )
+        cache.place_rows(part, places, mask.shape[1])
+    return Prefill(cache, mask.to(device))
 
 
 class TransformerSession:
@@ -98,43 +166,20 @@ class TransformerSession:
     def __init__(
         self,
         model: TransformerModel,
-        contexts: Sequence[Sequence[int]],
+        prefill: Prefill,
+        num_contexts: int,
         attention: bool,
         min_rows: int,
+        prefill_s: float,
     ) -> None:
-        if any(len(context) == 0 for context in contexts):
-            raise UserError("a prompt has fewer than two tokens: give at least one word")
         self._model = model.model
         self._vocab_size = model.vocab_size
         self._attention = attention
         self._min_rows = min_rows
-        self.forward_s = 0.0
-        self._live = len(contexts)
-        rows = list(contexts)
-        rows += [rows[0]] * (min_rows - len(rows))
-        widths = torch.tensor([_padded_width(len(row)) for row in rows])
-        self._cache = make_cache(self._model.config, len(rows))
-        self._mask = torch.zeros(len(rows), int(widths.max()), dtype=torch.long)
-        for group in _prefill_groups(widths.tolist(), min_rows, self._cache.can_place_rows):
-            self._prefill([rows[i] for i in group], group, model.device)
-        self._mask = self._mask.to(model.device)
+        self._live = num_contexts
+        self._cache, self._mask = prefill.cache, prefill.mask
         self._next_position = self._mask.sum(-1)  # (B,)
-
-    def _prefill(
-        self, rows: Sequence[Sequence[int]], places: list[int], device: torch.device
-    ) -> None:
-        """Run some of the contexts, padded to their own width, and put their caches in place."""
-        width = max(_padded_width(len(row)) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        positions = torch.arange(width, device=device).expand(len(rows), width)
-        part = make_cache(self._model.config, len(rows))
-        self._forward(ids.to(device), mask.to(device), positions, part, want_attention=False)
-        self._mask[places, :width] = mask
-        self._cache.place_rows(part, places, self._mask.shape[1])
+        self.forward_s = prefill_s
 
     def step(self, tokens: torch.Tensor) -> StepOutput:
         """Append one token to each live context."""
@@ -142,13 +187,17 @@ class TransformerSession:
         if len(tokens) < physical:
             tokens = torch.cat([tokens, tokens[:1].expand(physical - len(tokens))])
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        output = self._forward(
-            tokens[:, None],
-            self._mask,
-            self._next_position[:, None],
-            self._cache,
-            want_attention=self._attention,
+        begin = time.perf_counter()
+        output = self._model(
+            input_ids=tokens[:, None],
+            attention_mask=self._mask,
+            position_ids=self._next_position[:, None],
+            past_key_values=self._cache.cache,
+            use_cache=True,
+            output_attentions=self._attention,
         )
+        synchronise(tokens.device)
+        self.forward_s += time.perf_counter() - begin
         self._next_position = self._next_position + 1
         logits = output.logits[: self._live, -1, : self._vocab_size].float()
         if not self._attention:
@@ -168,28 +217,11 @@ class TransformerSession:
         self._mask = self._mask[physical]
         self._next_position = self._next_position[physical]
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
-        cache: RowCache,
-        want_attention: bool,
-    ) -> Any:
-        begin = time.perf_counter()
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            output_attentions=want_attention,
-        )
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.forward_s += time.perf_counter() - begin
-        return output
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator, so that a clock reads what was done and not what was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _padded_width(num_tokens: int) -> int:

@@ -7,7 +7,7 @@ are the ones the predictions were made with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from hlmtheory.clusters import RatioEstimate
 from hlmtheory.policies import Policy
 
 if TYPE_CHECKING:
-    from calibrate.engine import DecodingSettings
+    from calibrate.engine import DecodedBatch, DecodingSettings
     from calibrate.pairs import LoadedPair
 
 OnStep = Callable[[int, int], None]
@@ -111,21 +111,46 @@ def prediction_interval(
     return value - margin, value + margin
 
 
-def rerun_point(
-    path: Path,
-    slm: Any,
-    llm: Any,
-    prompts: Sequence[TokenizedPrompt],
-    policy: Policy,
-    settings: DecodingSettings,
+def decode_policies(
     pair: LoadedPair,
-    header: dict[str, Any],
+    prompts: Sequence[TokenizedPrompt],
+    policies: Mapping[str, Policy],
+    settings: DecodingSettings,
     on_step: OnStep | None = None,
-) -> Trace:
-    """Decode the prompts under a policy and keep the trace in one file."""
-    from calibrate.engine import decode
+    on_batch: Callable[[int, int, str], None] | None = None,
+) -> dict[str, list[DecodedBatch]]:
+    """Decode the same prompts under every policy: batch by batch, so that prompts are read once.
 
-    batches = list(decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step))
+    Parameters
+    ----------
+    pair : LoadedPair
+    prompts : sequence of TokenizedPrompt
+    policies : mapping of str to Policy
+    settings : DecodingSettings
+    on_step : callable, optional
+        See :func:`calibrate.engine.decode`.
+    on_batch : callable, optional
+        Told the number of this batch of one policy, how many there are in all, and its label.
+    """
+    from calibrate.engine import batches_by_length, decode
+    from calibrate.models import TransformerModel
+
+    slm = TransformerModel(pair.slm, pair.vocab_size, reuse_prefill=True)
+    llm = TransformerModel(pair.llm, pair.vocab_size, reuse_prefill=True)
+    batches = batches_by_length(prompts, settings.batch_size)
+    decoded: dict[str, list[DecodedBatch]] = {label: [] for label in policies}
+    number = 0
+    for batch in batches:
+        for label, policy in policies.items():
+            number += 1
+            if on_batch is not None:
+                on_batch(number, len(batches) * len(policies), label)
+            decoded[label] += decode(slm, llm, batch, policy, settings, pair.eos_token_ids, on_step)
+    return decoded
+
+
+def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, Any]) -> Trace:
+    """Keep the batches of one policy in one file, and read them back as a trace."""
     prompt_ids: list[str] = []
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from calibrate.models import LanguageModel
+from calibrate.models import LanguageModel, synchronise
 from calibrate.runs import Figure
 from hlmtheory import domain
 from hlmtheory.uncertainty import Temperatures, exact_uncertainty
@@ -52,14 +52,14 @@ def measure_timings(
         for _ in range(num_steps + 3):
             begin = time.perf_counter()
             z = slm_session.step(token).logits
-            _synchronise(z)
+            synchronise(slm.device)
             after_slm = time.perf_counter()
             llm_session.step(token)
-            _synchronise(z)
+            synchronise(slm.device)
             after_llm = time.perf_counter()
             draft = z.argmax(-1, keepdim=True)
             exact_uncertainty(z, draft, thetas)
-            _synchronise(z)
+            synchronise(slm.device)
             end = time.perf_counter()
             samples["slm"].append(after_slm - begin)
             samples["llm"].append(after_llm - after_slm)
@@ -71,11 +71,6 @@ def measure_timings(
             for name in ("slm", "llm", "uncertainty")
         )
     )
-
-
-def _synchronise(tensor: torch.Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _median(values_ms: np.ndarray, confidence: float) -> Figure:

@@ -28,7 +28,7 @@ class ValidationPlan:
     derived: dict[str, Any]
     calibration: dict[str, Any]
     seed: int
-    batch_size: int
+    batch_size: int | None
     needs_attention: bool
     command: tuple[str, ...]
 
@@ -40,7 +40,7 @@ def prepare_validation(
     prompts_source: str | None = None,
     limit: int = 64,
     seed: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     command: list[str] | None = None,
 ) -> ValidationPlan:
     """Choose operating points and prompts; loads no model.
@@ -118,11 +118,11 @@ def run_validation(
     """
     from calibrate.calibration import pair_identity
     from calibrate.engine import DecodingSettings
-    from calibrate.models import TransformerModel
+    from calibrate.memory import automatic_batch_size
     from calibrate.operating_points import policy_from_settings
     from calibrate.policy_tokens import Economics
     from calibrate.presets import link_from_dict, profile_from_dict
-    from calibrate.rerun import Cell, compare, coverage, rerun_point
+    from calibrate.rerun import Cell, compare, coverage, decode_policies, keep_rerun
 
     identity = pair_identity(pair)
     for side in ("slm", "llm"):
@@ -133,15 +133,14 @@ def run_validation(
                 f"{str(before['sha256'])[:12]}; now {str(now['sha256'])[:12]}); calibrate again"
             )
     calibrated = plan.calibration["settings"]
+    max_new_tokens = calibrated["max_new_tokens"]
+    prompts = tokenize_prompts(plan.prompts, pair.tokenizer, max_new_tokens, pair.max_context)
     settings = DecodingSettings(
         temperature=calibrated["temperature"],
-        max_new_tokens=calibrated["max_new_tokens"],
-        batch_size=plan.batch_size,
+        max_new_tokens=max_new_tokens,
+        batch_size=plan.batch_size or automatic_batch_size(pair, prompts, max_new_tokens),
         seed=plan.seed,
         trace="minimal",
-    )
-    prompts = tokenize_prompts(
-        plan.prompts, pair.tokenizer, settings.max_new_tokens, pair.max_context
     )
     derived = plan.derived
     economics = Economics(
@@ -150,10 +149,20 @@ def run_validation(
         derived["pair"]["vocab_size"],
         derived["accounting"],
     )
-    slm = TransformerModel(pair.slm, pair.vocab_size)
-    llm = TransformerModel(pair.llm, pair.vocab_size)
+    policies = {
+        f"{point['policy']} {point['rule']}": policy_from_settings(
+            point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
+        )
+        for point in plan.points
+    }
     if on_total is not None:
-        on_total(len(plan.points) * len(prompts) * settings.max_new_tokens)
+        on_total(len(policies) * len(prompts) * settings.max_new_tokens)
+
+    def on_batch(number: int, total: int, label: str) -> None:
+        if on_point is not None:
+            on_point(f"validating {number}/{total}: {label}")
+
+    decoded = decode_policies(pair, prompts, policies, settings, on_step, on_batch)
     header = {
         "pair": identity,
         "seed": plan.seed,
@@ -161,19 +170,15 @@ def run_validation(
         "revision": git_revision(),
         "command": list(plan.command),
     }
+    # Nothing is written before everything is decoded: the folder holds the reruns of one seed.
+    for path in (plan.run / "reruns").glob("*.parquet"):
+        path.unlink()
     cells: list[Cell] = []
     confidence = derived["confidence"]
     num_tokens = 0
-    for number, point in enumerate(plan.points, start=1):
-        label = f"{point['policy']} {point['rule']}"
-        if on_point is not None:
-            on_point(f"validating {number}/{len(plan.points)}: {label}")
-        policy = policy_from_settings(
-            point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
-        )
+    for point, batches in zip(plan.points, decoded.values(), strict=True):
         path = plan.run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
-        point_header = header | {"operating_point": point}
-        trace = rerun_point(path, slm, llm, prompts, policy, settings, pair, point_header, on_step)
+        trace = keep_rerun(path, batches, header | {"operating_point": point})
         num_tokens += trace.num_tokens
         cells += compare(point, trace, economics, derived["num_prompts"], confidence)
     result: dict[str, Any] = {
