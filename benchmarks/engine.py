@@ -6,6 +6,9 @@ device model without a key-value cache, twenty multinomial draws over the vocabu
 public replications of U-HLM decode. Interleaved repeats, medians; the two slow yardsticks run on
 the first few prompts only and are scaled by their own tokens.
 
+Beside the speeds: the exact uncertainty's share of a step of both models, and the peak memory of
+a process that only calibrates, against the size of the weights.
+
     python -m benchmarks.engine --pair smollm2 --limit 64 --max-new-tokens 48
 """
 
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibrate.engine import DecodingSettings, decode
+from calibrate.engine import DecodingSettings, batches_by_length, decode
+from calibrate.memory import automatic_batch_size
 from calibrate.models import TransformerModel
 from calibrate.pairs import LoadedPair, load_pair, resolve_pair
 from calibrate.prompts import (
@@ -32,7 +37,9 @@ from calibrate.prompts import (
     read_prompts,
     tokenize_prompts,
 )
+from hlmtheory import domain
 from hlmtheory.policies import make_policy
+from hlmtheory.uncertainty import exact_uncertainty, log_partitions, temperatures
 
 NUM_PERTURBATIONS = 20
 
@@ -63,12 +70,10 @@ def engine_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: Decod
 def floor_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: DecodingSettings) -> Any:
     """Only the forwards of both models, on tokens that cost nothing to choose."""
     models = [TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm)]
-    order = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.prompt_id))
     begin = time.perf_counter()
     tokens = 0
     with torch.inference_mode():
-        for start in range(0, len(order), settings.batch_size):
-            batch = order[start : start + settings.batch_size]
+        for batch in batches_by_length(prompts, settings.batch_size):
             sessions = [model.start([p.tokens[:-1] for p in batch], False) for model in models]
             last = torch.tensor([p.tokens[-1] for p in batch], device=models[0].device)
             for _ in range(settings.max_new_tokens):
@@ -82,6 +87,17 @@ def assisted_run(
     pair: LoadedPair, prompts: list[TokenizedPrompt], settings: DecodingSettings
 ) -> Any:
     """transformers' assisted generation, one prompt at a time, as it requires."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=None,
+        pad_token_id=pair.eos_token_ids[0],
+    )
     begin = time.perf_counter()
     tokens = 0
     for prompt in prompts:
@@ -91,13 +107,7 @@ def assisted_run(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 assistant_model=pair.slm,
-                do_sample=True,
-                temperature=settings.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=settings.max_new_tokens,
-                min_new_tokens=settings.max_new_tokens,
-                pad_token_id=pair.eos_token_ids[0],
+                generation_config=config,
             )
         tokens += out.shape[1] - ids.shape[1]
     return tokens, time.perf_counter() - begin, None
@@ -132,24 +142,60 @@ def loop_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: Decodin
     return tokens, time.perf_counter() - begin, None
 
 
+def uncertainty_share(
+    pair: LoadedPair, prompts: list[TokenizedPrompt], num_rows: int = 32, num_steps: int = 15
+) -> dict[str, float]:
+    """Exact uncertainty at K = 20 beside one step of both models: medians, interleaved, in ms."""
+    batch = [prompts[i % len(prompts)] for i in range(num_rows)]
+    models = [TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm)]
+    thetas = temperatures()
+    forward, exact = [], []
+    with torch.inference_mode(), domain.unchecked():
+        sessions = [model.start([p.tokens[:-1] for p in batch], False) for model in models]
+        tokens = torch.tensor([p.tokens[-1] for p in batch])
+        for _ in range(num_steps + 2):
+            begin = time.perf_counter()
+            logits = [session.step(tokens).logits for session in sessions]
+            middle = time.perf_counter()
+            tokens = logits[0].argmax(-1)
+            start = time.perf_counter()
+            exact_uncertainty(logits[0], tokens[:, None], thetas, log_partitions(logits[0], thetas))
+            exact.append(time.perf_counter() - start)
+            forward.append(middle - begin)
+    forward_ms, exact_ms = (1e3 * statistics.median(times[2:]) for times in (forward, exact))
+    return {"forward_ms": forward_ms, "uncertainty_ms": exact_ms, "share": exact_ms / forward_ms}
+
+
+def peak_memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak of a fresh process that calibrates with full traces at the automatic batch size."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--pair", options.pair]
+    command += ["--limit", str(options.limit), "--max-new-tokens", str(options.max_new_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
 def main() -> None:
     """Run every way `--repeats` times, interleaved, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", default="smollm2")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="default: automatic")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slow-prompts", type=int, default=2, help="for assisted and loop")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    spec = resolve_pair(options.pair, None, None, None)
-    plain, eager = load_pair(spec), load_pair(spec, attention=True)
+    memory = peak_memory(options)
+    pair = load_pair(resolve_pair(options.pair, None, None, None), attention=True)
     prompts = tokenize_prompts(
         calibration_prompts(read_prompts(None), options.limit),
-        plain.tokenizer,
+        pair.tokenizer,
         options.max_new_tokens,
-        plain.max_context,
+        pair.max_context,
+    )
+    options.batch_size = options.batch_size or automatic_batch_size(
+        pair, prompts, options.max_new_tokens
     )
 
     def settings(trace: str) -> DecodingSettings:
@@ -157,18 +203,38 @@ def main() -> None:
             max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, trace=trace
         )
 
-    few = prompts[: options.slow_prompts]
+    # The slow ways run on a spread of lengths that stands for all.
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+    stride = len(prompts) / options.slow_prompts
+    few = [by_length[int((i + 0.5) * stride)] for i in range(options.slow_prompts)]
+
+    def with_attention(implementation: str, run: Callable[[], Any]) -> Callable[[], Any]:
+        def switched() -> Any:
+            pair.slm.set_attn_implementation(implementation)
+            return run()
+
+        return switched
+
+    # Only a full trace needs the attention weights, which the fast kernels do not give.
     ways: dict[str, Callable[[], Any]] = {
-        "floor": lambda: floor_run(plain, prompts, settings("minimal")),
-        "engine, full trace": lambda: engine_run(eager, prompts, settings("full")),
-        "engine, minimal trace": lambda: engine_run(plain, prompts, settings("minimal")),
-        "assisted generation": lambda: assisted_run(plain, few, settings("minimal")),
-        "per-token loop": lambda: loop_run(plain, few, settings("minimal")),
+        "floor": with_attention("sdpa", lambda: floor_run(pair, prompts, settings("minimal"))),
+        "engine, full trace": with_attention(
+            "eager", lambda: engine_run(pair, prompts, settings("full"))
+        ),
+        "engine, minimal trace": with_attention(
+            "sdpa", lambda: engine_run(pair, prompts, settings("minimal"))
+        ),
+        "assisted generation": with_attention(
+            "sdpa", lambda: assisted_run(pair, few, settings("minimal"))
+        ),
+        "per-token loop": with_attention("sdpa", lambda: loop_run(pair, few, settings("minimal"))),
     }
+    floor_run(pair, prompts[:4], settings("minimal"))  # the weights are read from disk once
     rows: dict[str, list[tuple[int, float, float | None]]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, run in ways.items():
             rows[name].append(run())
+    exact = uncertainty_share(pair, prompts)
     speeds = {name: _summary(name, rows[name]) for name in ways}
     full, minimal = speeds["engine, full trace"].tok_s, speeds["engine, minimal trace"].tok_s
     ratios = {
@@ -176,14 +242,15 @@ def main() -> None:
         "minimal trace / floor": minimal / speeds["floor"].tok_s,
         "full trace / assisted generation": full / speeds["assisted generation"].tok_s,
         "full trace / per-token loop": full / speeds["per-token loop"].tok_s,
+        "exact uncertainty / two forwards": exact["share"],
     }
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if options.json:
         content = {
             "options": vars(options),
             "speeds": [asdict(speed) for speed in speeds.values()],
             "ratios": ratios,
-            "peak_gib": peak_gib,
+            "uncertainty": exact,
+            "memory": memory,
         }
         print(json.dumps(content, indent=1))
         return
@@ -195,8 +262,16 @@ def main() -> None:
         share = "" if speed.forward_share is None else f", {speed.forward_share:.0%} in forwards"
         print(f"  {speed.name:24s} {speed.tok_s:8.2f} token/s{share}")
     for name, ratio in ratios.items():
-        print(f"  {name:34s} {ratio:6.2f}")
-    print(f"  peak memory {peak_gib:.1f} GiB, both attention variants loaded")
+        print(f"  {name:34s} {ratio:6.3f}")
+    print(
+        f"  exact uncertainty, batch 32: {exact['uncertainty_ms']:.1f} ms beside "
+        f"{exact['forward_ms']:.0f} ms of both models"
+    )
+    print(
+        f"  peak memory {memory['peak_gib']:.2f} GiB, weights {memory['weights_gib']:.2f} GiB, "
+        f"between them {memory['peak_gib'] - memory['weights_gib']:.2f} GiB "
+        f"(batch {memory['batch_size']:.0f})"
+    )
 
 
 def _summary(name: str, rows: list[tuple[int, float, float | None]]) -> Speed:

@@ -1,0 +1,62 @@
+"""Peak memory of one process that calibrates, beside the size of the two models' weights.
+
+    python -m benchmarks.memory --pair smollm2
+
+Prints JSON. The peak is that of the process after the pair is loaded: weights are mapped from
+disk and counted in it once they have been read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+
+from calibrate.engine import DecodingSettings, decode
+from calibrate.memory import automatic_batch_size
+from calibrate.models import TransformerModel
+from calibrate.pairs import load_pair, resolve_pair
+from calibrate.prompts import calibration_prompts, read_prompts, tokenize_prompts
+from hlmtheory.policies import make_policy
+
+
+def main() -> None:
+    """Calibrate with full traces at the automatic batch size and print the peak."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pair", default="smollm2")
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    options = parser.parse_args()
+    pair = load_pair(resolve_pair(options.pair, None, None, None), attention=True)
+    prompts = tokenize_prompts(
+        calibration_prompts(read_prompts(None), options.limit),
+        pair.tokenizer,
+        options.max_new_tokens,
+        pair.max_context,
+    )
+    batch_size = automatic_batch_size(pair, prompts, options.max_new_tokens)
+    settings = DecodingSettings(max_new_tokens=options.max_new_tokens, batch_size=batch_size)
+    slm = TransformerModel(pair.slm, pair.vocab_size)
+    llm = TransformerModel(pair.llm, pair.vocab_size)
+    num_tokens = 0
+    for batch in decode(slm, llm, prompts, make_policy("hlm"), settings, ()):
+        num_tokens += len(batch.columns["row"])
+    # A device model made from the server model shares its tensors: they are held once.
+    weights = {
+        parameter.data_ptr(): parameter.numel() * parameter.element_size()
+        for model in (pair.slm, pair.llm)
+        for parameter in model.parameters()
+    }
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    result = {
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+        "weights_gib": sum(weights.values()) / 2**30,
+        "batch_size": batch_size,
+        "num_tokens": num_tokens,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
