@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibrate.attention import RECORDING
 from calibrate.engine import DecodingSettings, batches_by_length, decode
 from calibrate.memory import automatic_batch_size
 from calibrate.models import TransformerModel
@@ -219,7 +220,7 @@ def main() -> None:
     ways: dict[str, Callable[[], Any]] = {
         "floor": with_attention("sdpa", lambda: floor_run(pair, prompts, settings("minimal"))),
         "engine, full trace": with_attention(
-            "eager", lambda: engine_run(pair, prompts, settings("full"))
+            RECORDING, lambda: engine_run(pair, prompts, settings("full"))
         ),
         "engine, minimal trace": with_attention(
             "sdpa", lambda: engine_run(pair, prompts, settings("minimal"))

@@ -10,9 +10,7 @@ from calibrate.errors import UserError
 from calibrate.quiet import quiet
 
 
-def share_without_layers(
-    model: Any, dropped: Sequence[int], attn_implementation: str | None = None
-) -> Any:
+def share_without_layers(model: Any, dropped: Sequence[int]) -> Any:
     """Build a model without some decoder layers; its weights are the given model's own tensors.
 
     The layers kept are numbered anew from 0, as a KV cache requires.
@@ -23,8 +21,6 @@ def share_without_layers(
         The model to share; it stays as it is.
     dropped : sequence of int
         Layers to leave out, counted from 0; may be empty.
-    attn_implementation : str or None
-        `eager` where attention weights are wanted, whatever the given model uses.
 
     Raises
     ------
@@ -53,9 +49,7 @@ def share_without_layers(
 
     with torch.device("meta"), quiet():
         smaller = type(model)._from_config(
-            config,
-            dtype=model.dtype,
-            attn_implementation=attn_implementation or model.config._attn_implementation,
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     prefix = _layers_prefix(model, num_layers)
 

@@ -92,28 +92,29 @@ def load_pair(
     device : str
         `auto` (CUDA if there is any, else cpu) or a torch device.
     attention : bool
-        Whether the device model must be able to give its attention weights (eager attention).
+        Whether the device model must be able to give its attention weights.
 
     Raises
     ------
     UserError
         A model cannot be fetched, read or placed, or the two do not share a tokenizer.
     """
+    from calibrate.attention import allow_recording
+
     keep_large_buffers()
     device = resolve_device(device)
     if dtype == "auto":
         dtype = default_dtype(device)
     elif dtype not in _DTYPES:
         raise UserError(f"dtype = {dtype!r}: allowed are auto, {', '.join(_DTYPES)}")
-    eager = "eager" if attention else None
 
     llm_folder = ensure_folder(spec.llm)
     slm_folder = ensure_folder(spec.slm)
     llm_tokenizer = _load_tokenizer(llm_folder, spec.llm.label)
     if slm_folder == llm_folder:
-        whole = _load_model(llm_folder, spec.llm.label, dtype, device, None)
+        whole = _load_model(llm_folder, spec.llm.label, dtype, device)
         llm = share_without_layers(whole, spec.llm.drop_layers) if spec.llm.drop_layers else whole
-        slm = share_without_layers(whole, spec.slm.drop_layers, eager)
+        slm = share_without_layers(whole, spec.slm.drop_layers)
         slm_tokenizer = llm_tokenizer
     else:
         # before two large models are read for nothing
@@ -121,12 +122,14 @@ def load_pair(
         common_vocabulary(
             slm_tokenizer, llm_tokenizer, _declared_size(slm_folder), _declared_size(llm_folder)
         )
-        llm = _load_model(llm_folder, spec.llm.label, dtype, device, None)
-        slm = _load_model(slm_folder, spec.slm.label, dtype, device, eager)
+        llm = _load_model(llm_folder, spec.llm.label, dtype, device)
+        slm = _load_model(slm_folder, spec.slm.label, dtype, device)
         if spec.llm.drop_layers:
             llm = share_without_layers(llm, spec.llm.drop_layers)
         if spec.slm.drop_layers:
-            slm = share_without_layers(slm, spec.slm.drop_layers, eager)
+            slm = share_without_layers(slm, spec.slm.drop_layers)
+    if attention:
+        allow_recording(slm)
     vocab_size = common_vocabulary(slm_tokenizer, llm_tokenizer, _num_logits(slm), _num_logits(llm))
     has_template = bool(llm_tokenizer.chat_template) or not slm_tokenizer.chat_template
     return LoadedPair(
@@ -196,7 +199,7 @@ def _cpu_flags() -> set[str]:
     }
 
 
-def _load_model(folder: Path, label: str, dtype: str, device: str, attn: str | None) -> Any:
+def _load_model(folder: Path, label: str, dtype: str, device: str) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -207,7 +210,6 @@ def _load_model(folder: Path, label: str, dtype: str, device: str, attn: str | N
                 folder,
                 dtype=getattr(torch, dtype),
                 device_map={"": device} if device != "cpu" else None,
-                attn_implementation=attn,
                 local_files_only=True,
                 output_loading_info=True,
             )

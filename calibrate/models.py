@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from calibrate.attention import recording, records
 from calibrate.errors import UserError
 from calibrate.kv_cache import RowCache, make_cache
 
@@ -187,25 +189,25 @@ class TransformerSession:
         if len(tokens) < physical:
             tokens = torch.cat([tokens, tokens[:1].expand(physical - len(tokens))])
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        beside = self._attention and records(self._model)
         begin = time.perf_counter()
-        output = self._model(
-            input_ids=tokens[:, None],
-            attention_mask=self._mask,
-            position_ids=self._next_position[:, None],
-            past_key_values=self._cache.cache,
-            use_cache=True,
-            output_attentions=self._attention,
-        )
+        with recording() if beside else nullcontext() as recorded:
+            output = self._model(
+                input_ids=tokens[:, None],
+                attention_mask=self._mask,
+                position_ids=self._next_position[:, None],
+                past_key_values=self._cache.cache,
+                use_cache=True,
+                output_attentions=self._attention and not beside,
+            )
         synchronise(tokens.device)
         self.forward_s += time.perf_counter() - begin
         self._next_position = self._next_position + 1
         logits = output.logits[: self._live, -1, : self._vocab_size].float()
         if not self._attention:
             return StepOutput(logits)
-        row = torch.zeros((), device=logits.device)
-        for layer in output.attentions:  # (B, heads, 1, n)
-            row = row + layer[: self._live, :, -1].float().mean(1)
-        row = row / len(output.attentions)
+        layers = recorded or [layer[:, :, -1].float().mean(1) for layer in output.attentions]
+        row = torch.stack([layer[: self._live] for layer in layers]).mean(0)  # (B, n)
         return StepOutput(logits, row, self._mask[: self._live].bool())
 
     def keep(self, rows: torch.Tensor) -> None:

@@ -763,7 +763,8 @@ def test_decoding_with_a_cache_equals_decoding_without(attention: str) -> None:
 
     from calibrate.layers import share_without_layers
 
-    smaller = share_without_layers(tiny_model(), (1, 2), attention)
+    smaller = share_without_layers(tiny_model(), (1, 2))
+    smaller.set_attn_implementation(attention)
     assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1]
     ids = torch.arange(20).reshape(2, 10) * 11 % 300
     whole = smaller(input_ids=ids).logits
@@ -826,25 +827,17 @@ def test_two_folders_load_as_a_pair(folders: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("drop_layers", [None, "1"])
-def test_attention_is_eager_on_the_device_model_only(
+def test_only_the_device_model_gives_its_attention(
     folders: tuple[str, str], drop_layers: str | None
 ) -> None:
-    import torch
+    from calibrate.attention import records
 
     slm, llm = folders
     spec = resolve_pair(None, slm if drop_layers is None else None, llm, drop_layers)
-    plain = load_pair(spec, dtype="float32", device="cpu")
+    assert not records(load_pair(spec, dtype="float32", device="cpu").slm)
     pair = load_pair(spec, dtype="float32", device="cpu", attention=True)
-    assert plain.slm.config._attn_implementation == "sdpa"
-    assert pair.slm.config._attn_implementation == "eager"
-    assert pair.llm.config._attn_implementation == "sdpa"
-    ids = torch.arange(10)[None]
-    output = pair.slm(input_ids=ids, output_attentions=True)
-    assert len(output.attentions) == pair.slm_identity.num_layers
-    sums = output.attentions[0].sum(-1)
-    torch.testing.assert_close(sums, torch.ones_like(sums))
-    # two kernels for one formula, in float32
-    torch.testing.assert_close(output.logits, plain.slm(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert records(pair.slm)
+    assert not records(pair.llm)
     if drop_layers is not None:  # one copy of the weights
         assert pair.slm.lm_head.weight.data_ptr() == pair.llm.lm_head.weight.data_ptr()
 

@@ -1,0 +1,92 @@
+"""Recorded attention against transformers' own weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from calibrate.attention import allow_recording, newest_attention, records
+from calibrate.models import TransformerModel
+
+
+def tiny_llama(num_kv_heads: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=num_kv_heads,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+CONTEXTS = [[5, 9, 13, 2], list(range(20, 60)), [7, 7]]
+
+
+def steps(model: LlamaForCausalLM, attention: bool):
+    """Three steps of three contexts of unlike length, one of which ends."""
+    session = TransformerModel(model, 97).start(CONTEXTS, attention)
+    with torch.inference_mode():
+        yield session.step(torch.tensor([3, 4, 5]))
+        session.keep(torch.tensor([1, 2]))
+        yield session.step(torch.tensor([6, 7]))
+        yield session.step(torch.tensor([8, 9]))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_recorded_rows_are_the_eager_rows(num_kv_heads: int) -> None:
+    fast, eager = tiny_llama(num_kv_heads), tiny_llama(num_kv_heads)
+    allow_recording(fast)
+    eager.set_attn_implementation("eager")
+    assert records(fast)
+    assert not records(eager)
+    for ours, theirs in zip(steps(fast, True), steps(eager, True), strict=True):
+        # float32, sums of at most 80 terms in another order
+        torch.testing.assert_close(ours.attention, theirs.attention, rtol=0, atol=1e-5)
+        assert ours.attention.shape == ours.attention_mask.shape
+        assert not ours.attention[~ours.attention_mask].any()
+        torch.testing.assert_close(ours.attention.sum(-1), torch.ones(len(ours.logits)))
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_recording_changes_no_logit() -> None:
+    fast, plain = tiny_llama(), tiny_llama()
+    allow_recording(fast)
+    runs = [list(steps(fast, True)), list(steps(fast, False)), list(steps(plain, False))]
+    for recorded, silent, untouched in zip(*runs, strict=True):
+        assert torch.equal(recorded.logits, silent.logits)
+        assert torch.equal(recorded.logits, untouched.logits)
+        assert silent.attention is None
+
+
+def test_capped_scores_fall_back_to_eager() -> None:
+    """Negative control: what the formula does not cover is left to the model's own attention."""
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        attn_logit_softcapping=5.0,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    allow_recording(model)
+    assert not records(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_weights_of_one_query_in_closed_form() -> None:
+    query = torch.tensor([[[[1.0, 0.0]], [[0.0, 0.0]]]])  # (1, 2, 1, 2): two heads, one group
+    key = torch.tensor([[[[2.0, 0.0], [0.0, 3.0], [9.0, 9.0]]]])  # (1, 1, 3, 2)
+    mask = torch.tensor([[[[True, True, False]]]])
+    first = torch.softmax(torch.tensor([2.0, 0.0]), -1)
+    expected = torch.tensor([(first[0] + 0.5) / 2, (first[1] + 0.5) / 2, 0.0])
+    torch.testing.assert_close(newest_attention(query, key, mask, 1.0)[0], expected)
+    halved = newest_attention(query * 2**0.5, key, mask, None)  # 1/sqrt(2) by default
+    torch.testing.assert_close(halved[0], expected)
