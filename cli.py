@@ -273,10 +273,22 @@ def derive(
         str, typer.Option(help="Device profile preset or JSON file; `measured` takes this machine.")
     ] = "measured",
     accounting: Annotated[str, typer.Option(help="Payload accounting: paper or full.")] = "paper",
-    theta: Annotated[float, typer.Option(help="Tolerance of the truncation bound.")] = 0.1,
+    theta: Annotated[
+        list[float] | None,
+        typer.Option(help="Tolerance of the truncation bound; repeatable. Default 0.1."),
+    ] = None,
     importance: Annotated[
-        str, typer.Option(help="ui-hlm: variant:k:gamma, like topk:16:1 or context:0:0.9.")
-    ] = "topk:16:1",
+        list[str] | None,
+        typer.Option(
+            help="ui-hlm: variant:k:gamma, like context:0:0.9; repeatable. Default topk:16:1."
+        ),
+    ] = None,
+    draft_from_sent: Annotated[
+        bool,
+        typer.Option(
+            "--draft-from-sent", help="Also cu-hlm-offline with drafts from what it sends."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
@@ -287,7 +299,9 @@ def derive(
     for value in risks:
         _inside("--risk", value, 0, 1)
     _inside("--confidence", confidence, 0, 1)
-    _inside("--theta", theta, 0, float("inf"))
+    thetas = tuple(theta) if theta else (0.1,)
+    for value in thetas:
+        _inside("--theta", value, 0, float("inf"))
     if accounting not in ("paper", "full"):
         raise UsageError(f"--accounting {accounting}: allowed are paper, full")
     result = derive_run(
@@ -298,8 +312,9 @@ def derive(
         link_name=link,
         profile_name=profile,
         accounting=accounting,
-        theta=theta,
-        importance_text=importance,
+        thetas=thetas,
+        importances=tuple(importance) if importance else ("topk:16:1",),
+        draft_from_sent=draft_from_sent,
     )
     if as_json:
         print(json.dumps(result, indent=1))
@@ -325,6 +340,10 @@ def validate(
         list[str] | None,
         typer.Option(help="Only points of this rule, like risk-averse or risk-0.01; repeatable."),
     ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this operating point, like u-hlm/risk-0.01; repeatable."),
+    ] = None,
     prompts: PromptsOption = None,
     limit: Annotated[int, typer.Option(help="Validation prompts to use.")] = 64,
     seed: Annotated[
@@ -347,6 +366,7 @@ def validate(
         run,
         policies=_policies(policy) if policy else None,
         rules=tuple(rule) if rule else None,
+        points=tuple(point) if point else None,
         prompts_source=prompts,
         limit=limit,
         seed=seed,
@@ -368,6 +388,52 @@ def _validate(plan: Any, pair: LoadedPair) -> dict[str, Any]:
 
     with token_progress("validating") as bar:
         return run_validation(plan, pair, bar.advance, bar.set_total, bar.describe)
+
+
+@app.command()
+def quality(
+    run: RunArgument,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Backbone of BERTScore: hub id or folder. Default: all-MiniLM-L6-v2 from a "
+            "package index, which is not the papers'."
+        ),
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Its layer to compare. Default: bert-score's own for it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts encoded together.")] = 32,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score the texts of every rerun against the server model's own: RUN/quality.json."""
+    from calibrate.quality import prepare_quality
+
+    if num_layers is not None:
+        _at_least("--num-layers", num_layers, 1)
+    _at_least("--batch-size", batch_size, 1)
+    _check_device(device)
+    plan = prepare_quality(run, model, num_layers, batch_size, ["hlm", *sys.argv[1:]])
+    result = _quality(plan, device)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    from calibrate.quality_table import print_quality
+
+    print_quality(result)
+
+
+def _quality(plan: Any, device: str) -> dict[str, Any]:
+    from calibrate.encoder import ENCODER, encoder_is_cached, ensure_encoder
+    from calibrate.progress import say, transfer_progress
+    from calibrate.quality import run_quality
+
+    if not encoder_is_cached():
+        say(f"fetching {ENCODER.label} (once)")
+        with transfer_progress() as report:
+            ensure_encoder(report)
+    return run_quality(plan, ensure_encoder(), device, say)
 
 
 @app.command()

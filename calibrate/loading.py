@@ -110,7 +110,7 @@ def load_pair(
 
     llm_folder = ensure_folder(spec.llm)
     slm_folder = ensure_folder(spec.slm)
-    llm_tokenizer = _load_tokenizer(llm_folder, spec.llm.label)
+    llm_tokenizer = load_tokenizer(llm_folder, spec.llm.label)
     if slm_folder == llm_folder:
         whole = _load_model(llm_folder, spec.llm.label, dtype, device)
         llm = share_without_layers(whole, spec.llm.drop_layers) if spec.llm.drop_layers else whole
@@ -118,7 +118,7 @@ def load_pair(
         slm_tokenizer = llm_tokenizer
     else:
         # before two large models are read for nothing
-        slm_tokenizer = _load_tokenizer(slm_folder, spec.slm.label)
+        slm_tokenizer = load_tokenizer(slm_folder, spec.slm.label)
         common_vocabulary(
             slm_tokenizer, llm_tokenizer, _declared_size(slm_folder), _declared_size(llm_folder)
         )
@@ -226,7 +226,7 @@ def _load_model(folder: Path, label: str, dtype: str, device: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path, label: str) -> Any:
+def load_tokenizer(folder: Path, label: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -261,7 +261,7 @@ def _context(model: Any) -> int:
 def _identity(spec: ModelSpec, folder: Path, model: Any) -> ModelIdentity:
     sha256 = source_sha256(spec)
     if sha256 is None:
-        sha256 = folder.name if isinstance(spec.source, HubRepo) else _weights_sha256(folder)
+        sha256 = folder.name if isinstance(spec.source, HubRepo) else weights_sha256(folder)
     return ModelIdentity(
         label=spec.label,
         sha256=sha256,
@@ -271,7 +271,7 @@ def _identity(spec: ModelSpec, folder: Path, model: Any) -> ModelIdentity:
     )
 
 
-def _weights_sha256(folder: Path) -> str:
+def weights_sha256(folder: Path) -> str:
     """Hash of one weights file; of the list of hashes and names where there are several."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(files) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,17 +105,25 @@ class DeriveRequest:
         Budgets for the risk rules, in (0, 1).
     confidence : float
         Of every interval and of the Learn-then-Test guarantee.
-    theta, eta : float
-        Tolerance and sharpness of the truncation bound.
-    importance : ImportanceSettings
+    thetas : tuple of float
+        Tolerances of the truncation bound.
+    eta : float
+        Sharpness of the truncation bound.
+    importances : tuple of ImportanceSettings
+    draft_from_sent : bool
+        Whether to derive cu-hlm-offline with drafts from the sent law too.
+
+    The first theta and the first importance give the rules their plain names; each further one
+    gives rules named `rule@setting`.
     """
 
     policies: tuple[str, ...]
     risks: tuple[float, ...] = (0.01,)
     confidence: float = 0.95
-    theta: float = 0.1
+    thetas: tuple[float, ...] = (0.1,)
     eta: float = 1.0
-    importance: ImportanceSettings = field(default_factory=ImportanceSettings)
+    importances: tuple[ImportanceSettings, ...] = (ImportanceSettings(),)
+    draft_from_sent: bool = False
 
 
 def derive(
@@ -138,6 +146,7 @@ def derive(
         Infeasible ones included, with the reason.
     """
     points: list[OperatingPoint] = []
+    thresholds: dict[ImportanceSettings | None, Any] = {}
     for name in request.policies:
         if name not in GATED_POLICIES:
             policy = make_policy(name)
@@ -153,51 +162,63 @@ def derive(
                 )
             )
             continue
-        settings = policy_settings(name, trace, calibration, request)
-        score = gate_score(trace, name, request.importance)
-        for threshold, interval in derive_thresholds(trace, score, calibration, request):
-            points.append(
-                _point(name, threshold, interval, settings, trace, economics, request.confidence)
-            )
+        for label, settings, importance in variants(name, trace, calibration, request):
+            if importance not in thresholds:
+                score = gate_score(trace, importance)
+                thresholds[importance] = derive_thresholds(trace, score, calibration, request)
+            for threshold, interval in thresholds[importance]:
+                named = replace(threshold, rule=threshold.rule + label)
+                points.append(
+                    _point(name, named, interval, settings, trace, economics, request.confidence)
+                )
     return points
 
 
-def policy_settings(
+def variants(
     name: str, trace: Trace, calibration: dict[str, Any], request: DeriveRequest
+) -> list[tuple[str, dict[str, Any], ImportanceSettings | None]]:
+    """Every setting of a gated policy: label behind the rule's name, settings, importance."""
+    out: list[tuple[str, dict[str, Any], ImportanceSettings | None]] = []
+    if name == "ui-hlm":
+        for number, chosen in enumerate(request.importances):
+            label = f"@{chosen.variant}-{chosen.k:g}-{chosen.gamma:g}" if number else ""
+            out.append((label, {"importance": asdict(chosen)}, chosen))
+        return out
+    if name not in ("cu-hlm-offline", "cu-hlm-online"):
+        return [("", {}, None)]
+    for number, theta in enumerate(request.thetas):
+        settings = truncation_settings(name, trace, calibration, theta, request.eta)
+        out.append((f"@theta-{theta:g}" if number else "", settings, None))
+    if name == "cu-hlm-offline" and request.draft_from_sent:
+        out.append(("@draft-from-sent", out[0][1] | {"draft_from_sent": True}, None))
+    return out
+
+
+def truncation_settings(
+    name: str, trace: Trace, calibration: dict[str, Any], theta: float, eta: float
 ) -> dict[str, Any]:
-    """Sizes and importance of a gated policy, as operating_points.json stores them."""
+    """How many entries a truncating policy sends, as operating_points.json stores it."""
     fit = calibration["fit"]
     slope, intercept = fit["slope"]["value"], fit["intercept"]["value"]
-    if name == "ui-hlm":
-        return {"importance": asdict(request.importance)}
     if name == "cu-hlm-online":
-        return {
-            "theta": request.theta,
-            "eta": request.eta,
-            "slope": slope,
-            "intercept": intercept,
-        }
-    if name == "cu-hlm-offline":
-        beta = np.clip(slope * trace["uncertainty"] + intercept, 0.0, 1.0)
-        denominator = online_bound_denominator(trace["draft_prob"], beta, request.eta)
-        sizes = tuple(min(k, calibration["pair"]["vocab_size"]) for k in SIZE_GRID)
-        chosen = offline_truncation(
-            trace["tail_deviation"] / denominator[:, None], sizes, request.theta
-        )
-        return {
-            "num_entries": chosen.num_entries,
-            "tolerance": request.theta,
-            "tolerance_met": chosen.feasible,
-        }
-    return {}
+        return {"theta": theta, "eta": eta, "slope": slope, "intercept": intercept}
+    beta = np.clip(slope * trace["uncertainty"] + intercept, 0.0, 1.0)
+    denominator = online_bound_denominator(trace["draft_prob"], beta, eta)
+    sizes = tuple(min(k, calibration["pair"]["vocab_size"]) for k in SIZE_GRID)
+    chosen = offline_truncation(trace["tail_deviation"] / denominator[:, None], sizes, theta)
+    return {
+        "num_entries": chosen.num_entries,
+        "tolerance": theta,
+        "tolerance_met": chosen.feasible,
+    }
 
 
-def gate_score(trace: Trace, name: str, importance: ImportanceSettings) -> np.ndarray:
+def gate_score(trace: Trace, importance: ImportanceSettings | None) -> np.ndarray:
     """The score whose comparison with u_th is the gate: u, or 0 where importance skips anyway."""
     score = trace["uncertainty"]
-    if name == "ui-hlm":
-        return np.where(predicted_importance(trace, importance), score, 0.0)
-    return score
+    if importance is None:
+        return score
+    return np.where(predicted_importance(trace, importance), score, 0.0)
 
 
 def derive_thresholds(

@@ -37,6 +37,7 @@ def prepare_validation(
     run: Path,
     policies: tuple[str, ...] | None = None,
     rules: tuple[str, ...] | None = None,
+    points: tuple[str, ...] | None = None,
     prompts_source: str | None = None,
     limit: int = 64,
     seed: int | None = None,
@@ -55,11 +56,16 @@ def prepare_validation(
     calibration = read_json(run, "calibration.json")
     info = read_json(run, "run.json")
     settings = info["settings"]
+    names = {f"{point['policy']}/{point['rule']}" for point in derived["operating_points"]}
+    for name in points or ():
+        if name not in names:
+            raise UsageError(f"--point {name}: not derived; derived are {', '.join(sorted(names))}")
     chosen = [
         point
         for point in derived["operating_points"]
         if (policies is None or point["policy"] in policies)
         and (rules is None or point["rule"] in (*rules, "none"))
+        and (points is None or f"{point['policy']}/{point['rule']}" in points)
     ]
     if not chosen:
         known = sorted({(p["policy"], p["rule"]) for p in derived["operating_points"]})
@@ -171,8 +177,8 @@ def run_validation(
         "command": list(plan.command),
     }
     # Nothing is written before everything is decoded: the folder holds the reruns of one seed.
-    for path in (plan.run / "reruns").glob("*.parquet"):
-        path.unlink()
+    for path in (*(plan.run / "reruns").glob("*.parquet"), plan.run / "quality.json"):
+        path.unlink(missing_ok=True)
     cells: list[Cell] = []
     confidence = derived["confidence"]
     num_tokens = 0

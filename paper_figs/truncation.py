@@ -36,7 +36,7 @@ def online_size(loaded: LoadedRun) -> OnlineSize:
     if policy is not None and isinstance(policy.size, OnlineSize):
         return policy.size
     fit = loaded.calibration["fit"]
-    return OnlineSize(DeriveRequest(()).theta, fit["slope"]["value"], fit["intercept"]["value"])
+    return OnlineSize(DeriveRequest(()).thetas[0], fit["slope"]["value"], fit["intercept"]["value"])
 
 
 def bias_curves(loaded: LoadedRun) -> tuple[Curve, Curve, Curve]:
@@ -101,7 +101,12 @@ def _draw_bias(loaded: LoadedRun, axes: Any, size: OnlineSize) -> None:
     )  # fmt: skip
     axes.axhline(size.theta, color=GREY, linewidth=0.9, linestyle=(0, (1, 1)))
     axes.text(
-        1.1, size.theta * 0.93, f"tolerance θ = {size.theta:g}", color=GREY, fontsize=7, va="top"
+        1.1,
+        size.theta * 0.93,
+        f"tolerance θ = {size.theta:g}",
+        color=GREY,
+        fontsize=7,
+        va="top",
     )
     offline = loaded.policy_at("cu-hlm-offline", 0.5)
     if offline is not None and isinstance(offline.size, FixedSize):

