@@ -6,7 +6,9 @@ One trace under hlm serves every K: each grid of K temperatures is a function of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from calibrate.loading import LoadedPair
 from calibrate.models import TransformerModel
 from calibrate.prompts import TokenizedPrompt
 from calibrate.recording import Columns
-from calibrate.runs import Figure
+from calibrate.runs import Figure, write_json
 from calibrate.streams import PERTURBATION
 from hlmtheory.clusters import jackknife_correlation_interval, sum_by_prompt
 from hlmtheory.policies import make_policy
@@ -30,6 +32,7 @@ from hlmtheory.uncertainty import (
     temperatures,
 )
 
+ATTENUATION_NAME = "attenuation.json"
 NUM_TEMPERATURES = (5, 10, 20, 50, 100)
 
 
@@ -310,3 +313,16 @@ def _jackknife(value: np.ndarray, left_out: np.ndarray, confidence: float) -> Fi
     error = float(((num - 1) / num * np.sum((left_out - left_out.mean()) ** 2)) ** 0.5)
     half = float(stats.t.ppf(0.5 + confidence / 2, num - 1)) * error
     return Figure(float(value), float(value) - half, float(value) + half)
+
+
+def write_attenuation(
+    run: Path, table: Sequence[AttenuationRow], pair: dict[str, Any]
+) -> dict[str, Any]:
+    """Write RUN/attenuation.json and return its content: a row for each K, most K last.
+
+    `pair` says which models the tokens are from; see `calibrate.calibration.pair_identity`.
+    """
+    rows = sorted(table, key=lambda row: row.num_temperatures)
+    result: dict[str, Any] = {"pair": pair, "rows": [asdict(row) for row in rows]}
+    write_json(run / ATTENUATION_NAME, result)
+    return result

@@ -62,6 +62,7 @@ def derive_run(
     thetas = tuple({f"{theta:g}": theta for theta in thetas}.values())
     parsed = tuple(dict.fromkeys(parse_importance(text) for text in importances))
     calibration = read_json(run, "calibration.json")
+    from calibrate.importance_plane import derive_plane
     from calibrate.operating_points import DeriveRequest, derive
     from calibrate.optimum import optima
     from calibrate.policy_tokens import Economics
@@ -92,6 +93,7 @@ def derive_run(
         "accounting": accounting,
         "operating_points": [asdict(point) for point in points],
         "optima": [asdict(optimum) for optimum in best],
+        "importance_plane": derive_plane(trace, calibration, economics, parsed, risks),
     }
     write_json(run / "operating_points.json", result)
     return result

@@ -206,6 +206,11 @@ class TransformerSession:
         logits = output.logits[: self._live, -1, : self._vocab_size].float()
         if not self._attention:
             return StepOutput(logits)
+        if not (recorded or output.attentions):
+            raise UserError(
+                "the device model gives no attention; load the pair with attention=True, or "
+                "calibrate with --trace minimal"
+            )
         layers = recorded or [layer[:, :, -1].float().mean(1) for layer in output.attentions]
         row = torch.stack([layer[: self._live] for layer in layers]).mean(0)  # (B, n)
         return StepOutput(logits, row, self._mask[: self._live].bool())

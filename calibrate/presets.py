@@ -123,8 +123,13 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: {error}") from None
 
 
+def published_numbers() -> list[PublishedNumber]:
+    """The shipped published numbers with their marks."""
+    entries = _read_object(data_path("published.json"), "published.json")["numbers"]
+    return [PublishedNumber(**entry) for entry in entries]
+
+
 def published_audit() -> tuple[tuple[AuditRow, ...], tuple[Reconciliation, ...]]:
     """The shipped published numbers against the theory, and the times that reconcile them."""
-    entries = _read_object(data_path("published.json"), "published.json")["numbers"]
-    numbers = [PublishedNumber(**entry) for entry in entries]
+    numbers = published_numbers()
     return audit(numbers), reconciliations(numbers)

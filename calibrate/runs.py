@@ -24,12 +24,18 @@ REQUIRED = {
     "calibration.json": {"pair", "settings", "fit", "timings", "num_prompts", "num_tokens"},
     "operating_points.json": {"operating_points", "link", "profile", "accounting", "confidence"},
     "validation.json": {"cells", "coverage"},
+    "splits.json": {"rows", "num_splits", "num_prompts", "num_tokens", "confidence"},
+    "attenuation.json": {"rows"},
+    "quality.json": {"rows"},
 }
 STAGES = {
     "run.json": "hlm calibrate",
     "calibration.json": "hlm calibrate",
     "operating_points.json": "hlm derive",
     "validation.json": "hlm validate",
+    "splits.json": "calibrate.splits.write_splits",
+    "attenuation.json": "calibrate.attenuation.write_attenuation",
+    "quality.json": "hlm quality",
 }
 
 

@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 from calibrate.runs import atomic_path
 from paper_figs import (
     attention,
+    attenuation,
     estimators,
+    guarantees,
+    importance_plane,
     payload_bias,
     relation,
     thresholds,
@@ -20,18 +23,22 @@ from paper_figs import (
     truncation,
     validation,
 )
+from paper_figs.audit_table import write_audit
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.style import PNG_DPI, styled
 from paper_figs.tables import write_tables
 
 MODULES: tuple[ModuleType, ...] = (
     relation,
+    attenuation,
     thresholds,
+    guarantees,
     estimators,
     truncation,
     payload_bias,
     throughput_snr,
     attention,
+    importance_plane,
     validation,
 )
 """One figure a module, in the order of a reader's questions."""
@@ -54,6 +61,8 @@ def draw_run(
     run: Path, output: Path, on_figure: Callable[[object], None] | None = None
 ) -> list[Path]:
     """Draw a run's figures as PNG and PDF, and its tables as Markdown and CSV.
+
+    The audit of the published numbers is among the tables; it is the same for every run.
 
     Parameters
     ----------
@@ -89,7 +98,7 @@ def draw_run(
                 save(drawn, path)
             written += paths
             _tell(on_figure, f"{name}: drawn")
-    return written + write_tables(loaded, output)
+    return [*written, *write_tables(loaded, output), write_audit(output)]
 
 
 def save(drawn: Figure, path: Path) -> None:

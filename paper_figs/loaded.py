@@ -62,6 +62,8 @@ class LoadedRun:
         Every cell of validation.json.
     reruns : tuple of Rerun
         Those that ran the points of `points`; older ones are left out.
+    splits, attenuation, quality : dict or None
+        splits.json, attenuation.json and quality.json, where the run has them.
     """
 
     run: Path
@@ -73,6 +75,9 @@ class LoadedRun:
     validation: dict[str, Any] | None = None
     cells: tuple[Cell, ...] = ()
     reruns: tuple[Rerun, ...] = ()
+    splits: dict[str, Any] | None = None
+    attenuation: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
 
     @property
     def confidence(self) -> float:
@@ -132,6 +137,15 @@ class LoadedRun:
         )
         return found if current else {}
 
+    def quality_of(self, point: OperatingPoint, score: str) -> Figure | None:
+        """A text score of a point's rerun; None where it was not scored, or derived anew since."""
+        if self.quality is None or not self.measured(point):
+            return None
+        for row in self.quality["rows"]:
+            if (row["policy"], row["rule"]) == (point.policy, point.rule) and score in row:
+                return Figure(**row[score])
+        return None
+
     @property
     def outdated(self) -> tuple[PointKey, ...]:
         """Points of validation.json that operating_points.json no longer holds as they were."""
@@ -187,8 +201,14 @@ def load_run(run: Path) -> LoadedRun:
         cells = tuple(_cell(entry) for entry in validation.pop("cells"))
     return LoadedRun(
         run, trace, info, calibration, derived, points, validation, cells,
-        _reruns(run, points, cells),
+        _reruns(run, points, cells), _optional(run, "splits.json"),
+        _optional(run, "attenuation.json"), _optional(run, "quality.json"),
     )  # fmt: skip
+
+
+def _optional(run: Path, name: str) -> dict[str, Any] | None:
+    """A file that a run may lack."""
+    return read_json(run, name) if (run / name).is_file() else None
 
 
 def _point(entry: dict[str, Any]) -> OperatingPoint:

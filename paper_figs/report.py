@@ -13,15 +13,24 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from calibrate.operating_points import OperatingPoint
+from calibrate.presets import published_audit
 from calibrate.rerun import Cell
 from calibrate.runs import Figure as Number
 from calibrate.runs import atomic_path
+from paper_figs import audit_table
 from paper_figs.draw import figures, png_bytes
 from paper_figs.estimators import LABELS
 from paper_figs.loaded import LoadedRun, load_run, metric_label, metric_names
 from paper_figs.report_page import DEFINITIONS, PAGE
 from paper_figs.style import number_text, styled, take_words
-from paper_figs.tables import COLUMNS, figures_of, reasons, short_text
+from paper_figs.tables import (
+    COLUMNS,
+    QUALITY_COLUMNS,
+    figures_of,
+    quality_cells,
+    reasons,
+    short_text,
+)
 from paper_figs.throughput_snr import chosen_rule
 
 REPORT_NAME = "report.html"
@@ -30,7 +39,9 @@ SECTIONS = (
     ("fit", "Fit"),
     ("thresholds", "Thresholds"),
     ("validation", "Predictions against reruns"),
+    ("quality", "Texts"),
     ("figures", "Figures"),
+    ("audit", "The papers' numbers"),
     ("provenance", "Provenance"),
 )
 FIT_ROWS = (
@@ -121,6 +132,11 @@ def render(loaded: LoadedRun) -> str:
         matrix_columns=[metric_label(metric) for metric in metrics],
         by_metric=_by_metric(loaded.cells, metrics),
         cells=[_cell_row(cell) for cell in loaded.cells],
+        quality=_quality_rows(loaded),
+        quality_columns=[column.title for column in QUALITY_COLUMNS],
+        audit=[audit_table.audit_cells(row) for row in published_audit()[0]],
+        audit_columns=audit_table.COLUMNS,
+        audit_note=audit_table.INTRODUCTION,
         figures=embedded,
         left_out=", ".join(left_out),
         provenance=provenance_rows(loaded),
@@ -280,6 +296,17 @@ def _point_row(loaded: LoadedRun, point: OperatingPoint) -> dict[str, Any]:
         "threshold": "–" if threshold.value is None else number_text(threshold),
         "numbers": [short_text(figures_of(loaded, point, column)[0]) for column in COLUMNS],
     }
+
+
+def _quality_rows(loaded: LoadedRun) -> list[dict[str, Any]]:
+    """Text scores of the current points that have any."""
+    rows = []
+    for point in loaded.feasible:
+        scores = quality_cells(loaded, point)
+        if any(score is not None for score in scores):
+            numbers = [short_text(score) for score in scores]
+            rows.append({"policy": point.policy, "rule": point.rule, "numbers": numbers})
+    return rows
 
 
 def _points_note(loaded: LoadedRun) -> str:

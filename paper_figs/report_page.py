@@ -208,6 +208,26 @@ interval.</p>
 {%- endif %}
 </section>
 
+<section id="quality"><h2>How close the texts are to the server model's own</h2>
+{%- if quality %}
+<p>Means over prompts of the reruns' texts; ± is the half-width of the interval. The backbone is not
+the papers': compare these figures with each other, not with published ones.</p>
+<div class="scroll"><table>
+<thead><tr><th>policy</th><th>rule</th>
+{%- for name in quality_columns %}<th class="n">{{ name }}</th>{% endfor -%}
+</tr></thead>
+<tbody>
+{%- for row in quality %}
+<tr><th scope="row">{{ row.policy }}</th><td class="w">{{ row.rule }}</td>
+{%- for value in row.numbers %}<td class="n">{{ value }}</td>{% endfor -%}
+</tr>
+{%- endfor %}
+</tbody></table></div>
+{%- else %}
+<p>No texts of current reruns were scored yet: <code>hlm quality RUN</code>.</p>
+{%- endif %}
+</section>
+
 <section id="figures"><h2>Figures</h2>
 {%- for figure in figures %}
 <figure id="figure-{{ figure.name }}"><h3>{{ figure.question }}</h3>
@@ -218,6 +238,19 @@ interval.</p>
 {%- if left_out %}
 <p class="soft">Left out, for this run lacks what they need: {{ left_out }}.</p>
 {%- endif %}
+</section>
+
+<section id="audit"><h2>Can the papers' numbers come from one setting?</h2>
+<p class="soft">{{ audit_note }}</p>
+<div class="scroll"><table>
+<thead><tr>{% for name in audit_columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in audit %}
+<tr><th scope="row">{{ row[0] }}</th>
+{%- for value in row[1:-1] %}<td class="{{ 'no' if value == 'no' else '' }}">{{ value }}</td>
+{%- endfor %}<td class="t">{{ row[-1] }}</td></tr>
+{%- endfor %}
+</tbody></table></div>
 </section>
 
 <section id="provenance"><h2>Provenance</h2>

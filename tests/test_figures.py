@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from evidence import add_evidence
 from matplotlib.figure import Figure as Drawing
 
 from calibrate.calibration import summarise
@@ -192,6 +193,7 @@ def add_validation(run: Path) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("figures") / "run"
     make_run(folder)
+    add_evidence(folder)
     add_validation(folder)
     return folder
 
@@ -507,7 +509,11 @@ def test_draw_run_writes_every_format_and_leaves_no_temporary(
     told: list[object] = []
     written = draw.draw_run(run, output, told.append)
     names = {f"{name}.{kind}" for name in draw.figure_names() for kind in ("png", "pdf")}
-    assert {path.name for path in written} == names | {"main_table.md", "main_table.csv"}
+    assert {path.name for path in written} == names | {
+        "main_table.md",
+        "main_table.csv",
+        "audit_table.md",
+    }
     assert {path.name for path in output.iterdir()} == {path.name for path in written}
     assert len(told) == len(draw.figure_names())
     for path in written:
@@ -536,8 +542,9 @@ def test_only_a_calibration_is_enough_for_its_figures(run: Path, tmp_path: Path)
     (copy / "validation.json").unlink()
     (copy / "operating_points.json").unlink()
     written = {path.name for path in draw.draw_run(copy, tmp_path / "out")}
-    expected = {"relation", "estimators", "truncation", "attention"}
-    assert written == {f"{name}.{kind}" for name in expected for kind in ("png", "pdf")}
+    expected = {"relation", "attenuation", "guarantees", "estimators", "truncation", "attention"}
+    drawn = {f"{name}.{kind}" for name in expected for kind in ("png", "pdf")}
+    assert written == drawn | {"audit_table.md"}
     text = write_report(copy).read_text(encoding="utf-8")
     assert "Nothing was derived yet" in text
     assert "Nothing was rerun yet" in text

@@ -1,0 +1,166 @@
+"""Redo the shipped evidence: calibrate, derive, rerun and score three settings on two pairs.
+
+    python -m benchmarks.evidence [--only NAME] [--results data/results]
+
+Every step is a command of `hlm` that anybody can run alone; a step whose result is there already
+is left out. On two processor cores the whole takes about two hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibrate.attenuation import attenuation_table, decode_attenuation_trace, write_attenuation
+from calibrate.calibration import pair_identity
+from calibrate.engine import DecodingSettings
+from calibrate.memory import automatic_batch_size
+from calibrate.pairs import load_pair, resolve_pair
+from calibrate.prompts import calibration_prompts, read_prompts, tokenize_prompts
+from calibrate.splits import write_splits
+
+RISKS = ("0.01", "0.005", "0.02", "0.05", "0.1", "0.2")
+THETAS = ("0.1", "0.02", "0.5")
+
+BASELINES = ("slm/none", "llm/none", "hlm/none")
+CORE = (
+    *BASELINES,
+    "u-hlm/risk-averse",
+    "u-hlm/risk-prone",
+    "u-hlm/risk-0.01",
+    "u-hlm/risk-0.02",
+    "u-hlm/risk-0.05",
+    "u-hlm/conformal-0.05",
+    "u-hlm/ltt-0.05",
+    "cu-hlm-offline/risk-0.02",
+    "cu-hlm-offline/risk-0.05",
+    "cu-hlm-offline/risk-0.05@draft-from-sent",
+    "cu-hlm-online/risk-0.02",
+    "cu-hlm-online/risk-0.05",
+    "ui-hlm/risk-0.05",
+    "r-hlm/risk-0.02",
+    "r-hlm/risk-0.05",
+    "ask-llm/risk-0.05",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One pair at one temperature."""
+
+    name: str
+    pair: str
+    temperature: str
+    num_validation: int
+    importances: tuple[str, ...]
+    points: tuple[str, ...]
+
+
+SETTINGS = (
+    Setting(
+        "qwen2.5-coder",
+        "qwen2.5-coder",
+        "1.0",
+        96,
+        ("topk:16:1", "topk:16:1.4", "topk:8:2.1", "topk:4:2.1"),
+        (
+            *CORE,
+            "u-hlm/risk-0.005",
+            "u-hlm/conformal-0.02",
+            "cu-hlm-offline/risk-0.02@theta-0.02",
+            "cu-hlm-offline/risk-0.02@theta-0.5",
+            "cu-hlm-online/risk-0.02@theta-0.02",
+            "cu-hlm-online/risk-0.02@theta-0.5",
+            "ui-hlm/risk-0.1@topk-16-1.4",
+            "ui-hlm/risk-0.2@topk-8-2.1",
+            "ui-hlm/risk-0.1@topk-4-2.1",
+            "r-hlm/risk-0.01",
+            "ask-llm/risk-0.02",
+        ),
+    ),
+    Setting(
+        "smollm2",
+        "smollm2",
+        "1.0",
+        96,
+        ("topk:16:1", "topk:16:1.2", "topk:8:1.6"),
+        (*CORE, "ui-hlm/risk-0.2@topk-16-1.2", "ui-hlm/risk-0.2@topk-8-1.6"),
+    ),
+    Setting("qwen2.5-coder-t0.7", "qwen2.5-coder", "0.7", 64, ("topk:16:1",), CORE),
+)
+
+
+def hlm(*words: str) -> None:
+    """Run one command of the command line, as anybody would."""
+    print("+ hlm", " ".join(words), flush=True)
+    subprocess.run([sys.executable, "cli.py", *words], check=True)
+
+
+def repeated(option: str, values: tuple[str, ...]) -> list[str]:
+    """The same option once for each value."""
+    return [word for value in values for word in (option, value)]
+
+
+def measure(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> None:
+    """Every step of one setting that has no result yet."""
+    folder = str(run)
+    if not (run / "calibration.json").is_file():
+        if run.exists():
+            shutil.rmtree(run)
+        words = ["--pair", setting.pair, "--temperature", setting.temperature]
+        words += ["--limit", str(limit), "--max-new-tokens", str(max_new_tokens)]
+        hlm("calibrate", *words, "--output-path", folder)
+    if not (run / "operating_points.json").is_file():
+        words = ["--draft-from-sent", *repeated("--risk", RISKS), *repeated("--theta", THETAS)]
+        hlm("derive", folder, *words, *repeated("--importance", setting.importances))
+    if not (run / "validation.json").is_file():
+        words = ["--limit", str(min(setting.num_validation, limit))]
+        hlm("validate", folder, *words, *repeated("--point", setting.points))
+    if not (run / "quality.json").is_file():
+        hlm("quality", folder)
+    if not (run / "splits.json").is_file():
+        write_splits(run)
+    if not (run / "attenuation.json").is_file():
+        attenuation(setting, run, min(limit, 48), min(max_new_tokens, 32))
+
+
+def attenuation(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> None:
+    """What K draws instead of the exact uncertainty do to the line, on the pair's own tokens."""
+    pair = load_pair(resolve_pair(setting.pair, None, None, None))
+    prompts = tokenize_prompts(
+        calibration_prompts(read_prompts(None), limit),
+        pair.tokenizer,
+        max_new_tokens,
+        pair.max_context,
+    )
+    settings = DecodingSettings(
+        temperature=float(setting.temperature),
+        max_new_tokens=max_new_tokens,
+        batch_size=automatic_batch_size(pair, prompts, max_new_tokens),
+        seed=6,
+        trace="minimal",
+    )
+    table = attenuation_table(decode_attenuation_trace(pair, prompts, settings))
+    write_attenuation(run, table, pair_identity(pair))
+
+
+def main() -> None:
+    """Run every step that has no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=[setting.name for setting in SETTINGS])
+    parser.add_argument("--results", type=Path, default=Path("data/results"))
+    parser.add_argument("--limit", type=int, default=160)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    options = parser.parse_args()
+    for setting in SETTINGS:
+        if options.only in (None, setting.name):
+            run = options.results / setting.name
+            measure(setting, run, options.limit, options.max_new_tokens)
+
+
+if __name__ == "__main__":
+    main()
