@@ -12,9 +12,10 @@ from calibrate.errors import UserError
 from calibrate.runs import Figure
 from calibrate.traces import Trace
 from hlmtheory.clusters import (
-    bootstrap_interval,
+    bootstrap_totals,
     jackknife_correlation_interval,
     mean_over_tokens,
+    percentile_interval,
     resample_prompts,
     sum_by_prompt,
 )
@@ -289,15 +290,18 @@ def score_estimator(
 
         return statistic
 
-    def figure(data: np.ndarray, statistic: Any) -> Figure:
+    resampled = bootstrap_totals(flat, counts)
+
+    def figure(data: np.ndarray, totals: np.ndarray, statistic: Any) -> Figure:
         value = float(statistic(data.sum(0, keepdims=True))[0])
-        interval = bootstrap_interval(data, statistic, counts, confidence)
+        several = num_prompts >= 2
+        interval = percentile_interval(statistic(totals), confidence) if several else None
         low, high = interval if interval is not None else (None, None)
         return Figure(_finite(value), low, high)
 
     return EstimatorScore(
         name,
-        figure(moments, _correlation),
-        figure(flat, auroc),
-        {f"{level:g}": figure(flat, skip_rate(level)) for level in RISK_LEVELS},
+        figure(moments, bootstrap_totals(moments, counts), _correlation),
+        figure(flat, resampled, auroc),
+        {f"{level:g}": figure(flat, resampled, skip_rate(level)) for level in RISK_LEVELS},
     )

@@ -20,7 +20,12 @@ from calibrate.policy_tokens import (
 from calibrate.recording import SIZE_GRID
 from calibrate.runs import Figure
 from calibrate.traces import Trace
-from hlmtheory.clusters import bootstrap_interval, resample_prompts, sum_by_prompt
+from hlmtheory.clusters import (
+    bootstrap_totals,
+    percentile_interval,
+    resample_prompts,
+    sum_by_prompt,
+)
 from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
 from hlmtheory.policies import (
     GATED_POLICIES,
@@ -264,19 +269,22 @@ def derive_thresholds(
 
         return statistic
 
-    def interval(data: np.ndarray, statistic: Any) -> tuple[float, float] | None:
-        return bootstrap_interval(data, statistic, counts, request.confidence)
+    def interval(values: np.ndarray) -> tuple[float, float] | None:
+        return percentile_interval(values, request.confidence) if num_prompts >= 2 else None
 
+    resampled_moments = bootstrap_totals(moments, counts)
     out = [
-        (risk_averse_threshold(slope, intercept), interval(moments, linear(False))),
+        (risk_averse_threshold(slope, intercept), interval(linear(False)(resampled_moments))),
         (
             risk_prone_threshold(slope, intercept, fit["delta"]["value"]),
-            interval(moments, linear(True)),
+            interval(linear(True)(resampled_moments)),
         ),
     ]
-    flat = by_bin.reshape(num_prompts, -1)
+    resampled_bins = bootstrap_totals(by_bin.reshape(num_prompts, -1), counts)
     for alpha in request.risks:
-        out.append((risk_budget_threshold(score, beta, alpha), interval(flat, budget(alpha))))
+        out.append(
+            (risk_budget_threshold(score, beta, alpha), interval(budget(alpha)(resampled_bins)))
+        )
         out.append((conformal_threshold(score, beta, index, num_prompts, alpha), None))
         out.append(
             (

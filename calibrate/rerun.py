@@ -19,8 +19,8 @@ from calibrate.operating_points import policy_from_settings
 from calibrate.policy_tokens import METRICS, UNITS, Economics, as_figure, measured_tokens, metrics
 from calibrate.prompts import TokenizedPrompt
 from calibrate.runs import Figure
-from calibrate.traces import Trace, read_trace, write_shard
-from hlmtheory.clusters import RatioEstimate
+from calibrate.traces import Trace, write_shard
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 from hlmtheory.policies import Policy
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def decode_policies(
     return decoded
 
 
-def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, Any]) -> Trace:
-    """Keep the batches of one policy in one file, and read them back as a trace."""
+def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, Any]) -> None:
+    """Keep the batches of one policy in one file."""
     prompt_ids: list[str] = []
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
@@ -160,7 +160,20 @@ def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, An
         prompt_ids += list(batch.prompt_ids)
     columns = {name: np.concatenate(values) for name, values in parts.items()}
     write_shard(path, columns, prompt_ids, header)
-    return read_trace([path])
+
+
+def entries_per_sent_token(point: dict[str, Any], trace: Trace, confidence: float) -> Figure:
+    """Probabilities sent with a token that is sent, measured; none where nothing is sent."""
+    policy = policy_from_settings(
+        point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
+    )
+    tokens = measured_tokens(trace, policy)
+    sent = np.where(tokens.skipped < 0.5, tokens.num_entries, np.nan)
+    if point["policy"] in ("slm", "llm") or not np.isfinite(sent).any():
+        return Figure(None)
+    return as_figure(
+        mean_over_tokens(sent, tokens.prompt_index, tokens.num_prompts), "", confidence
+    )
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,9 +126,7 @@ def run_validation(
     from calibrate.engine import DecodingSettings
     from calibrate.memory import automatic_batch_size
     from calibrate.operating_points import policy_from_settings
-    from calibrate.policy_tokens import Economics
-    from calibrate.presets import link_from_dict, profile_from_dict
-    from calibrate.rerun import Cell, compare, coverage, decode_policies, keep_rerun
+    from calibrate.rerun import decode_policies, keep_rerun
 
     identity = pair_identity(pair)
     for side in ("slm", "llm"):
@@ -149,12 +147,6 @@ def run_validation(
         trace="minimal",
     )
     derived = plan.derived
-    economics = Economics(
-        link_from_dict(derived["link"]),
-        profile_from_dict(derived["profile"]),
-        derived["pair"]["vocab_size"],
-        derived["accounting"],
-    )
     policies = {
         f"{point['policy']} {point['rule']}": policy_from_settings(
             point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
@@ -169,7 +161,7 @@ def run_validation(
             on_point(f"validating {number}/{total}: {label}")
 
     decoded = decode_policies(pair, prompts, policies, settings, on_step, on_batch)
-    header = {
+    header: dict[str, Any] = {
         "pair": identity,
         "seed": plan.seed,
         "versions": package_versions(),
@@ -179,25 +171,70 @@ def run_validation(
     # Nothing is written before everything is decoded: the folder holds the reruns of one seed.
     for path in (*(plan.run / "reruns").glob("*.parquet"), plan.run / "quality.json"):
         path.unlink(missing_ok=True)
-    cells: list[Cell] = []
-    confidence = derived["confidence"]
-    num_tokens = 0
     for point, batches in zip(plan.points, decoded.values(), strict=True):
-        path = plan.run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
-        trace = keep_rerun(path, batches, header | {"operating_point": point})
+        keep_rerun(rerun_path(plan.run, point), batches, header | {"operating_point": point})
+    header["infeasible"] = [
+        {key: point[key] for key in ("policy", "rule", "reason")} for point in plan.infeasible
+    ]
+    return compare_reruns(plan.run, plan.points, derived, header)
+
+
+def rerun_path(run: Path, point: dict[str, Any]) -> Path:
+    """Where the rerun of an operating point is kept."""
+    return run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
+
+
+def compare_reruns(
+    run: Path, points: Sequence[dict[str, Any]], derived: dict[str, Any], header: dict[str, Any]
+) -> dict[str, Any]:
+    """Hold the reruns on disk against the predictions and write validation.json; decodes nothing.
+
+    Parameters
+    ----------
+    run : Path
+    points : sequence of dict
+        Entries of operating_points.json that have a rerun.
+    derived : dict
+        operating_points.json.
+    header : dict
+        Provenance, kept in front of the comparison.
+    """
+    from calibrate.policy_tokens import Economics
+    from calibrate.presets import link_from_dict, profile_from_dict
+    from calibrate.rerun import Cell, compare, coverage, entries_per_sent_token
+    from calibrate.traces import read_trace
+
+    economics = Economics(
+        link_from_dict(derived["link"]),
+        profile_from_dict(derived["profile"]),
+        derived["pair"]["vocab_size"],
+        derived["accounting"],
+    )
+    confidence = derived["confidence"]
+    cells: list[Cell] = []
+    payload, num_tokens, num_prompts = [], 0, 0
+    for point in points:
+        trace = read_trace([rerun_path(run, point)])
         num_tokens += trace.num_tokens
+        num_prompts = max(num_prompts, trace.num_prompts)
         cells += compare(point, trace, economics, derived["num_prompts"], confidence)
+        entries = entries_per_sent_token(point, trace, confidence)
+        payload.append(
+            {
+                "policy": point["policy"],
+                "rule": point["rule"],
+                "entries_per_sent_token": asdict(entries),
+            }
+        )
     result: dict[str, Any] = {
         **header,
         "confidence": confidence,
-        "num_prompts": len(prompts),
+        "num_prompts": num_prompts,
         "num_calibration_prompts": derived["num_prompts"],
         "num_tokens": num_tokens,
-        "infeasible": [
-            {key: point[key] for key in ("policy", "rule", "reason")} for point in plan.infeasible
-        ],
+        "payload": payload,
         "cells": [asdict(cell) for cell in cells],
         "coverage": coverage(cells, confidence),
     }
-    write_json(plan.run / "validation.json", result)
+    write_json(run / "validation.json", result)
     return result

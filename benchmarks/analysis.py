@@ -1,0 +1,94 @@
+"""Fit, bootstrap and thresholds on a million made-up tuples: seconds and peak memory.
+
+    python -m benchmarks.analysis [--num-tokens 1000000] [--num-prompts 10000] [--json]
+
+What is timed is what `hlm calibrate` and `hlm derive` run after decoding: the fitted line, every
+estimator of one column with its bootstrap (2,000 resamples by prompt), and the thresholds of
+every rule at four risk budgets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from calibrate.fit import NUM_RESAMPLES, fit_line, score_estimator
+from calibrate.operating_points import DeriveRequest, derive_thresholds
+from calibrate.traces import Trace
+
+RISKS = (0.005, 0.01, 0.02, 0.05)
+SCORES = ("uncertainty", "entropy")
+
+
+def made_up_trace(num_tokens: int, num_prompts: int, seed: int = 0) -> Trace:
+    """Tokens whose rejection rises with uncertainty and differs among prompts, as real ones do."""
+    rng = np.random.default_rng(seed)
+    index = np.sort(rng.integers(num_prompts, size=num_tokens))
+    u = np.clip(rng.beta(0.5, 0.9, num_tokens) + 0.05 * rng.normal(size=num_prompts)[index], 0, 1)
+    rejects = rng.uniform(size=num_tokens) < 0.1 + 0.7 * u
+    beta = np.where(rejects, np.clip(u * rng.uniform(0.3, 1.3, num_tokens), 0, 1), 0.0)
+    draft_prob = np.clip(1 - u, 0.01, 1)
+    columns = {
+        "uncertainty": u,
+        "entropy": 3 * u + rng.uniform(size=num_tokens),
+        "rejection_prob": beta,
+        "draft_prob": draft_prob,
+        "target_prob": draft_prob * (1 - beta),
+        "prompt_index": index,
+    }
+    return Trace(columns, [f"p{i}" for i in range(num_prompts)])
+
+
+def main() -> None:
+    """Time each stage once, in one process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-tokens", type=int, default=1_000_000)
+    parser.add_argument("--num-prompts", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    trace = made_up_trace(options.num_tokens, options.num_prompts)
+    beta, index, num = trace["rejection_prob"], trace.prompt_index, trace.num_prompts
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        out = run()
+        seconds[name] = time.perf_counter() - begin
+        return out
+
+    can_reject = trace["target_prob"] < trace["draft_prob"]
+    line = timed("fit", lambda: fit_line(trace["uncertainty"], beta, can_reject, index, num))
+    for name in SCORES:
+        timed(
+            f"estimator {name}, {NUM_RESAMPLES} resamples",
+            lambda name=name: score_estimator(name, trace[name], beta, index, num),
+        )
+    request = DeriveRequest(("u-hlm",), RISKS)
+    calibration = {"fit": asdict(line)}
+    thresholds = timed(
+        f"thresholds, {NUM_RESAMPLES} resamples",
+        lambda: derive_thresholds(trace, trace["uncertainty"], calibration, request),
+    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    total = sum(seconds.values())
+    if options.json:
+        print(json.dumps({"options": vars(options), "seconds": seconds, "total_s": total,
+                          "peak_gib": peak_gib}, indent=1))  # fmt: skip
+        return
+    print(f"{trace.num_tokens:,} tokens of {num:,} prompts, {len(thresholds)} thresholds")
+    for name, value in seconds.items():
+        print(f"  {name:36s} {value:6.2f} s")
+    print(f"  {'in all':36s} {total:6.2f} s, peak {peak_gib:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
