@@ -198,6 +198,7 @@ def calibrate(
         given={"slm": _absolute(slm), "llm": _absolute(llm), "drop_layers": drop_layers},
     )
     chosen = prepare(request)
+    _say_how_many(len(chosen), limit)
     summary = _calibrate(request, chosen, _load(request.spec, dtype, device, trace == "full"))
     if as_json:
         print(json.dumps(summary, indent=1))
@@ -212,7 +213,19 @@ def _absolute(model: str | None) -> str | None:
     return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
 
 
-def _calibrate(request: Any, chosen: Any, pair: LoadedPair) -> dict[str, Any]:
+def _say_how_many(found: int, limit: int) -> None:
+    from calibrate.progress import say
+
+    if found < limit:
+        say(f"--limit {limit}: there are {found} such prompts; all of them are used")
+
+
+def _calibrate(
+    request: Any,
+    chosen: Any,
+    pair: LoadedPair,
+    way_on: str = "go on with the same command and --resume",
+) -> dict[str, Any]:
     from calibrate.calibration import calibrate as run_calibration
     from calibrate.progress import token_progress
 
@@ -224,8 +237,7 @@ def _calibrate(request: Any, chosen: Any, pair: LoadedPair) -> dict[str, Any]:
 
         num_shards = len(shard_paths(request.run))
         raise UserError(
-            f"interrupted: {num_shards} finished shards stay in {request.run}/traces; "
-            "go on with the same command and --resume"
+            f"interrupted: {num_shards} finished shards stay in {request.run}/traces; {way_on}"
         ) from None
 
 
@@ -373,6 +385,7 @@ def validate(
         batch_size=batch_size,
         command=["hlm", *sys.argv[1:]],
     )
+    _say_how_many(len(plan.prompts), limit)
     result = _validate(plan, _load(plan.spec, plan.dtype, device, plan.needs_attention))
     if as_json:
         print(json.dumps(result, indent=1))
@@ -512,8 +525,10 @@ def quickstart(
         command=["hlm", *sys.argv[1:]],
     )
     chosen = prepare(request)
+    _say_how_many(len(chosen), limit)
     pair = _load(request.spec, "auto", "auto", True)
-    print_calibration(_calibrate(request, chosen, pair), output_path)
+    way_on = "begin anew with another --output-path"
+    print_calibration(_calibrate(request, chosen, pair, way_on), output_path)
     print_operating_points(derive_run(output_path, policies=policy_names()))
     plan = prepare_validation(
         output_path,

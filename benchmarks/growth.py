@@ -3,8 +3,8 @@
     python -m benchmarks.growth [--json docs/growth.json] [--figure docs/growth.png]
 
 A made-up pair whose forwards cost next to nothing decodes under hlm with full traces and writes
-shards, so what is seen is the engine itself. Each point is a process of its own, whose peak is
-set against one that only imports.
+shards, so what is seen is the engine itself. Each point is a process of its own on one core, whose
+peak is set against one that has only warmed up: first calls import and set up a good deal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+NUM_REPEATS = 3
 PROMPTS = (100, 1_000, 10_000)
 BATCHES = (1, 4, 16, 64)
 VOCABULARIES = (1_000, 10_000, 50_000, 152_000)
@@ -37,20 +39,34 @@ class Load:
 
 @dataclass(frozen=True)
 class Row:
-    """What it cost.
+    """What it cost: medians of fresh processes.
 
     Attributes
     ----------
     seconds : float
     ms_per_token : float
     memory_mib : float
-        Peak of the process above that of one that only imports.
+        Peak of the process above that of one that only warms up.
+    memory_range_mib : (float, float)
+        Least and largest: how freed buffers fit the next ones differs from run to run.
     """
 
     load: Load
     seconds: float
     ms_per_token: float
     memory_mib: float
+    memory_range_mib: tuple[float, float]
+
+
+WARM_UP = Load(2, 2, 1_000, 2)
+
+
+def measure_here(load: Load) -> tuple[float, int, float]:
+    """Warm up, then decode a load in this process: seconds, tokens and peak memory in MiB."""
+    decode_load(WARM_UP)
+    seconds, tokens = decode_load(load) if load.num_prompts else (0.0, 0)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return seconds, tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def decode_load(load: Load) -> tuple[float, int]:
@@ -64,9 +80,8 @@ def decode_load(load: Load) -> tuple[float, int]:
     from calibrate.traces import write_shard
     from hlmtheory.policies import make_policy
 
+    torch.set_num_threads(1)  # on a busy machine two threads mostly wait for each other
     keep_large_buffers()
-    if load.num_prompts == 0:
-        return 0.0, 0
 
     class TableSession:
         """Logits looked up by the last token: a forward that costs one copy."""
@@ -112,18 +127,26 @@ def decode_load(load: Load) -> tuple[float, int]:
 def measure(load: Load) -> tuple[float, int, float]:
     """Seconds, tokens and peak memory in MiB of one load in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.growth", "--one", json.dumps(asdict(load))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds, tokens, peak = json.loads(done.stdout)
     return seconds, tokens, peak
 
 
 def rows_of(loads: Sequence[Load]) -> list[Row]:
     """Measure every load, one after the other."""
-    _, _, baseline = measure(Load(0, 1, 1, 1))
+    baseline = statistics.median(measure(Load(0, 1, 1, 1))[2] for _ in range(NUM_REPEATS))
     rows = []
     for load in loads:
-        seconds, tokens, peak = measure(load)
-        row = Row(load, seconds, 1e3 * seconds / tokens, peak - baseline)
+        runs = [measure(load) for _ in range(NUM_REPEATS)]
+        seconds = statistics.median(run[0] for run in runs)
+        above = sorted(run[2] - baseline for run in runs)
+        row = Row(
+            load,
+            seconds,
+            1e3 * seconds / runs[0][1],
+            statistics.median(above),
+            (above[0], above[-1]),
+        )
         print(
             f"  {load.num_prompts:6d} prompts, batch {load.batch_size}, V {load.vocab_size:7,d}: "
             f"{row.ms_per_token:7.3f} ms a token, {row.memory_mib:6.0f} MiB",
@@ -134,7 +157,7 @@ def rows_of(loads: Sequence[Load]) -> list[Row]:
 
 
 def draw(panels: dict[str, list[Row]], path: Path) -> None:
-    """Time a token and peak memory against each size, log-log."""
+    """Time a token and peak memory against each size."""
     from paper_figs.style import BLUE, VERMILLION, finish, new_figure, panel_letter, styled
 
     xs = {"prompts": "num_prompts", "batch": "batch_size", "vocabulary": "vocab_size"}
@@ -146,9 +169,14 @@ def draw(panels: dict[str, list[Row]], path: Path) -> None:
             time_axis, memory_axis = axes[0][column], axes[1][column]
             time_axis.plot(x, [row.ms_per_token for row in rows], color=BLUE, marker="o")
             memory_axis.plot(x, [row.memory_mib for row in rows], color=VERMILLION, marker="s")
-            for axis in (time_axis, memory_axis):
+            lows, highs = zip(*(row.memory_range_mib for row in rows), strict=True)
+            memory_axis.vlines(x, lows, highs, color=VERMILLION)
+            for axis, most in (
+                (time_axis, max(row.ms_per_token for row in rows)),
+                (memory_axis, max(highs)),
+            ):
                 axis.set_xscale("log")
-                axis.set_ylim(0, 1.15 * max(axis.lines[0].get_ydata()))
+                axis.set_ylim(0, 1.15 * most)
             memory_axis.set_xlabel(units[name])
             panel_letter(time_axis, "abc"[column], f"against {name}")
         axes[0][0].set_ylabel("time a token (ms)")
@@ -156,14 +184,22 @@ def draw(panels: dict[str, list[Row]], path: Path) -> None:
         loads = {name: rows[0].load for name, rows in panels.items()}
         fixed = loads["prompts"]
         caption = (
-            f"Full traces of a made-up pair; memory is above that of the imports. "
+            f"Full traces of a made-up pair; memory is above that of a warmed-up process. "
             f"Panel a: batch {fixed.batch_size}, V = "
             f"{fixed.vocab_size:,}, {fixed.max_new_tokens} tokens a prompt; b: V = "
             f"{loads['batch'].vocab_size:,}; c: batch {loads['vocabulary'].batch_size}. One "
-            "process a point; a shard is written after each batch, so memory does not grow with "
-            "prompts."
+            f"process a run, on one core; a shard is written after each batch. Medians of "
+            f"{NUM_REPEATS} runs, bars from the least to the largest."
         )
-        finish(drawn, "What grows with the number of prompts, the batch, the vocabulary?", caption)
+        first, last = panels["prompts"][0], panels["prompts"][-1]
+        more_prompts = last.load.num_prompts / first.load.num_prompts
+        more_memory = last.memory_mib / first.memory_mib
+        finding = (
+            f"{more_prompts:.3g} times the prompts, {more_memory:.2f} times the memory: "
+            f"{first.memory_mib:.0f} MiB at {first.load.num_prompts:,}, "
+            f"{last.memory_mib:.0f} at {last.load.num_prompts:,}"
+        )
+        finish(drawn, finding, caption)
         drawn.savefig(path, dpi=160)
 
 
@@ -175,10 +211,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.one is not None:
-        seconds, tokens = decode_load(Load(**json.loads(options.one)))
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        print(json.dumps([seconds, tokens, peak]))
+        print(json.dumps(measure_here(Load(**json.loads(options.one)))))
         return
     panels = {
         "prompts": rows_of([Load(num, 64, 1_000, 8) for num in PROMPTS]),

@@ -43,7 +43,10 @@ def keep_large_buffers() -> None:
 
 
 def automatic_batch_size(
-    pair: LoadedPair, prompts: Sequence[TokenizedPrompt], max_new_tokens: int
+    pair: LoadedPair,
+    prompts: Sequence[TokenizedPrompt],
+    max_new_tokens: int,
+    num_caches: int = 1,
 ) -> int:
     """Prompts to decode together: as many as the memory and the longest prompt allow, evenly split.
 
@@ -53,6 +56,8 @@ def automatic_batch_size(
         On its device, whose free memory is asked.
     prompts : sequence of TokenizedPrompt
     max_new_tokens : int
+    num_caches : int
+        Key-value caches of every context held at once: two where a prefill is kept.
 
     Returns
     -------
@@ -62,16 +67,17 @@ def automatic_batch_size(
     import torch
 
     longest = max((len(prompt.tokens) for prompt in prompts), default=1)
-    row = sum(
-        _row_bytes(model, longest, longest + max_new_tokens) for model in (pair.slm, pair.llm)
-    )
+    models = (pair.slm, pair.llm)
+    row = sum(_cache_bytes(model, longest + max_new_tokens) for model in models) * num_caches
     row += VOCABULARY_ARRAYS * 4 * pair.vocab_size
+    fixed = max(_prefill_bytes(model, longest) for model in models)
     if torch.device(pair.device).type == "cuda":
         budget, most = torch.cuda.mem_get_info()[0] // 2, MAX_ROWS_ACCELERATOR
     else:
         budget = min(WORKING_SET_BYTES, psutil.virtual_memory().available // 2)
         most = MAX_ROWS
-    return even_batch_size(len(prompts), max(1, min(most, budget // row)))
+    rows = max(1, min(most, (budget - fixed) // row))
+    return even_batch_size(len(prompts), rows)
 
 
 def even_batch_size(num_prompts: int, most: int) -> int:
@@ -80,17 +86,31 @@ def even_batch_size(num_prompts: int, most: int) -> int:
     return max(1, math.ceil(num_prompts / num_batches))
 
 
-def _row_bytes(model: Any, num_prefilled: int, num_positions: int) -> int:
-    """Key-value cache and largest activations of one context in one model."""
+def _cache_bytes(model: Any, num_positions: int) -> int:
+    """Key-value cache of one context in one model."""
+    from calibrate.kv_cache import SPARE_POSITIONS
+    from calibrate.models import PADDING_MULTIPLE
+
     config = model.config.get_text_config()
-    item = next(model.parameters()).element_size()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cache = 2 * config.num_hidden_layers * kv_heads * head_size * num_positions * item
+    positions = num_positions + PADDING_MULTIPLE + SPARE_POSITIONS
+    item = next(model.parameters()).element_size()
+    return int(2 * config.num_hidden_layers * kv_heads * head_size * positions * item)
+
+
+def _prefill_bytes(model: Any, longest: int) -> int:
+    """Largest activations while prompts are read, a group at a time."""
+    from calibrate.models import MAX_PREFILL_TOKENS, MIN_ROWS, PADDING_MULTIPLE
+
+    config = model.config.get_text_config()
+    item = next(model.parameters()).element_size()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = longest + PADDING_MULTIPLE
+    rows = max(MIN_ROWS, MAX_PREFILL_TOKENS // width)
+    scores = config.num_attention_heads * width**2 * 4
+    eager = scores if config._attn_implementation == "eager" else 0
     # The feed-forward block holds three of its inner arrays, a norm the hidden ones in float32.
-    activations = num_prefilled * (3 * inner * item + 4 * config.hidden_size * 4)
-    scores = heads * num_prefilled**2 * 4 if config._attn_implementation == "eager" else 0
-    # The cache is copied once when it outgrows its room.
-    return int(2 * cache + activations + scores)
+    token = 3 * inner * item + 4 * config.hidden_size * 4
+    return int(rows * (width * token + eager))

@@ -23,6 +23,10 @@ MIN_ROWS = 4
 PADDING_MULTIPLE = 32
 
 
+# More tokens at once are no faster, and the activations of these are all that a prefill needs.
+MAX_PREFILL_TOKENS = 2048
+
+
 @dataclass
 class StepOutput:
     """What one model says about the next token of each context.
@@ -240,7 +244,7 @@ def _padded_width(num_tokens: int) -> int:
 
 
 def _prefill_groups(widths: list[int], min_rows: int, separable: bool) -> list[list[int]]:
-    """Rows to prefill together: like widths, and never fewer rows than the minimum.
+    """Rows to prefill together: like widths, few enough tokens, at least the minimum of rows.
 
     A group too small joins the next wider one; what is left over joins the last.
     """
@@ -250,7 +254,9 @@ def _prefill_groups(widths: list[int], min_rows: int, separable: bool) -> list[l
     groups: list[list[int]] = [[]]
     for i in order:
         current = groups[-1]
-        if len(current) >= min_rows and widths[i] > widths[current[-1]]:
+        wider = bool(current) and widths[i] > widths[current[-1]]
+        full = (len(current) + 1) * widths[i] > MAX_PREFILL_TOKENS
+        if len(current) >= min_rows and (wider or full):
             groups.append([])
         groups[-1].append(i)
     if len(groups) > 1 and len(groups[-1]) < min_rows:

@@ -142,7 +142,7 @@ def run_validation(
     settings = DecodingSettings(
         temperature=calibrated["temperature"],
         max_new_tokens=max_new_tokens,
-        batch_size=plan.batch_size or automatic_batch_size(pair, prompts, max_new_tokens),
+        batch_size=plan.batch_size or automatic_batch_size(pair, prompts, max_new_tokens, 2),
         seed=plan.seed,
         trace="minimal",
     )

@@ -14,8 +14,10 @@ from scipy import stats
 from hlmtheory.clusters import (
     RatioEstimate,
     bootstrap_interval,
+    bootstrap_totals,
     jackknife_correlation_interval,
     mean_over_tokens,
+    percentile_interval,
     resample_prompts,
     sum_by_prompt,
 )
@@ -196,6 +198,51 @@ def test_resamples_draw_as_many_prompts_as_there_are(rng):
     # Each count is binomial(30, 1/30): mean 1, variance 29/30.
     assert counts.mean() == pytest.approx(1, abs=1e-12)
     assert counts.var() == pytest.approx(29 / 30, rel=0.02)
+
+
+def test_resamples_have_the_multinomial_law(rng):
+    """Each count is binomial, and two counts have covariance -1/P, as drawing with replacement."""
+    num_prompts, num_resamples = 8, 40_000
+    counts = resample_prompts(num_prompts, num_resamples, rng).astype(int)
+    for column in (0, num_prompts - 1):
+        seen = np.bincount(np.minimum(counts[:, column], 4), minlength=5)
+        law = stats.binom.pmf(np.arange(4), num_prompts, 1 / num_prompts)
+        expected = num_resamples * np.append(law, 1 - law.sum())
+        assert stats.chisquare(seen, expected).pvalue > 1e-4
+    products = (counts[:, 0] - 1.0) * (counts[:, 1] - 1.0)
+    error = products.std() / math.sqrt(num_resamples)
+    assert abs(products.mean() + 1 / num_prompts) < 4 * error
+
+
+@pytest.mark.parametrize("num_resamples", [0, 1, 256, 257, 600])
+def test_totals_in_blocks_are_the_sums_of_the_drawn_prompts(rng, num_resamples):
+    """256 resamples make a block: none, a part of one, one, one and one more, several."""
+    sums = rng.normal(size=(7, 3))
+    counts = resample_prompts(7, num_resamples, rng)
+    totals = bootstrap_totals(sums, counts)
+    assert totals.shape == (num_resamples, 3)
+    assert totals.dtype == np.float64
+    for row, total in zip(counts.astype(int), totals, strict=True):
+        # Sums of seven numbers near 1, in another order.
+        np.testing.assert_allclose(total, sums[np.repeat(np.arange(7), row)].sum(0), atol=1e-12)
+
+
+def test_totals_of_large_sums_keep_double_precision(rng):
+    """Counts are stored in single precision, whose sums would lose tokens beyond 2^24."""
+    totals = bootstrap_totals(np.full((4, 1), 2.0**24 + 1), resample_prompts(4, 300, rng))
+    np.testing.assert_array_equal(totals, 4 * (2.0**24 + 1))
+
+
+def test_statistics_of_shared_totals_are_those_of_one_at_a_time(rng):
+    values, prompt_index = clustered_trace(rng, 20)
+    sums = np.column_stack(
+        [sum_by_prompt(values, prompt_index, 20), np.bincount(prompt_index, minlength=20)]
+    )
+    counts = resample_prompts(20, 500, rng)
+    totals = bootstrap_totals(sums, counts)
+    for statistic in (ratio, lambda t: t[..., 0], lambda t: t[..., 1] ** 2):
+        shared = percentile_interval(statistic(totals), 0.9)
+        assert shared == bootstrap_interval(sums, statistic, counts, 0.9)
 
 
 def test_bootstrap_is_the_resampling_of_whole_prompts(rng):
