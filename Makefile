@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # One BLAS thread in tests: results and times do not depend on how many cores are idle.
 TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help install quickstart test lint type bench clean
+.PHONY: help install quickstart test lint type bench evidence clean
 
 help:
 	@echo "make quickstart  install and run the main job on the embedded pair"
 	@echo "make test        run the tests (fetches 93 MB of weights once)"
 	@echo "make lint type   ruff and mypy"
 	@echo "make bench       speed, as ratios in one run"
+	@echo "make evidence    measure data/results anew, in about an hour and a half"
 
 install: $(STAMP)
 
@@ -42,6 +43,14 @@ type: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.truncation
+	$(BIN)/python -m benchmarks.analysis
+	$(BIN)/python -m benchmarks.growth
+
+# What has a result already is left out: remove data/results/NAME to measure NAME anew.
+evidence: $(STAMP)
+	$(BIN)/python -m benchmarks.evidence
+	$(BIN)/python -m paper_figs.findings
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

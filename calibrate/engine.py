@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from calibrate.memory import release_freed_buffers
 from calibrate.models import LanguageModel, StepOutput
 from calibrate.prompts import TokenizedPrompt
 from calibrate.recording import (
+    ColumnBuffer,
     Columns,
     ImportanceTracker,
     attention_columns,
@@ -139,7 +141,10 @@ def decode(
     for batch in batches_by_length(prompts, settings.batch_size):
         with torch.inference_mode(), domain.unchecked():
             run = _BatchRun(slm, llm, batch, policy, settings, eos_token_ids, observer)
-            yield run.to_end(on_step)
+            decoded = run.to_end(on_step)
+        del run  # its caches, before the next batch makes its own
+        release_freed_buffers()
+        yield decoded
 
 
 def batches_by_length(
@@ -183,7 +188,7 @@ class _BatchRun:
         self.tracker = (
             ImportanceTracker(policy.importance) if policy.importance is not None else None
         )
-        self.steps: list[Columns] = []
+        self.columns = ColumnBuffer(len(batch) * settings.max_new_tokens)
 
     def to_end(self, on_step: Callable[[int, int], None] | None) -> DecodedBatch:
         """Step until every row has ended or the length limit is reached."""
@@ -197,10 +202,7 @@ class _BatchRun:
                 break
             if bool(ended.any()):
                 self._drop(ended)
-        columns = {
-            name: np.concatenate([columns[name] for columns in self.steps])
-            for name in self.steps[0]
-        }
+        columns = self.columns.filled()
         order = np.lexsort((columns["step"], columns["row"]))
         return DecodedBatch(
             {name: values[order] for name, values in columns.items()},
@@ -304,7 +306,7 @@ class _BatchRun:
                 columns |= attention_columns(slm_out.attention, slm_out.attention_mask)
         if self.observer is not None:
             columns |= self.observer(z, draft, x, raw_uniforms)
-        self.steps.append({name: to_numpy(values) for name, values in columns.items()})
+        self.columns.append({name: to_numpy(values) for name, values in columns.items()})
         return torch.isin(output, self.eos).cpu().numpy()
 
     def _important(self, slm_out: StepOutput) -> torch.Tensor | None:

@@ -34,12 +34,27 @@ def keep_large_buffers() -> None:
     every one anew, and the page faults cost several times the arithmetic. Kept are at most 1 GiB.
     On systems without glibc nothing changes.
     """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def release_freed_buffers() -> None:
+    """Give freed arrays back to the system, wherever in the heap they lie.
+
+    Called between the phases of a batch, whose arrays differ in size: what one phase has freed
+    would lie unused beside what the next one allocates.
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except (OSError, TypeError):
+        return None
 
 
 def automatic_batch_size(

@@ -13,6 +13,7 @@ import torch
 from calibrate.attention import recording, records
 from calibrate.errors import UserError
 from calibrate.kv_cache import RowCache, make_cache
+from calibrate.memory import release_freed_buffers
 
 # Kernels for fewer rows than this round differently (a matrix-vector product is not a matrix
 # product). Batches are filled up to it, so that a token never depends on how many others run.
@@ -105,6 +106,7 @@ class TransformerModel:
         else:
             self._prefilled = None
             prefill = prefill_contexts(self.model, contexts, min_rows, self.device)
+            release_freed_buffers()
             if self._reuse_prefill:
                 self._prefilled = (key, prefill.copy())
         synchronise(self.device)

@@ -215,15 +215,20 @@ def predicted_tokens(trace: Trace, policy: Policy, vocab_size: int) -> PolicyTok
 def at_threshold(
     trace: Trace, column: str, threshold: float, at_one: np.ndarray | float
 ) -> np.ndarray:
-    """A skip-set column at any threshold, linear between the stored ones, (N,).
+    """A skip-set bias at any threshold, linear between the stored ones, (N,).
 
-    `at_one` is its value at u_th = 1, where the skip set is the whole vocabulary.
+    `at_one` is its value at u_th = 1, where the skip set is the whole vocabulary. From the last
+    stored threshold to there uncertainty says little: tokens with u near 1 are most of it. There
+    the weight is the share of the rejection risk gained on the way, for bias and risk have one mean
+    (docs/theory.md, (11)).
     """
     if threshold >= 1:
         return np.broadcast_to(np.asarray(at_one, dtype=float), (trace.num_tokens,))
     grid = np.array(THRESHOLD_GRID)
     if threshold > grid[-1]:
-        weight = (threshold - grid[-1]) / (1 - grid[-1])
+        u, beta = trace["uncertainty"], trace["rejection_prob"]
+        gained, beyond = (float(np.sum(beta[(u > grid[-1]) & (u <= t)])) for t in (threshold, 1.0))
+        weight = gained / beyond if beyond > 0 else 0.0
         return (1 - weight) * trace[column][:, -1] + weight * at_one
     upper = int(np.clip(np.searchsorted(grid, threshold), 1, len(grid) - 1))
     weight = np.clip((threshold - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
@@ -235,14 +240,23 @@ def sent_skip_set_size(trace: Trace, threshold: float, vocab_size: int) -> np.nd
     """|S| at the threshold of each token, for tokens that are sent, (N,).
 
     A sent draft is not in S, but it may be in the stored skip set at the next higher threshold,
-    with which :func:`at_threshold` interpolates: its own share is taken out.
+    with which :func:`at_threshold` interpolates: its own share is taken out. Beyond the last stored
+    threshold the mean growth is that of drafts weighted by 1/x_d, each of which stands for 1/x_d
+    tokens; |S| <= 1/(1 - u_th) throughout.
     """
+    u, last = trace["uncertainty"], THRESHOLD_GRID[-1]
+    if threshold >= 1:
+        return np.full(trace.num_tokens, float(vocab_size))
+    most = min(float(vocab_size), np.floor(1 / (1 - threshold) + 1e-9))
+    if threshold > last:
+        drawn = (u > last) & (u <= threshold)
+        growth = float(np.mean(drawn / np.clip(trace["draft_prob"], 1e-12, None)))
+        return np.clip(trace["skip_set_size"][:, -1] + growth, 0.0, most)
     sizes = at_threshold(trace, "skip_set_size", threshold, vocab_size)
-    grid = np.array((*THRESHOLD_GRID, 1.0))
+    grid = np.array(THRESHOLD_GRID)
     upper = int(np.clip(np.searchsorted(grid, threshold), 1, len(grid) - 1))
     weight = np.clip((threshold - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
-    u = trace["uncertainty"]
-    return np.clip(sizes - weight * ((u > threshold) & (u <= grid[upper])), 0.0, None)
+    return np.clip(sizes - weight * ((u > threshold) & (u <= grid[upper])), 0.0, most)
 
 
 def predicted_importance(trace: Trace, settings: ImportanceSettings | None) -> np.ndarray:

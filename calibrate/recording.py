@@ -107,6 +107,33 @@ def attention_columns(
     }
 
 
+class ColumnBuffer:
+    """Columns of one batch, in arrays made once.
+
+    Small arrays of every step, kept, would lie between the large ones that a step frees, and the
+    next step's large ones would no longer fit where the last step's were.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._columns: Columns = {}
+        self._used = 0
+
+    def append(self, step: Columns) -> None:
+        """Copy the rows of one step behind the others; every step has the same columns."""
+        num = len(next(iter(step.values())))
+        for name, values in step.items():
+            if self._used == 0:
+                shape = (self._num_rows, *values.shape[1:])
+                self._columns[name] = np.empty(shape, values.dtype)
+            self._columns[name][self._used : self._used + num] = values
+        self._used += num
+
+    def filled(self) -> Columns:
+        """The rows so far, (N, ...) each."""
+        return {name: values[: self._used] for name, values in self._columns.items()}
+
+
 class ImportanceTracker:
     """Says of every step whether its context is important, row by row, as the tokens come."""
 

@@ -57,11 +57,14 @@ class Cell:
 
     @property
     def fixed(self) -> bool:
-        """Whether the policy alone fixes the figure: no spread among prompts beyond rounding."""
-        low, high, value = self.measured.low, self.measured.high, self.measured.value
+        """Whether the policy alone fixes the figure: the prediction leaves room for rounding only.
+
+        A rerun in which a rare event did not happen has no spread either, but can miss.
+        """
+        low, high, value = self.predicted.low, self.predicted.high, self.predicted.value
         if low is None or high is None or value is None:
             return False
-        return high - low <= ROUNDING * max(abs(value), 1.0)
+        return high - low <= 4 * ROUNDING * max(abs(value), 1.0)  # both ends, and rounding itself
 
 
 def prediction_interval(

@@ -146,8 +146,8 @@ def conformal_threshold(
     .. math:: u_{th} = \sup\Big\{u : \frac{n \hat R(u) + 1}{n + 1} \le \alpha\Big\}
 
     docs/theory.md, (34). The expectation is over calibration and fresh prompt together: a single
-    calibration overshoots the budget about every second time, see :func:`learn_then_test_threshold`
-    for the other promise.
+    calibration may overshoot the budget, how often depends on the spread of the losses against
+    (1 - alpha)/(n + 1); see :func:`learn_then_test_threshold` for the other promise.
 
     Parameters
     ----------

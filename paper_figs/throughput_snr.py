@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +39,7 @@ def chosen_rule(points: tuple[OperatingPoint, ...]) -> str | None:
             usable[point.rule] = usable.get(point.rule, 0) + 1
     if not usable:
         return None
-    budgets = [rule for rule in usable if rule.startswith("risk-") and rule[5:6].isdigit()]
+    budgets = [rule for rule in usable if re.fullmatch(r"risk-[\d.e-]+", rule)]
     if budgets:
         return min(budgets, key=lambda rule: (-usable[rule], abs(np.log(float(rule[5:]) / 0.01))))
     return max(usable, key=lambda rule: usable[rule])

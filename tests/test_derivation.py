@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from synthetic_run import make_run
+from synthetic_run import VOCAB, make_run
 
 from calibrate.derivation import derive_run
 from calibrate.errors import UsageError
-from calibrate.runs import read_json
+from calibrate.policy_tokens import at_threshold, sent_skip_set_size
+from calibrate.recording import THRESHOLD_GRID
+from calibrate.rerun import Cell, coverage
+from calibrate.runs import Figure, read_json
+from calibrate.traces import read_trace, shard_paths
 from calibrate.validation import prepare_validation
 
 THETAS, IMPORTANCES = (0.1, 0.02, 0.5), ("topk:16:1", "topk:4:1.5", "context:0:0.9")
@@ -98,3 +103,29 @@ def test_validation_takes_the_points_named(run: Path, derived: dict[str, Any]) -
     ]
     with pytest.raises(UsageError, match="--point u-hlm/risk-7: not derived; derived are cu-hlm"):
         prepare_validation(run, points=("hlm/none", "u-hlm/risk-7"))
+
+
+def test_a_predicted_event_that_never_happened_is_a_miss_not_a_fixed_figure() -> None:
+    predicted, silent = Figure(0.02, 0.012, 0.028), Figure(0.0, 0.0, 0.0)
+    missed = Cell("u-hlm", "risk-0.02", "rejection_risk", predicted, silent, False)
+    exact = Cell("slm", "none", "skip_rate", Figure(1.0, 1 - 1e-5, 1 + 1e-5), Figure(1.0), True)
+    assert not missed.fixed
+    assert exact.fixed
+    assert coverage([missed, exact], 0.95)["tested"] == coverage([missed], 0.95)["tested"]
+    assert coverage([missed, exact], 0.95)["tested"]["total"] == 1
+
+
+@pytest.mark.parametrize("threshold", [0.99, 0.998])
+def test_beyond_the_stored_thresholds_bias_follows_risk(run: Path, threshold: float) -> None:
+    trace = read_trace(shard_paths(run))
+    u, beta = trace["uncertainty"], trace["rejection_prob"]
+    last = THRESHOLD_GRID[-1]
+    share = beta[(u > last) & (u <= threshold)].sum() / beta[(u > last) & (u <= 1)].sum()
+    assert share < 1
+    distance = trace["tv_distance"]
+    found = at_threshold(trace, "skip_set_bias", threshold, distance)
+    expected = (1 - share) * trace["skip_set_bias"][:, -1] + share * distance
+    np.testing.assert_allclose(found, expected)
+    sizes = sent_skip_set_size(trace, threshold, VOCAB)
+    assert sizes.max() <= 1 / (1 - threshold)  # not a share of the vocabulary
+    assert (sizes >= trace["skip_set_size"][:, -1]).all()
