@@ -50,12 +50,12 @@ def _relation(run: Path) -> str:
         scores[name]["skip_rate_at_risk"]["0.01"] for name in ("uncertainty", "uncertainty_sampled")
     )
     return (
-        f"**1. A line describes averages, not tokens, and not exactly.** {calibration['num_prompts']} "
-        f"prompts, {calibration['num_tokens']:,} tokens: slope {_interval(fit['slope'])}, "
+        f"**1. A line describes averages, not tokens, and not exactly.** "
+        f"{calibration['num_prompts']} prompts, {calibration['num_tokens']:,} tokens: slope {_interval(fit['slope'])}, "
         f"intercept {_interval(fit['intercept'])}; correlation of binned means "
         f"{_interval(fit['correlation_binned'])}, token by token "
-        f"{_interval(fit['correlation'])}; curvature {_interval(fit['curvature'])}, yet single bins leave the line by more than "
-        "their intervals (lower panel). At 1 % "
+        f"{_interval(fit['correlation'])}; curvature {_interval(fit['curvature'])}, "
+        "yet single bins leave the line by more than their intervals (lower panel). At 1 % "
         f"risk the exact uncertainty skips {_percent(exact)} of the tokens, twenty drawn ones "
         f"{_percent(sampled)}.\n\n"
         + _figure("relation", "rejection probability against uncertainty")
