@@ -50,8 +50,9 @@ def _relation(run: Path) -> str:
         scores[name]["skip_rate_at_risk"]["0.01"] for name in ("uncertainty", "uncertainty_sampled")
     )
     return (
-        f"**1. A line describes averages, not tokens, and not exactly.** "
-        f"{calibration['num_prompts']} prompts, {calibration['num_tokens']:,} tokens: slope {_interval(fit['slope'])}, "
+        "**1. A line describes averages, not tokens, and not exactly.** "
+        f"{calibration['num_prompts']} prompts, {calibration['num_tokens']:,} tokens: "
+        f"slope {_interval(fit['slope'])}, "
         f"intercept {_interval(fit['intercept'])}; correlation of binned means "
         f"{_interval(fit['correlation_binned'])}, token by token "
         f"{_interval(fit['correlation'])}; curvature {_interval(fit['curvature'])}, "
