@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from calibrate.errors import UserError
+
 RECORDING = "hlm_recording"
 _recorded: list[torch.Tensor] | None = None
 
@@ -37,6 +39,13 @@ def allow_recording(model: Any) -> None:
         model.set_attn_implementation(RECORDING)
     else:
         model.set_attn_implementation("eager")
+        # Some families fix their attention when they are built, and only log that they did not
+        # switch; asked for weights as they are, they may compute wrong logits.
+        if model.config._attn_implementation != "eager":
+            raise UserError(
+                f"{type(model).__name__} cannot give its attention as it was loaded; "
+                "calibrate with --trace minimal"
+            )
 
 
 def _is_grouped_softmax(model: Any) -> bool:
@@ -104,5 +113,10 @@ def newest_attention(
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
     scores = (grouped @ key.transpose(2, 3)).float() * (scaling or size**-0.5)  # (B, G, H/G, n)
     if mask is not None:
+        if mask.dtype != torch.bool:
+            raise UserError(
+                "the device model adds numbers to its attention scores, which is not recorded; "
+                "calibrate with --trace minimal"
+            )
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.softmax(scores, dim=-1).mean((1, 2))

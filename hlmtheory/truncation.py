@@ -153,25 +153,25 @@ def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     reached = head.reaches(inside)
     for column, size in enumerate(sizes):
         if size < vocab and not bool(xp.all(reached[:, column])):
-            deviation[:, column] = _deviation_of_all(x, head, size)
+            deviation[:, column] = _deviation_of_all(rows, head, size)
     deviation = xp.where(grid >= vocab, 0 * deviation, deviation)
     return Head.restore(deviation, x, (*x.shape[:-1], len(sizes)))
 
 
-def _deviation_of_all(x: Array, head: Head, size: int) -> Array:
+def _deviation_of_all(rows: Array, head: Head, size: int) -> Array:
     """N(k) of all rows in one pass: (B,), like the head's arrays.
 
     All of the top k exceed c_k, so N(k)/2 = sum_v max(x_v, c_k) - V c_k - (S_k - k c_k).
     """
-    ours, theirs = array_namespace(head.prefix), array_namespace(x)
-    vocab = x.shape[-1]
+    xp = array_namespace(rows)
+    vocab = rows.shape[-1]
     kept = head.prefix[:, size - 1]
-    level = tail_level(kept, size, vocab)
-    column = theirs.astype(theirs.reshape(theirs.asarray(level), (*x.shape[:-1], 1)), x.dtype)
-    level = ours.astype(ours.asarray(theirs.reshape(column, (-1,))), kept.dtype)  # as rounded
-    lifted = theirs.reshape(theirs.sum(theirs.maximum(x, column), axis=-1), (-1,))
-    excess = ours.astype(ours.asarray(lifted), kept.dtype) - vocab * level
-    return ours.clip(2.0 * (excess - (kept - size * level)), 0.0, None)
+    # The level in the precision of x, so that V c_k takes away just what max(x, c_k) put in; the
+    # sum in float64, whatever the order of the array in memory.
+    level = xp.astype(tail_level(kept, size, vocab), rows.dtype)
+    lifted = xp.sum(xp.maximum(rows, level[:, None]), axis=-1, dtype=xp.float64)
+    level = xp.astype(level, xp.float64)
+    return xp.clip(2.0 * (lifted - vocab * level - (kept - size * level)), 0.0, None)
 
 
 def online_bound_denominator(draft_prob: Array, rejection_prob: Array, eta: float = 1.0) -> Array:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from calibrate.attention import allow_recording, newest_attention, records
+from calibrate.errors import UserError
 from calibrate.models import TransformerModel
 
 
@@ -90,3 +100,37 @@ def test_weights_of_one_query_in_closed_form() -> None:
     torch.testing.assert_close(newest_attention(query, key, mask, 1.0)[0], expected)
     halved = newest_attention(query * 2**0.5, key, mask, None)  # 1/sqrt(2) by default
     torch.testing.assert_close(halved[0], expected)
+
+
+def test_a_family_that_cannot_switch_is_refused() -> None:
+    """Asked for weights all the same, it would add a boolean mask to its scores."""
+    config = FalconConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).eval()
+    with pytest.raises(UserError, match="FalconForCausalLM cannot give its attention"):
+        allow_recording(model)
+
+
+def test_additive_masks_are_refused() -> None:
+    query, key = torch.ones(1, 2, 1, 2), torch.ones(1, 1, 3, 2)
+    with pytest.raises(UserError, match="adds numbers to its attention scores"):
+        newest_attention(query, key, torch.zeros(1, 1, 1, 3), None)
+
+
+def test_a_window_that_padding_would_fill_is_refused() -> None:
+    config = MistralConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=64,
+    )
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    short = TransformerModel(model, 97).start([[5, 9, 13]], False)
+    plain = model(input_ids=torch.tensor([[5, 9, 13, 4]])).logits[:, -1]
+    found = short.step(torch.tensor([4])).logits
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)  # inside the window
+    long = TransformerModel(model, 97).start([list(range(80))], False)
+    with pytest.raises(UserError, match="windows of 64 positions"):
+        long.step(torch.tensor([4]))

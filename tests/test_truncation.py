@@ -379,3 +379,16 @@ HALF = np.array([0.5])
 def test_refusals_name_argument_value_and_range(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_tail_deviation_beyond_the_head_whatever_the_memory_order(rng) -> None:
+    """float32 with the batch axis innermost, where numpy adds up without pairing."""
+    logits = rng.normal(scale=2.0, size=(3, 120_000))
+    x = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    exact = tail_deviation_at(x, [30, 832, 8192])
+    narrow = x.astype(np.float32)
+    for array in (narrow, np.asfortranarray(narrow)):
+        # float32 rounds each entry by 6e-8 of itself, and all of them together are one.
+        np.testing.assert_allclose(tail_deviation_at(array, [30, 832, 8192]), exact, atol=1e-6)
+    half = torch.from_numpy(narrow).to(torch.bfloat16)
+    assert tail_deviation_at(half, [30, 832]).dtype == torch.bfloat16
