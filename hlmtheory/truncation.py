@@ -116,8 +116,8 @@ def tail_deviation(x: Array) -> Array:
 def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     r"""N(k) of :func:`tail_deviation` at a few k only, without sorting the vocabulary.
 
-    Only entries above c_k enter N(k), and c_k falls with k: for small k the head of x holds them
-    all, and for the k beyond it one pass over the vocabulary sums them.
+    Only entries above c_k enter N(k), and c_k falls with k: the head of x down to the smallest
+    c_k wanted is enough, and where it proves too short the row is redone whole.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     Returns
     -------
     array (..., len(sizes))
-        In the precision of x.
+        In the precision of x, summed in float64.
 
     Raises
     ------
@@ -146,32 +146,14 @@ def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     shape = (rows.shape[0], len(sizes))
     grid = xp.broadcast_to(xp.asarray(sizes, dtype=xp.int64, device=device(rows)), shape)
     below_vocab = max((k for k in sizes if k < vocab), default=1)
-    num = min(vocab, max(HEAD_SIZE, below_vocab))
+    num = min(vocab, max(HEAD_SIZE, 8 * below_vocab))
     head = Head.of(rows, num)
-    inside = xp.clip(grid, None, num)
-    deviation = head.deviation(inside)
-    reached = head.reaches(inside)
-    for column, size in enumerate(sizes):
-        if size < vocab and not bool(xp.all(reached[:, column])):
-            deviation[:, column] = _deviation_of_all(rows, head, size)
-    deviation = xp.where(grid >= vocab, 0 * deviation, deviation)
+    inside = xp.clip(grid, None, num)  # k = V needs no head: its N is set to zero
+    short = ~xp.all(head.reaches(inside) | (grid >= vocab), axis=-1)
+    deviation = xp.where(grid >= vocab, 0 * head.prefix[:, :1], head.deviation(inside))
+    if bool(xp.any(short)):
+        deviation[short] = Head.of(rows[short], vocab).deviation(grid[short])
     return Head.restore(deviation, x, (*x.shape[:-1], len(sizes)))
-
-
-def _deviation_of_all(rows: Array, head: Head, size: int) -> Array:
-    """N(k) of all rows in one pass: (B,), like the head's arrays.
-
-    All of the top k exceed c_k, so N(k)/2 = sum_v max(x_v, c_k) - V c_k - (S_k - k c_k).
-    """
-    xp = array_namespace(rows)
-    vocab = rows.shape[-1]
-    kept = head.prefix[:, size - 1]
-    # The level in the precision of x, so that V c_k takes away just what max(x, c_k) put in; the
-    # sum in float64, whatever the order of the array in memory.
-    level = xp.astype(tail_level(kept, size, vocab), rows.dtype)
-    lifted = xp.sum(xp.maximum(rows, level[:, None]), axis=-1, dtype=xp.float64)
-    level = xp.astype(level, xp.float64)
-    return xp.clip(2.0 * (lifted - vocab * level - (kept - size * level)), 0.0, None)
 
 
 def online_bound_denominator(draft_prob: Array, rejection_prob: Array, eta: float = 1.0) -> Array:
