@@ -24,7 +24,10 @@ from calibrate.runs import Figure, write_json
 from calibrate.streams import PERTURBATION
 from hlmtheory.clusters import jackknife_correlation_interval, sum_by_prompt
 from hlmtheory.policies import make_policy
+from hlmtheory.relation import Line, line_moments, line_of_totals
 from hlmtheory.uncertainty import (
+    Attenuation,
+    attenuation,
     log_partitions,
     perturbed_probabilities,
     sampled_uncertainty,
@@ -216,37 +219,23 @@ def attenuation_table(
 def _row(trace: AttenuationTrace, column: int, confidence: float) -> AttenuationRow:
     u, drawn = trace.exact[:, column], trace.sampled[:, column]
     beta, variance = trace.rejection_prob, trace.variance[:, column]
-    moments = np.stack(
-        [
-            np.ones_like(u),
-            beta,
-            beta**2,
-            u,
-            u**2,
-            u * beta,
-            drawn,
-            drawn**2,
-            drawn * beta,
-            variance,
-        ],
-        axis=1,
-    )
+    moments = np.column_stack([line_moments(u, beta), line_moments(drawn, beta), variance])
     by_prompt = sum_by_prompt(moments, trace.prompt_index, trace.num_prompts)
-    by_prompt = by_prompt[by_prompt[:, 0] > 0]  # (P, 10)
+    by_prompt = by_prompt[by_prompt[:, 0] > 0]  # (P, 13)
     total = by_prompt.sum(0)
     left_out = total - by_prompt
     whole, without = _predicted_and_measured(total), _predicted_and_measured(left_out)
     interval = jackknife_correlation_interval(
-        by_prompt, lambda sums: _predicted_and_measured(sums).measured_correlation, confidence
+        by_prompt, lambda sums: _predicted_and_measured(sums).measured.correlation, confidence
     )
     return AttenuationRow(
         num_temperatures=trace.num_temperatures[column],
-        reliability=float(whole.reliability),
-        exact_correlation=float(whole.exact_correlation),
-        predicted_correlation=float(whole.predicted_correlation),
-        predicted_slope=float(whole.predicted_slope),
-        measured_correlation=Figure(float(whole.measured_correlation), *(interval or (None, None))),
-        measured_slope=_jackknife(whole.measured_slope, without.measured_slope, confidence),
+        reliability=float(whole.predicted.reliability),
+        exact_correlation=float(whole.exact.correlation),
+        predicted_correlation=float(whole.predicted.correlation),
+        predicted_slope=float(whole.predicted.slope),
+        measured_correlation=Figure(float(whole.measured.correlation), *(interval or (None, None))),
+        measured_slope=_jackknife(whole.measured.slope, without.measured.slope, confidence),
         correlation_gap=_jackknife(whole.correlation_gap, without.correlation_gap, confidence),
         slope_gap=_jackknife(whole.slope_gap, without.slope_gap, confidence),
         num_tokens=len(u),
@@ -256,53 +245,26 @@ def _row(trace: AttenuationTrace, column: int, confidence: float) -> Attenuation
 
 @dataclass(frozen=True)
 class _Lines:
-    """Both lines from token moments (..., 10): every field has the leading shape."""
+    """Both lines, from totals (..., 13) of :func:`_row`: every field has the leading shape."""
 
-    reliability: np.ndarray
-    exact_correlation: np.ndarray
-    predicted_correlation: np.ndarray
-    predicted_slope: np.ndarray
-    measured_correlation: np.ndarray
-    measured_slope: np.ndarray
+    exact: Line
+    predicted: Attenuation
+    measured: Line
 
     @property
     def correlation_gap(self) -> np.ndarray:
-        return self.measured_correlation - self.predicted_correlation
+        return self.measured.correlation - self.predicted.correlation
 
     @property
     def slope_gap(self) -> np.ndarray:
-        return self.measured_slope - self.predicted_slope
+        return self.measured.slope - self.predicted.slope
 
 
-def _predicted_and_measured(sums: np.ndarray) -> _Lines:
-    num = sums[..., 0]
-    variance_u, slope, correlation = _line(sums, 3)
-    _, measured_slope, measured_correlation = _line(sums, 6)
-    # Written out, not through hlmtheory.uncertainty.attenuation, which takes one population: this
-    # takes one for each prompt left out. A test holds the two together.
-    reliability = variance_u / (variance_u + sums[..., 9] / num)
-    return _Lines(
-        reliability,
-        correlation,
-        np.sqrt(reliability) * correlation,
-        reliability * slope,
-        measured_correlation,
-        measured_slope,
-    )
-
-
-def _line(sums: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Variance of a variable, slope and correlation of beta on it.
-
-    The sums of the variable, of its square and of its product with beta begin at `first`.
-    """
-    num = sums[..., 0]
-    mean, mean_beta = sums[..., first] / num, sums[..., 1] / num
-    variance = sums[..., first + 1] / num - mean**2
-    variance_beta = sums[..., 2] / num - mean_beta**2
-    covariance = sums[..., first + 2] / num - mean * mean_beta
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return variance, covariance / variance, covariance / np.sqrt(variance * variance_beta)
+def _predicted_and_measured(totals: np.ndarray) -> _Lines:
+    exact, measured = line_of_totals(totals[..., :6]), line_of_totals(totals[..., 6:12])
+    noise = totals[..., 12] / totals[..., 0]
+    predicted = attenuation(exact.variance, noise, exact.slope, exact.correlation)
+    return _Lines(exact, predicted, measured)
 
 
 def _jackknife(value: np.ndarray, left_out: np.ndarray, confidence: float) -> Figure:

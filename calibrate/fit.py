@@ -20,7 +20,12 @@ from hlmtheory.clusters import (
     sum_by_prompt,
 )
 from hlmtheory.learned_score import cross_fitted_score
-from hlmtheory.relation import binned_means, weighted_correlation
+from hlmtheory.relation import (
+    binned_means,
+    line_moments,
+    line_of_totals,
+    weighted_correlation,
+)
 
 NUM_RESAMPLES = 2000
 RISK_LEVELS = (0.005, 0.01, 0.02, 0.05)
@@ -128,7 +133,7 @@ def fit_line(
 
     bins = binned_means(uncertainty, rejection_prob)
     moments = sum_by_prompt(
-        _moments(uncertainty, rejection_prob), prompt_index, num_prompts
+        line_moments(uncertainty, rejection_prob), prompt_index, num_prompts
     )  # (P, 6)
     num_bins = len(bins.num_tokens)
     by_bin = np.zeros((num_prompts, 3, num_bins))
@@ -212,16 +217,8 @@ def _curvature(
     )
 
 
-def _moments(u: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    return np.stack([np.ones_like(u), u, beta, u * u, beta * beta, u * beta], axis=1)
-
-
 def _correlation(totals: np.ndarray) -> np.ndarray:
-    n, u, b, uu, bb, ub = np.moveaxis(totals.astype(np.float64), -1, 0)
-    covariance = ub / n - u / n * b / n
-    scale = np.sqrt((uu / n - (u / n) ** 2) * (bb / n - (b / n) ** 2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(scale > 0, covariance / scale, np.nan)
+    return line_of_totals(totals).correlation
 
 
 def _finite(value: float) -> float | None:
@@ -264,7 +261,7 @@ def score_estimator(
     The curves are evaluated on SCORE_BINS quantile bins of the score, ties kept together.
     """
     counts = resample_prompts(num_prompts, NUM_RESAMPLES, np.random.default_rng(seed))
-    moments = sum_by_prompt(_moments(score, rejection_prob), prompt_index, num_prompts)
+    moments = sum_by_prompt(line_moments(score, rejection_prob), prompt_index, num_prompts)
     edges = np.unique(np.quantile(score, np.linspace(0, 1, SCORE_BINS + 1)[1:]))
     bin_of = np.searchsorted(edges, score, side="left")
     num_bins = len(edges)

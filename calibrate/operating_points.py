@@ -35,6 +35,7 @@ from hlmtheory.policies import (
     Policy,
     make_policy,
 )
+from hlmtheory.relation import line_moments, line_of_totals, linear_rejection
 from hlmtheory.thresholds import (
     Threshold,
     risk_averse_threshold,
@@ -207,7 +208,7 @@ def truncation_settings(
     slope, intercept = fit["slope"]["value"], fit["intercept"]["value"]
     if name == "cu-hlm-online":
         return {"theta": theta, "eta": eta, "slope": slope, "intercept": intercept}
-    beta = np.clip(slope * trace["uncertainty"] + intercept, 0.0, 1.0)
+    beta = linear_rejection(trace["uncertainty"], slope, intercept)
     denominator = online_bound_denominator(trace["draft_prob"], beta, eta)
     sizes = tuple(min(k, calibration["pair"]["vocab_size"]) for k in SIZE_GRID)
     chosen = offline_truncation(trace["tail_deviation"] / denominator[:, None], sizes, theta)
@@ -238,19 +239,17 @@ def derive_thresholds(
     u = trace["uncertainty"]
     can_reject = (trace["target_prob"] < trace["draft_prob"]).astype(float)
     moments = sum_by_prompt(
-        np.stack([np.ones_like(u), u, beta, u * u, u * beta, can_reject], axis=1),
+        np.column_stack([line_moments(u, beta), can_reject]),
         index,
         num_prompts,
     )
 
     def linear(level_is_delta: bool) -> Any:
         def statistic(totals: np.ndarray) -> np.ndarray:
-            n, su, sb, suu, sub, sd = np.moveaxis(totals.astype(np.float64), -1, 0)
+            line = line_of_totals(totals[..., :6])
+            level = totals[..., 6] / totals[..., 0] if level_is_delta else 0.0
             with np.errstate(divide="ignore", invalid="ignore"):
-                a = (sub - su * sb / n) / (suu - su * su / n)
-                b = (sb - a * su) / n
-                level = sd / n if level_is_delta else 0.0
-                return (level - b) / a
+                return (level - line.intercept) / line.slope
 
         return statistic
 

@@ -39,6 +39,50 @@ def linear_rejection(uncertainty: Array, slope: float, intercept: float) -> Arra
 
 
 @dataclass(frozen=True)
+class Line:
+    """Least-squares line of y on x, with the variance of x: (...) each, NaN where undefined."""
+
+    slope: np.ndarray
+    intercept: np.ndarray
+    correlation: np.ndarray
+    variance: np.ndarray
+
+
+def line_moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What the line of y on x is a function of: 1, x, y, x^2, y^2, x y of each token, (N, 6)."""
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def line_of_totals(totals: np.ndarray) -> Line:
+    r"""Least-squares line from sums of :func:`line_moments`, for many samples at once.
+
+    .. math:: a = \frac{\overline{xy} - \bar x \bar y}{\overline{x^2} - \bar x^2}, \quad
+              b = \bar y - a \bar x, \quad
+              r = a \sqrt{\mathrm{Var}(x) / \mathrm{Var}(y)}
+
+    Resamples and leave-one-out samples of prompts are sums of per-prompt sums, so each costs no
+    more than six additions a prompt.
+
+    Parameters
+    ----------
+    totals : float array (..., 6)
+
+    Returns
+    -------
+    Line
+        Fields (...).
+    """
+    n, x, y, xx, yy, xy = np.moveaxis(np.asarray(totals, dtype=np.float64), -1, 0)
+    variance_x, variance_y = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
+    covariance = xy / n - x / n * y / n
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt(variance_x * variance_y)
+        slope = np.where(variance_x > 0, covariance / variance_x, np.nan)
+        correlation = np.where(scale > 0, covariance / scale, np.nan)
+    return Line(slope, y / n - slope * x / n, correlation, variance_x)
+
+
+@dataclass(frozen=True)
 class BinnedMeans:
     """Means of rejection probability in bins of uncertainty.
 

@@ -286,15 +286,18 @@ def sampled_uncertainty_variance(probabilities: Array) -> Array:
 
 @dataclass(frozen=True)
 class Attenuation:
-    """What sampling noise in u_K does to the fitted line: docs/theory.md, (6)."""
+    """What sampling noise in u_K does to the fitted line: docs/theory.md, (6); (...) each."""
 
-    reliability: float
-    slope: float
-    correlation: float
+    reliability: float | np.ndarray
+    slope: float | np.ndarray
+    correlation: float | np.ndarray
 
 
 def attenuation(
-    variance_exact: float, mean_sampling_variance: float, slope: float, correlation: float
+    variance_exact: float | np.ndarray,
+    mean_sampling_variance: float | np.ndarray,
+    slope: float | np.ndarray,
+    correlation: float | np.ndarray,
 ) -> Attenuation:
     r"""Predicted slope and correlation of beta on u_K from those on u.
 
@@ -305,11 +308,11 @@ def attenuation(
 
     Parameters
     ----------
-    variance_exact : float
+    variance_exact : float or array (...)
         Var(u) > 0 over tokens.
-    mean_sampling_variance : float
+    mean_sampling_variance : float or array (...)
         E[Var(u_K | s, d)] >= 0.
-    slope, correlation : float
+    slope, correlation : float or array (...)
         a and r of beta on the exact u of the same K temperatures.
 
     Raises
@@ -321,10 +324,11 @@ def attenuation(
     holds by construction: classical errors-in-variables, no assumption of linearity is needed for
     the covariance.
     """
-    if not variance_exact > 0:
-        raise ValueError(f"variance_exact = {variance_exact}: allowed is (0, inf)")
-    if not mean_sampling_variance >= 0:
-        raise ValueError(f"mean_sampling_variance = {mean_sampling_variance}: allowed is [0, inf)")
+    if not np.all(np.asarray(variance_exact) > 0):
+        raise ValueError(f"variance_exact = {np.min(variance_exact)}: allowed is (0, inf)")
+    if not np.all(np.asarray(mean_sampling_variance) >= 0):
+        worst = np.min(mean_sampling_variance)
+        raise ValueError(f"mean_sampling_variance = {worst}: allowed is [0, inf)")
     reliability = variance_exact / (variance_exact + mean_sampling_variance)
     return Attenuation(reliability, reliability * slope, reliability**0.5 * correlation)
 

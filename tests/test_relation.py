@@ -14,6 +14,8 @@ from hlmtheory.acceptance import rejection_probability
 from hlmtheory.relation import (
     BinnedMeans,
     binned_means,
+    line_moments,
+    line_of_totals,
     linear_rejection,
     rejection_frequency,
     weighted_correlation,
@@ -160,3 +162,23 @@ def test_delta_refuses_logits(name):
     arguments[name] = np.array([-3.0])
     with pytest.raises(ValueError, match=rf"^{name} = -3: allowed is \[0, 1\]"):
         rejection_frequency(**arguments)
+
+
+def test_line_of_totals_is_least_squares(rng) -> None:
+    """Against numpy's own least squares, for the whole and for every prompt left out."""
+    x, noise = rng.uniform(size=600), rng.normal(scale=0.2, size=600)
+    y = 0.7 * x + 0.1 + noise
+    prompt = np.repeat(np.arange(20), 30)
+    by_prompt = np.stack([line_moments(x, y)[prompt == i].sum(0) for i in range(20)])
+    found = line_of_totals(by_prompt.sum(0) - by_prompt)
+    for i in range(20):
+        kept = prompt != i
+        slope, intercept = np.polyfit(x[kept], y[kept], 1)
+        # Sums of 570 terms of size one, and differences of them.
+        assert found.slope[i] == pytest.approx(slope, abs=1e-10)
+        assert found.intercept[i] == pytest.approx(intercept, abs=1e-10)
+        assert found.correlation[i] == pytest.approx(np.corrcoef(x[kept], y[kept])[0, 1], abs=1e-10)
+        assert found.variance[i] == pytest.approx(x[kept].var(), abs=1e-10)
+    flat = line_of_totals(line_moments(np.full(5, 0.25), np.arange(5.0)).sum(0))
+    assert np.isnan(flat.slope)
+    assert np.isnan(flat.correlation)
