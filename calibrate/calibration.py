@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibrate.errors import UserError
+from calibrate.estimates import as_figure
 from calibrate.fit import (
     EstimatorScore,
     LineFit,
@@ -276,9 +277,7 @@ def summarise(trace: Trace, info: dict[str, Any], confidence: float = 0.95) -> d
     ]
 
     def mean(values: np.ndarray, unit: str = "") -> Figure:
-        estimate = mean_over_tokens(values, index, num_prompts)
-        low, high = estimate.interval(confidence) or (None, None)
-        return Figure(estimate.value, low, high, unit)
+        return as_figure(mean_over_tokens(values, index, num_prompts), unit, confidence)
 
     attention: dict[str, Figure] = {}
     if "attention_entropy" in trace:

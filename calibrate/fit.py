@@ -291,8 +291,7 @@ def score_estimator(
 
     def figure(data: np.ndarray, totals: np.ndarray, statistic: Any) -> Figure:
         value = float(statistic(data.sum(0, keepdims=True))[0])
-        several = num_prompts >= 2
-        interval = percentile_interval(statistic(totals), confidence) if several else None
+        interval = percentile_interval(statistic(totals), num_prompts, confidence)
         low, high = interval if interval is not None else (None, None)
         return Figure(_finite(value), low, high)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.estimates import as_figure
 from calibrate.optimum import thin_prompts
-from calibrate.policy_tokens import UNITS, Economics, as_figure, metrics, predicted_tokens
+from calibrate.policy_tokens import UNITS, Economics, metrics, predicted_tokens
 from calibrate.recording import TOPK_ATTENTION_GRID
 from calibrate.runs import Figure
 from calibrate.traces import Trace

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.estimates import as_figure
 from calibrate.fit import NUM_RESAMPLES
 from calibrate.policy_tokens import (
     METRICS,
     UNITS,
     Economics,
-    as_figure,
     metrics,
     predicted_importance,
     predicted_tokens,
@@ -269,7 +269,7 @@ def derive_thresholds(
         return statistic
 
     def interval(values: np.ndarray) -> tuple[float, float] | None:
-        return percentile_interval(values, request.confidence) if num_prompts >= 2 else None
+        return percentile_interval(values, num_prompts, request.confidence)
 
     resampled_moments = bootstrap_totals(moments, counts)
     out = [

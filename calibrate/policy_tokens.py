@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from calibrate.recording import BIAS_SIZE_GRID, SIZE_GRID, THRESHOLD_GRID, replay_importance
-from calibrate.runs import Figure
 from calibrate.traces import Trace
 from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 from hlmtheory.cost import (
@@ -135,12 +134,6 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
         "energy_j_per_token": mean(energy),
         "tv_bias": mean(tokens.bias),
     }
-
-
-def as_figure(estimate: RatioEstimate, unit: str, confidence: float) -> Figure:
-    """A ratio estimate with its interval, as JSON carries it."""
-    low, high = estimate.interval(confidence) or (None, None)
-    return Figure(estimate.value, low, high, unit)
 
 
 def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:

@@ -51,13 +51,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from calibrate.errors import UsageError, UserError
-from calibrate.policy_tokens import as_figure
+from calibrate.estimates import mean_figure, share_figure
 from calibrate.runs import Figure, git_revision, package_versions, read_json, write_json
 from calibrate.traces import read_header, read_trace
-from hlmtheory.clusters import mean_over_tokens
 from hlmtheory.policies import POLICY_NAMES
 
 Measure = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -246,19 +244,7 @@ def shared_prefix(mine: Rerun, other: Rerun) -> np.ndarray:
     return np.array(lengths)
 
 
-def mean_figure(values: np.ndarray, confidence: float, unit: str = "") -> Figure:
-    """Mean over prompts (N,) with its Student-t interval."""
-    num = len(values)
-    return as_figure(mean_over_tokens(values, np.arange(num), num), unit, confidence)
-
-
-def share_figure(hits: np.ndarray, confidence: float) -> Figure:
-    """Share of prompts (N,) that are hits, with the exact binomial interval."""
-    interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence)
-    return Figure(float(hits.mean()), float(interval.low), float(interval.high))
-
-
-def compare_reruns(
+def score_reruns(
     reruns: Sequence[Rerun],
     decode: Callable[[Sequence[int]], str],
     measures: Mapping[str, Measure],
@@ -309,7 +295,7 @@ def compare_reruns(
             means[name] = mean_figure(scores, confidence)
             differences[name] = mean_figure(scores - ceiling[name], confidence)
         pairs = zip(rerun.tokens, server[coupled].tokens, strict=True)
-        same = np.array([mine == theirs for mine, theirs in pairs])
+        same = [mine == theirs for mine, theirs in pairs]
         rows.append(
             QualityRow(
                 rerun.policy,
@@ -320,7 +306,7 @@ def compare_reruns(
                 means["cosine"],
                 Figure(0.0) if is_ceiling else differences["bertscore"],
                 Figure(0.0) if is_ceiling else differences["cosine"],
-                Figure(None) if is_ceiling else share_figure(same, confidence),
+                Figure(None) if is_ceiling else share_figure(sum(same), len(same), confidence),
                 mean_figure(prefixes[reference], confidence, "token"),
                 len(rerun.prompt_ids),
             )
@@ -386,7 +372,7 @@ def run_quality(
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    rows, mismatched = compare_reruns(
+    rows, mismatched = score_reruns(
         plan.reruns, decode, {"bertscore": bert.f1, "cosine": encoder.cosine},
         plan.confidence, on_row,
     )  # fmt: skip

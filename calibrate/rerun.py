@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
+from calibrate.estimates import as_figure, share_figure
 from calibrate.operating_points import policy_from_settings
-from calibrate.policy_tokens import METRICS, UNITS, Economics, as_figure, measured_tokens, metrics
+from calibrate.policy_tokens import METRICS, UNITS, Economics, measured_tokens, metrics
 from calibrate.prompts import TokenizedPrompt
 from calibrate.runs import Figure
 from calibrate.traces import Trace, write_shard
@@ -237,8 +238,5 @@ def coverage(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
 def _share(cells: Sequence[Cell], confidence: float) -> dict[str, Any]:
     judged = [cell.covered for cell in cells if cell.covered is not None]
     covered, total = sum(judged), len(judged)
-    if total == 0:
-        return {"covered": 0, "total": 0, "share": asdict(Figure(None))}
-    interval = stats.binomtest(covered, total).proportion_ci(confidence)
-    share = Figure(covered / total, float(interval.low), float(interval.high))
+    share = share_figure(covered, total, confidence)
     return {"covered": covered, "total": total, "share": asdict(share)}

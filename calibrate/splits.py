@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from calibrate.errors import UserError
+from calibrate.estimates import mean_figure, share_figure
 from calibrate.runs import Figure, write_json
 from calibrate.traces import Trace, read_trace, shard_paths
 from hlmtheory.domain import check_unit_interval
@@ -319,23 +319,8 @@ def _row(
         weighting,
         len(outcomes),
         num_calibration,
-        _share(violations, len(outcomes), confidence),
-        _share(infeasible, len(outcomes), confidence),
-        _mean(np.array([found.skip_rate for found in outcomes]), confidence),
-        _mean(risk, confidence),
+        share_figure(violations, len(outcomes), confidence),
+        share_figure(infeasible, len(outcomes), confidence),
+        mean_figure(np.array([found.skip_rate for found in outcomes]), confidence),
+        mean_figure(risk, confidence),
     )
-
-
-def _share(count: int, total: int, confidence: float) -> Figure:
-    """A share with its exact (Clopper-Pearson) interval."""
-    interval = stats.binomtest(count, total).proportion_ci(confidence, method="exact")
-    return Figure(count / total, float(interval.low), float(interval.high))
-
-
-def _mean(values: np.ndarray, confidence: float) -> Figure:
-    """Mean over independent draws with its Student-t interval."""
-    mean, num = float(values.mean()), len(values)
-    if num < 2:
-        return Figure(mean)
-    half = float(stats.t.ppf(0.5 + confidence / 2, num - 1) * values.std(ddof=1) / num**0.5)
-    return Figure(mean, mean - half, mean + half)

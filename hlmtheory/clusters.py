@@ -127,47 +127,31 @@ def bootstrap_totals(prompt_sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros((0, sums.shape[1]))
 
 
-def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Percentile interval of bootstrap values (R,); None if over a tenth of them are undefined."""
-    _check_confidence(confidence)
-    known = values[np.isfinite(values)]
-    if len(known) < 0.9 * len(values):
-        return None
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(known, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def bootstrap_interval(
-    prompt_sums: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    counts: np.ndarray,
-    confidence: float = 0.95,
+def percentile_interval(
+    values: np.ndarray, num_prompts: int, confidence: float = 0.95
 ) -> tuple[float, float] | None:
-    """Percentile interval of a statistic of prompt totals.
-
-    For several statistics of the same sums, :func:`bootstrap_totals` once and
-    :func:`percentile_interval` for each.
+    """Percentile interval of a statistic of :func:`bootstrap_totals`.
 
     Parameters
     ----------
-    prompt_sums : float array (P, G)
-        Per-prompt sums that the statistic is a function of.
-    statistic : callable
-        Maps totals (..., G) to values (...), NaN where undefined.
-    counts : float array (R, P)
-        From :func:`resample_prompts`.
+    values : float array (R,)
+        The statistic in every resample, NaN where undefined.
+    num_prompts : int
+        Prompts that were resampled.
     confidence : float
         In (0, 1).
 
     Returns
     -------
-    (low, high), or None if fewer than two prompts or over a tenth of the resamples are undefined.
+    (low, high), or None with fewer than two prompts or over a tenth of the values undefined.
     """
     _check_confidence(confidence)
-    if prompt_sums.shape[0] < 2:
+    known = values[np.isfinite(values)]
+    if num_prompts < 2 or len(known) < 0.9 * len(values):
         return None
-    return percentile_interval(statistic(bootstrap_totals(prompt_sums, counts)), confidence)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def jackknife_correlation_interval(

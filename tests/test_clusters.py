@@ -13,7 +13,6 @@ from scipy import stats
 
 from hlmtheory.clusters import (
     RatioEstimate,
-    bootstrap_interval,
     bootstrap_totals,
     jackknife_correlation_interval,
     mean_over_tokens,
@@ -233,18 +232,6 @@ def test_totals_of_large_sums_keep_double_precision(rng):
     np.testing.assert_array_equal(totals, 4 * (2.0**24 + 1))
 
 
-def test_statistics_of_shared_totals_are_those_of_one_at_a_time(rng):
-    values, prompt_index = clustered_trace(rng, 20)
-    sums = np.column_stack(
-        [sum_by_prompt(values, prompt_index, 20), np.bincount(prompt_index, minlength=20)]
-    )
-    counts = resample_prompts(20, 500, rng)
-    totals = bootstrap_totals(sums, counts)
-    for statistic in (ratio, lambda t: t[..., 0], lambda t: t[..., 1] ** 2):
-        shared = percentile_interval(statistic(totals), 0.9)
-        assert shared == bootstrap_interval(sums, statistic, counts, 0.9)
-
-
 def test_bootstrap_is_the_resampling_of_whole_prompts(rng):
     """The matrix product against drawing prompts and concatenating their tokens."""
     values, prompt_index = clustered_trace(rng, 10)
@@ -256,17 +243,18 @@ def test_bootstrap_is_the_resampling_of_whole_prompts(rng):
     for row in counts.astype(int):
         drawn = [values[prompt_index == prompt] for prompt in np.repeat(np.arange(10), row)]
         means.append(np.concatenate(drawn).mean())
-    found = bootstrap_interval(sums, ratio, counts, 0.8)
+    found = percentile_interval(ratio(bootstrap_totals(sums, counts)), 10, 0.8)
     assert found == pytest.approx(tuple(np.quantile(means, [0.1, 0.9])), abs=1e-12)
 
 
-def test_bootstrap_interval_is_near_the_closed_form(rng):
+def test_percentile_interval_is_near_the_closed_form(rng):
     """With 200 prompts the percentile interval of a mean is the linearised one within a tenth."""
     values, prompt_index = clustered_trace(rng, 200)
     sums = np.column_stack(
         [sum_by_prompt(values, prompt_index, 200), np.bincount(prompt_index, minlength=200)]
     )
-    low, high = bootstrap_interval(sums, ratio, resample_prompts(200, 4_000, rng))
+    totals = bootstrap_totals(sums, resample_prompts(200, 4_000, rng))
+    low, high = percentile_interval(ratio(totals), 200)
     expected = mean_over_tokens(values, prompt_index, 200).interval()
     width = expected[1] - expected[0]
     # Quantiles of 4,000 resamples are known to 4 % of a half width, its skewness adds a little.
@@ -274,24 +262,13 @@ def test_bootstrap_interval_is_near_the_closed_form(rng):
     assert high == pytest.approx(expected[1], abs=0.05 * width)
 
 
-def test_bootstrap_says_when_it_has_nothing_to_say(rng):
-    assert bootstrap_interval(np.ones((1, 2)), ratio, np.ones((100, 1))) is None
-    sums = np.column_stack([np.ones(5), np.ones(5)])
-    counts = resample_prompts(5, 1_000, rng)
-
-    def mostly_undefined(totals: np.ndarray) -> np.ndarray:
-        value = ratio(totals)
-        value[: len(value) // 5] = np.nan
-        return value
-
-    assert bootstrap_interval(sums, mostly_undefined, counts) is None
-
-    def seldom_undefined(totals: np.ndarray) -> np.ndarray:
-        value = ratio(totals)
-        value[: len(value) // 20] = np.nan
-        return value
-
-    assert bootstrap_interval(sums, seldom_undefined, counts) == (1.0, 1.0)
+def test_bootstrap_says_when_it_has_nothing_to_say() -> None:
+    values = np.ones(1_000)
+    assert percentile_interval(values, 1) is None
+    values[:200] = np.nan  # a fifth is undefined
+    assert percentile_interval(values, 5) is None
+    values[50:] = 1.0
+    assert percentile_interval(values, 5) == (1.0, 1.0)
 
 
 # --- the jackknife -------------------------------------------------------------------------------

@@ -14,14 +14,13 @@ from scipy import stats
 
 from calibrate.encoder import WheelFolder, ensure_encoder
 from calibrate.errors import UsageError, UserError
+from calibrate.estimates import mean_figure, share_figure
 from calibrate.quality import (
     Rerun,
-    compare_reruns,
-    mean_figure,
     prepare_quality,
     read_reruns,
+    score_reruns,
     score_texts,
-    share_figure,
     shared_prefix,
 )
 from calibrate.traces import write_shard
@@ -58,7 +57,7 @@ def overlap(candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
 
 def compare(*others: Rerun):
     measures = {"bertscore": overlap, "cosine": overlap}
-    return compare_reruns([rerun("llm", LLM), *others], decode, measures, 0.95)
+    return score_reruns([rerun("llm", LLM), *others], decode, measures, 0.95)
 
 
 def write_run(folder: Path, reruns: Sequence[Rerun]) -> Path:
@@ -97,7 +96,7 @@ def test_the_interval_is_students_of_the_prompt_scores() -> None:
 
 def test_a_share_of_none_has_the_exact_binomial_bound() -> None:
     # k = 0 of n: the upper Clopper-Pearson limit solves (1 - p)^n = 0.025
-    figure = share_figure(np.zeros(24, dtype=bool), 0.95)
+    figure = share_figure(0, 24, 0.95)
     assert (figure.value, figure.low) == (0.0, 0.0)
     assert figure.high == pytest.approx(1 - 0.025 ** (1 / 24))
 
@@ -143,7 +142,7 @@ def test_texts_of_other_prompts_score_lower() -> None:
     rows, mismatched = compare(rerun("hlm", HLM))
     assert mismatched["bertscore"].value < rows[0].bertscore.value
     single = [rerun("llm", LLM[:1]), rerun("hlm", HLM[:1])]
-    _, alone = compare_reruns(single, decode, {"bertscore": overlap, "cosine": overlap}, 0.95)
+    _, alone = score_reruns(single, decode, {"bertscore": overlap, "cosine": overlap}, 0.95)
     assert alone["bertscore"].value is None
 
 
