@@ -54,7 +54,10 @@ PromptsOption = Annotated[
 ]
 BatchOption = Annotated[
     int | None,
-    typer.Option(help="Prompts decoded together.", show_default="as many as memory allows, to 64"),
+    typer.Option(
+        help="Prompts decoded together.",
+        show_default="as many as memory allows, to 64, or 256 on a GPU",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]

@@ -4,7 +4,7 @@ floor: both models' forwards alone, at the same batch and lengths. assisted: tra
 generation with sampling at the same temperature. loop: one prompt and one token at a time, the
 device model without a key-value cache, twenty multinomial draws over the vocabulary a token, as
 public replications of U-HLM decode. Interleaved repeats, medians; the two slow yardsticks run on
-the first few prompts only and are scaled by their own tokens.
+a few prompts spread over the lengths and are scaled by their own tokens.
 
 Beside the speeds: the exact uncertainty's share of a step of both models, and the peak memory of
 a process that only calibrates, against the size of the weights.
@@ -21,23 +21,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.workload import Workload, load_workload, transformer_models
 from calibrate.attention import RECORDING
-from calibrate.engine import DecodingSettings, batches_by_length, decode
-from calibrate.memory import automatic_batch_size
-from calibrate.models import TransformerModel
-from calibrate.pairs import LoadedPair, load_pair, resolve_pair
-from calibrate.prompts import (
-    TokenizedPrompt,
-    calibration_prompts,
-    read_prompts,
-    tokenize_prompts,
-)
+from calibrate.engine import batches_by_length, decode
+from calibrate.models import synchronise
 from hlmtheory import domain
 from hlmtheory.policies import make_policy
 from hlmtheory.uncertainty import exact_uncertainty, log_partitions, temperatures
@@ -55,53 +48,52 @@ class Speed:
     forward_share: float | None
 
 
-def engine_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: DecodingSettings) -> Any:
+def engine_run(work: Workload, trace: str) -> Any:
     """Decode with the engine; (tokens, seconds, share of it in forwards)."""
-    slm = TransformerModel(pair.slm, pair.vocab_size)
-    llm = TransformerModel(pair.llm, pair.vocab_size)
+    slm, llm = transformer_models(work.pair)
+    settings = work.settings(trace)
     begin = time.perf_counter()
     tokens, wall, forward = 0, 0.0, 0.0
-    for batch in decode(slm, llm, prompts, make_policy("hlm"), settings, ()):
+    for batch in decode(slm, llm, work.prompts, make_policy("hlm"), settings, ()):
         tokens += len(batch.columns["row"])
         wall += batch.wall_s
         forward += batch.forward_s
     return tokens, time.perf_counter() - begin, forward / wall
 
 
-def floor_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: DecodingSettings) -> Any:
+def floor_run(work: Workload) -> Any:
     """Only the forwards of both models, on tokens that cost nothing to choose."""
-    models = [TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm)]
+    models = transformer_models(work.pair)
     begin = time.perf_counter()
     tokens = 0
     with torch.inference_mode():
-        for batch in batches_by_length(prompts, settings.batch_size):
+        for batch in batches_by_length(work.prompts, work.batch_size):
             sessions = [model.start([p.tokens[:-1] for p in batch], False) for model in models]
             last = torch.tensor([p.tokens[-1] for p in batch], device=models[0].device)
-            for _ in range(settings.max_new_tokens):
+            for _ in range(work.max_new_tokens):
                 for session in sessions:
                     session.step(last)
                 tokens += len(batch)
     return tokens, time.perf_counter() - begin, 1.0
 
 
-def assisted_run(
-    pair: LoadedPair, prompts: list[TokenizedPrompt], settings: DecodingSettings
-) -> Any:
+def assisted_run(work: Workload) -> Any:
     """transformers' assisted generation, one prompt at a time, as it requires."""
     from transformers import GenerationConfig
 
+    pair = work.pair
     config = GenerationConfig(
         do_sample=True,
-        temperature=settings.temperature,
+        temperature=work.settings("minimal").temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=work.max_new_tokens,
         eos_token_id=None,
         pad_token_id=pair.eos_token_ids[0],
     )
     begin = time.perf_counter()
     tokens = 0
-    for prompt in prompts:
+    for prompt in work.prompts:
         ids = torch.tensor([prompt.tokens], device=pair.llm.device)
         with torch.inference_mode():
             out = pair.llm.generate(
@@ -111,31 +103,33 @@ def assisted_run(
                 generation_config=config,
             )
         tokens += out.shape[1] - ids.shape[1]
+    synchronise(pair.llm.device)
     return tokens, time.perf_counter() - begin, None
 
 
-def loop_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: DecodingSettings) -> Any:
+def loop_run(work: Workload) -> Any:
     """The per-token loop of the module's docstring; the server model keeps its cache."""
-    llm = TransformerModel(pair.llm, pair.vocab_size)
-    generator = torch.Generator().manual_seed(settings.seed)
+    pair, settings = work.pair, work.settings("minimal")
+    slm, llm = transformer_models(pair)
+    generator = torch.Generator(slm.device).manual_seed(settings.seed)
     thetas = np.linspace(0, 2, NUM_PERTURBATIONS)[1:].tolist()
     begin = time.perf_counter()
     tokens = 0
     with torch.inference_mode():
-        for prompt in prompts:
+        for prompt in work.prompts:
             context = list(prompt.tokens)
             session = llm.start([context[:-1]], False, fill=False)
             for _ in range(settings.max_new_tokens):
-                z = pair.slm(torch.tensor([context]), use_cache=False).logits[0, -1]
+                ids = torch.tensor([context], device=slm.device)
+                z = pair.slm(ids, use_cache=False).logits[0, -1]
                 z = z[: pair.vocab_size].float()
                 x = torch.softmax(z / settings.temperature, -1)
                 draft = int(torch.multinomial(x, 1, generator=generator))
                 for theta in thetas:
                     torch.multinomial(torch.softmax(z / theta, -1), 1, generator=generator)
-                y = torch.softmax(
-                    session.step(torch.tensor([context[-1]])).logits[0] / settings.temperature, -1
-                )
-                if float(torch.rand(1, generator=generator)) >= float(y[draft] / x[draft]):
+                y = torch.softmax(session.step(ids[0, -1:]).logits[0] / settings.temperature, -1)
+                accept = torch.rand(1, generator=generator, device=slm.device)
+                if float(accept) >= float(y[draft] / x[draft]):
                     residual = (y - x).clamp(min=0)
                     draft = int(torch.multinomial(residual, 1, generator=generator))
                 context.append(draft)
@@ -143,24 +137,27 @@ def loop_run(pair: LoadedPair, prompts: list[TokenizedPrompt], settings: Decodin
     return tokens, time.perf_counter() - begin, None
 
 
-def uncertainty_share(
-    pair: LoadedPair, prompts: list[TokenizedPrompt], num_rows: int = 32, num_steps: int = 15
-) -> dict[str, float]:
+def uncertainty_share(work: Workload, num_rows: int = 32, num_steps: int = 15) -> dict[str, float]:
     """Exact uncertainty at K = 20 beside one step of both models: medians, interleaved, in ms."""
-    batch = [prompts[i % len(prompts)] for i in range(num_rows)]
-    models = [TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm)]
+    batch = [work.prompts[i % len(work.prompts)] for i in range(num_rows)]
+    models = transformer_models(work.pair)
+    device = models[0].device
     thetas = temperatures()
     forward, exact = [], []
     with torch.inference_mode(), domain.unchecked():
         sessions = [model.start([p.tokens[:-1] for p in batch], False) for model in models]
-        tokens = torch.tensor([p.tokens[-1] for p in batch])
+        tokens = torch.tensor([p.tokens[-1] for p in batch], device=device)
         for _ in range(num_steps + 2):
+            synchronise(device)
             begin = time.perf_counter()
             logits = [session.step(tokens).logits for session in sessions]
+            synchronise(device)
             middle = time.perf_counter()
             tokens = logits[0].argmax(-1)
+            synchronise(device)
             start = time.perf_counter()
             exact_uncertainty(logits[0], tokens[:, None], thetas, log_partitions(logits[0], thetas))
+            synchronise(device)
             exact.append(time.perf_counter() - start)
             forward.append(middle - begin)
     forward_ms, exact_ms = (1e3 * statistics.median(times[2:]) for times in (forward, exact))
@@ -188,54 +185,41 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     memory = peak_memory(options)
-    pair = load_pair(resolve_pair(options.pair, None, None, None), attention=True)
-    prompts = tokenize_prompts(
-        calibration_prompts(read_prompts(None), options.limit),
-        pair.tokenizer,
-        options.max_new_tokens,
-        pair.max_context,
+    work = load_workload(
+        options.pair, options.limit, options.max_new_tokens, options.batch_size, attention=True
     )
-    options.batch_size = options.batch_size or automatic_batch_size(
-        pair, prompts, options.max_new_tokens
-    )
-
-    def settings(trace: str) -> DecodingSettings:
-        return DecodingSettings(
-            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, trace=trace
-        )
+    options.batch_size = work.batch_size
 
     # The slow ways run on a spread of lengths that stands for all.
-    by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens))
-    stride = len(prompts) / options.slow_prompts
-    few = [by_length[int((i + 0.5) * stride)] for i in range(options.slow_prompts)]
+    by_length = sorted(work.prompts, key=lambda prompt: len(prompt.tokens))
+    stride = len(work.prompts) / options.slow_prompts
+    few = replace(
+        work,
+        prompts=[by_length[int((i + 0.5) * stride)] for i in range(options.slow_prompts)],
+    )
 
     def with_attention(implementation: str, run: Callable[[], Any]) -> Callable[[], Any]:
         def switched() -> Any:
-            pair.slm.set_attn_implementation(implementation)
+            work.pair.slm.set_attn_implementation(implementation)
             return run()
 
         return switched
 
     # Only a full trace needs the attention weights, which the fast kernels do not give.
     ways: dict[str, Callable[[], Any]] = {
-        "floor": with_attention("sdpa", lambda: floor_run(pair, prompts, settings("minimal"))),
-        "engine, full trace": with_attention(
-            RECORDING, lambda: engine_run(pair, prompts, settings("full"))
-        ),
-        "engine, minimal trace": with_attention(
-            "sdpa", lambda: engine_run(pair, prompts, settings("minimal"))
-        ),
-        "assisted generation": with_attention(
-            "sdpa", lambda: assisted_run(pair, few, settings("minimal"))
-        ),
-        "per-token loop": with_attention("sdpa", lambda: loop_run(pair, few, settings("minimal"))),
+        "floor": with_attention("sdpa", lambda: floor_run(work)),
+        "engine, full trace": with_attention(RECORDING, lambda: engine_run(work, "full")),
+        "engine, minimal trace": with_attention("sdpa", lambda: engine_run(work, "minimal")),
+        "assisted generation": with_attention("sdpa", lambda: assisted_run(few)),
+        "per-token loop": with_attention("sdpa", lambda: loop_run(few)),
     }
-    floor_run(pair, prompts[:4], settings("minimal"))  # the weights are read from disk once
+    # The weights are read from disk once.
+    floor_run(replace(work, prompts=work.prompts[:4]))
     rows: dict[str, list[tuple[int, float, float | None]]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, run in ways.items():
             rows[name].append(run())
-    exact = uncertainty_share(pair, prompts)
+    exact = uncertainty_share(work)
     speeds = {name: _summary(name, rows[name]) for name in ways}
     full, minimal = speeds["engine, full trace"].tok_s, speeds["engine, minimal trace"].tok_s
     ratios = {
@@ -256,7 +240,7 @@ def main() -> None:
         print(json.dumps(content, indent=1))
         return
     print(
-        f"{options.pair}: {len(prompts)} prompts x {options.max_new_tokens} tokens, "
+        f"{options.pair}: {len(work.prompts)} prompts x {options.max_new_tokens} tokens, "
         f"batch {options.batch_size}, median of {options.repeats}"
     )
     for speed in speeds.values():

@@ -2,25 +2,23 @@
 
     python -m benchmarks.evidence [--only NAME] [--results data/results]
 
-Every step is a command of `hlm` that anybody can run alone; a step whose result is there already
-is left out. On two processor cores the whole takes about an hour and a half.
+Every step but the last two, the guarantees' splits and the attenuation table, is a command of `hlm`
+that anybody can run alone. A step whose result is there already is left out, and an interrupted
+calibration goes on where it stopped. On two processor cores the whole takes about an hour and a
+half.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.workload import load_workload
 from calibrate.attenuation import attenuation_table, decode_attenuation_trace, write_attenuation
 from calibrate.calibration import pair_identity
-from calibrate.engine import DecodingSettings
-from calibrate.memory import automatic_batch_size
-from calibrate.pairs import load_pair, resolve_pair
-from calibrate.prompts import calibration_prompts, read_prompts, tokenize_prompts
 from calibrate.splits import write_splits
 
 RISKS = ("0.01", "0.005", "0.02", "0.05", "0.1", "0.2")
@@ -111,10 +109,10 @@ def measure(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> Non
     """Every step of one setting that has no result yet."""
     folder = str(run)
     if not (run / "calibration.json").is_file():
-        if run.exists():
-            shutil.rmtree(run)
         words = ["--pair", setting.pair, "--temperature", setting.temperature]
         words += ["--limit", str(limit), "--max-new-tokens", str(max_new_tokens)]
+        if (run / "run.json").is_file():
+            words.append("--resume")
         hlm("calibrate", *words, "--output-path", folder)
     if not (run / "operating_points.json").is_file():
         words = ["--draft-from-sent", *repeated("--risk", RISKS), *repeated("--theta", THETAS)]
@@ -132,22 +130,10 @@ def measure(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> Non
 
 def attenuation(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> None:
     """What K draws instead of the exact uncertainty do to the line, on the pair's own tokens."""
-    pair = load_pair(resolve_pair(setting.pair, None, None, None))
-    prompts = tokenize_prompts(
-        calibration_prompts(read_prompts(None), limit),
-        pair.tokenizer,
-        max_new_tokens,
-        pair.max_context,
-    )
-    settings = DecodingSettings(
-        temperature=float(setting.temperature),
-        max_new_tokens=max_new_tokens,
-        batch_size=automatic_batch_size(pair, prompts, max_new_tokens),
-        seed=6,
-        trace="minimal",
-    )
-    table = attenuation_table(decode_attenuation_trace(pair, prompts, settings))
-    write_attenuation(run, table, pair_identity(pair))
+    work = load_workload(setting.pair, limit, max_new_tokens)
+    settings = work.settings("minimal", float(setting.temperature), seed=6)
+    table = attenuation_table(decode_attenuation_trace(work.pair, work.prompts, settings))
+    write_attenuation(run, table, pair_identity(work.pair))
 
 
 def main() -> None:

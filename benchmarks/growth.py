@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from calibrate.runs import atomic_path, write_json
+
 NUM_REPEATS = 3
 PROMPTS = (100, 1_000, 10_000)
 BATCHES = (1, 4, 16, 64)
@@ -200,7 +202,8 @@ def draw(panels: dict[str, list[Row]], path: Path) -> None:
             f"{last.memory_mib:.0f} at {last.load.num_prompts:,}"
         )
         finish(drawn, finding, caption)
-        drawn.savefig(path, dpi=160)
+        with atomic_path(path) as temporary:
+            drawn.savefig(temporary, format=path.suffix[1:] or "png", dpi=160)
 
 
 def main() -> None:
@@ -219,8 +222,7 @@ def main() -> None:
         "vocabulary": rows_of([Load(32, 32, vocab, 8) for vocab in VOCABULARIES]),
     }
     if options.json is not None:
-        content = {name: [asdict(row) for row in rows] for name, rows in panels.items()}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(options.json, panels)
     if options.figure is not None:
         draw(panels, options.figure)
 

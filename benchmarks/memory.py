@@ -13,11 +13,8 @@ import json
 import resource
 import sys
 
-from calibrate.engine import DecodingSettings, decode
-from calibrate.memory import automatic_batch_size
-from calibrate.models import TransformerModel
-from calibrate.pairs import load_pair, resolve_pair
-from calibrate.prompts import calibration_prompts, read_prompts, tokenize_prompts
+from benchmarks.workload import load_workload, transformer_models
+from calibrate.engine import decode
 from hlmtheory.policies import make_policy
 
 
@@ -28,31 +25,22 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     options = parser.parse_args()
-    pair = load_pair(resolve_pair(options.pair, None, None, None), attention=True)
-    prompts = tokenize_prompts(
-        calibration_prompts(read_prompts(None), options.limit),
-        pair.tokenizer,
-        options.max_new_tokens,
-        pair.max_context,
-    )
-    batch_size = automatic_batch_size(pair, prompts, options.max_new_tokens)
-    settings = DecodingSettings(max_new_tokens=options.max_new_tokens, batch_size=batch_size)
-    slm = TransformerModel(pair.slm, pair.vocab_size)
-    llm = TransformerModel(pair.llm, pair.vocab_size)
+    work = load_workload(options.pair, options.limit, options.max_new_tokens, attention=True)
+    slm, llm = transformer_models(work.pair)
     num_tokens = 0
-    for batch in decode(slm, llm, prompts, make_policy("hlm"), settings, ()):
+    for batch in decode(slm, llm, work.prompts, make_policy("hlm"), work.settings("full"), ()):
         num_tokens += len(batch.columns["row"])
     # A device model made from the server model shares its tensors: they are held once.
     weights = {
         parameter.data_ptr(): parameter.numel() * parameter.element_size()
-        for model in (pair.slm, pair.llm)
+        for model in (work.pair.slm, work.pair.llm)
         for parameter in model.parameters()
     }
     unit = 2**30 if sys.platform == "darwin" else 2**20
     result = {
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
         "weights_gib": sum(weights.values()) / 2**30,
-        "batch_size": batch_size,
+        "batch_size": work.batch_size,
         "num_tokens": num_tokens,
     }
     print(json.dumps(result))

@@ -5,6 +5,7 @@ One trace under hlm serves every K: each grid of K temperatures is a function of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from calibrate.loading import LoadedPair
 from calibrate.models import TransformerModel
 from calibrate.prompts import TokenizedPrompt
 from calibrate.recording import Columns
-from calibrate.runs import Figure, write_json
+from calibrate.runs import Figure, git_revision, package_versions, write_json
 from calibrate.streams import PERTURBATION
 from hlmtheory.clusters import jackknife_correlation_interval, sum_by_prompt
 from hlmtheory.policies import make_policy
@@ -285,6 +286,12 @@ def write_attenuation(
     `pair` says which models the tokens are from; see `calibrate.calibration.pair_identity`.
     """
     rows = sorted(table, key=lambda row: row.num_temperatures)
-    result: dict[str, Any] = {"pair": pair, "rows": [asdict(row) for row in rows]}
+    result: dict[str, Any] = {
+        "pair": pair,
+        "versions": package_versions(),
+        "revision": git_revision(),
+        "command": ["python", *sys.orig_argv[1:]],
+        "rows": [asdict(row) for row in rows],
+    }
     write_json(run / ATTENUATION_NAME, result)
     return result

@@ -241,7 +241,7 @@ def decode_to_shards(
     batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
     for number, batch in enumerate(batches, start=offset):
         path = run / "traces" / f"shard-{number:05d}.parquet"
-        write_shard(path, batch.columns, list(batch.prompt_ids), header)
+        write_shard(path, batch.columns, batch.prompt_ids, header, batch.categories)
         info["wall_s"] += batch.wall_s
         info["forward_s"] += batch.forward_s
         write_json(run / "run.json", info)

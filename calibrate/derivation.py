@@ -60,7 +60,9 @@ def derive_run(
     # Rules are named by their budget as it is printed: one of each name.
     risks = tuple({f"{risk:g}": risk for risk in risks}.values())
     thetas = tuple({f"{theta:g}": theta for theta in thetas}.values())
-    parsed = tuple(dict.fromkeys(parse_importance(text) for text in importances))
+    parsed = tuple(
+        {setting.label: setting for setting in map(parse_importance, importances)}.values()
+    )
     calibration = read_json(run, "calibration.json")
     from calibrate.importance_plane import derive_plane
     from calibrate.operating_points import DeriveRequest, derive
@@ -93,7 +95,7 @@ def derive_run(
         "accounting": accounting,
         "operating_points": [asdict(point) for point in points],
         "optima": [asdict(optimum) for optimum in best],
-        "importance_plane": derive_plane(trace, calibration, economics, parsed, risks),
+        "importance_plane": derive_plane(trace, calibration, economics, parsed, risks, confidence),
     }
     write_json(run / "operating_points.json", result)
     return result

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from calibrate.errors import UserError
 from calibrate.memory import release_freed_buffers
 from calibrate.models import LanguageModel, StepOutput
 from calibrate.prompts import TokenizedPrompt
 from calibrate.recording import (
+    TRUNCATION_STRIDE,
     ColumnBuffer,
     Columns,
     ImportanceTracker,
@@ -25,8 +27,9 @@ from calibrate.recording import (
     skip_set_columns,
     to_numpy,
     truncation_columns,
+    truncation_phase,
 )
-from calibrate.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, Streams
+from calibrate.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, SERVER_ALONE, Streams
 from hlmtheory import domain
 from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.gates import AlwaysSkip, NeverSkip
@@ -94,13 +97,15 @@ class DecodedBatch:
     ----------
     columns : mapping of str to array (N, ...)
         One row a token, ordered by prompt and step; `row` indexes `prompt_ids`.
-    prompt_ids : sequence of str
+    prompt_ids, categories : sequence of str
+        Of each prompt; a category is empty where the prompt has none.
     wall_s, forward_s : float
         Time of decoding, and the part of it inside the two models' forwards.
     """
 
     columns: Columns
     prompt_ids: Sequence[str]
+    categories: Sequence[str]
     wall_s: float
     forward_s: float
 
@@ -140,8 +145,14 @@ def decode(
     """
     for batch in batches_by_length(prompts, settings.batch_size):
         with torch.inference_mode(), domain.unchecked():
-            run = _BatchRun(slm, llm, batch, policy, settings, eos_token_ids, observer)
-            decoded = run.to_end(on_step)
+            try:
+                run = _BatchRun(slm, llm, batch, policy, settings, eos_token_ids, observer)
+                decoded = run.to_end(on_step)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise UserError(
+                    f"--batch-size {settings.batch_size}: a batch of {len(batch)} prompts does not "
+                    "fit the memory; give a smaller one"
+                ) from None
         del run  # its caches, before the next batch makes its own
         release_freed_buffers()
         yield decoded
@@ -152,7 +163,7 @@ def batches_by_length(
 ) -> list[list[TokenizedPrompt]]:
     """Prompts in batches, longest first.
 
-    Like lengths together make less padding, and the first batch to run out of memory is the first.
+    Like lengths together make less padding, and the batch that needs the most memory is the first.
     """
     order = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.prompt_id))
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
@@ -176,6 +187,7 @@ class _BatchRun:
         self.settings = settings
         self.observer = observer
         self.prompt_ids = [prompt.prompt_id for prompt in batch]
+        self.categories = [prompt.category for prompt in batch]
         self.streams = Streams(settings.seed, self.prompt_ids)
         self.want_attention = settings.trace == "full" or policy.gate.needs_importance
         contexts = [prompt.tokens[:-1] for prompt in batch]
@@ -185,6 +197,7 @@ class _BatchRun:
         self.tokens = torch.tensor([prompt.tokens[-1] for prompt in batch], device=self.device)
         self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
         self.rows = np.arange(len(batch))
+        self.phase = np.array([truncation_phase(prompt.prompt_id) for prompt in batch])
         self.tracker = (
             ImportanceTracker(policy.importance) if policy.importance is not None else None
         )
@@ -207,6 +220,7 @@ class _BatchRun:
         return DecodedBatch(
             {name: values[order] for name, values in columns.items()},
             self.prompt_ids,
+            self.categories,
             time.perf_counter() - self.begin,
             self.slm.forward_s + self.llm.forward_s,
         )
@@ -270,7 +284,9 @@ class _BatchRun:
             weights = rule.resample_weights(reference[asks], y[asks], skipped_mass[asks])
             # No residual mass: rounding sent a draft here that x = y would have accepted.
             weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, y[asks])
-            output[asks] = sample_inverse_cdf(weights, uniforms[asks][:, RESAMPLE])
+            # The server alone draws by itself: texts of every policy are held against its own.
+            own = SERVER_ALONE if self.policy.name == "llm" else RESAMPLE
+            output[asks] = sample_inverse_cdf(weights, uniforms[asks][:, own])
         self.tokens = output
 
         lossless = sigma is None and rule.name == "full"
@@ -301,7 +317,8 @@ class _BatchRun:
         }
         if self.settings.trace == "full":
             columns |= skip_set_columns(z, x, y, thetas, log_z)
-            columns |= truncation_columns(step, x, y)
+            due = (step - self.phase[self.rows]) % TRUNCATION_STRIDE == 0
+            columns |= truncation_columns(torch.from_numpy(due).to(self.device), x, y)
             if slm_out.attention is not None:
                 columns |= attention_columns(slm_out.attention, slm_out.attention_mask)
         if self.observer is not None:

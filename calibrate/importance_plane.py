@@ -85,6 +85,7 @@ def importance_plane(
     ks: Sequence[int],
     gammas: Sequence[float],
     threshold_rule: str = "risk-averse",
+    confidence: float = 0.95,
 ) -> ImportancePlane:
     """Predict ui-hlm with the `topk` importance at every k and gamma.
 
@@ -104,6 +105,7 @@ def importance_plane(
         >= 0. gamma = 0 calls every context important: u-hlm.
     threshold_rule : str
         risk-averse, risk-prone or risk-ALPHA.
+    confidence : float
 
     Returns
     -------
@@ -128,8 +130,7 @@ def importance_plane(
                 )
                 found = metrics(predicted_tokens(thinned, policy, economics.vocab_size), economics)
                 predicted = {
-                    name: as_figure(found[name], UNITS[name], calibration["confidence"])
-                    for name in PLANE_METRICS
+                    name: as_figure(found[name], UNITS[name], confidence) for name in PLANE_METRICS
                 }
                 cells.append(PlaneCell(k, gamma, predicted))
     return ImportancePlane(
@@ -188,6 +189,7 @@ def derive_plane(
     economics: Economics,
     importances: Sequence[ImportanceSettings],
     risks: Sequence[float],
+    confidence: float,
 ) -> dict[str, Any] | None:
     """The plane that operating_points.json holds; None for a trace without attention.
 
@@ -205,7 +207,7 @@ def derive_plane(
     }
     for rule in ("risk-averse", *(f"risk-{risk:g}" for risk in risks)):
         plane = importance_plane(
-            trace, calibration, economics, TOPK_ATTENTION_GRID, sorted(gammas), rule
+            trace, calibration, economics, TOPK_ATTENTION_GRID, sorted(gammas), rule, confidence
         )
         if plane.cells:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def load_pair(
         eos_token_ids=end_token_ids((slm_tokenizer, llm_tokenizer), (slm, llm), vocab_size),
         dtype=dtype,
         device=device,
-        max_context=min(_context(slm), _context(llm)),
+        max_context=min(longest_text(slm), longest_text(llm)),
     )
 
 
@@ -223,10 +224,12 @@ def _load_model(folder: Path, label: str, dtype: str, device: str) -> Any:
             "config.json, safetensors weights and a tokenizer, or a .gguf file"
         ) from error
     refuse_missing_weights(info, label)
+    refuse_counted_positions(model, label)
     return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path, label: str) -> Any:
+    """The tokenizer in a model's folder, without the model."""
     from transformers import AutoTokenizer
 
     try:
@@ -254,8 +257,31 @@ def _num_logits(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _context(model: Any) -> int:
-    return int(model.config.get_text_config().max_position_embeddings)
+def longest_text(model: Any) -> int:
+    """Tokens of the longest text that batches decode rightly.
+
+    Attention windows count positions of the cache, padding and all: beyond one, padding would push
+    tokens out of it that are still in sight.
+    """
+    from calibrate.models import PADDING_MULTIPLE
+
+    config = model.config.get_text_config()
+    context = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return context
+    return min(context, int(window) - PADDING_MULTIPLE)
+
+
+def refuse_counted_positions(model: Any, label: str) -> None:
+    """Positions must be told to the model: those it counts in the cache include the padding."""
+    told = "position_ids" in inspect.signature(model.forward).parameters
+    if not told or getattr(model.config.get_text_config(), "alibi", False):
+        raise UserError(
+            f"{label}: a {type(model).__name__} counts its positions itself (ALiBi), which padded "
+            "batches would get wrong; models with rotary or learned positions are supported"
+        )
 
 
 def _identity(spec: ModelSpec, folder: Path, model: Any) -> ModelIdentity:

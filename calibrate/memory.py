@@ -87,7 +87,7 @@ def automatic_batch_size(
     row += VOCABULARY_ARRAYS * 4 * pair.vocab_size
     fixed = max(_prefill_bytes(model, longest) for model in models)
     if torch.device(pair.device).type == "cuda":
-        budget, most = torch.cuda.mem_get_info()[0] // 2, MAX_ROWS_ACCELERATOR
+        budget, most = torch.cuda.mem_get_info(pair.device)[0] // 2, MAX_ROWS_ACCELERATOR
     else:
         budget = min(WORKING_SET_BYTES, psutil.virtual_memory().available // 2)
         most = MAX_ROWS
@@ -122,6 +122,8 @@ def _prefill_bytes(model: Any, longest: int) -> int:
     config = model.config.get_text_config()
     item = next(model.parameters()).element_size()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if not isinstance(inner, int):  # one size a layer
+        inner = max(inner)
     width = longest + PADDING_MULTIPLE
     rows = max(MIN_ROWS, MAX_PREFILL_TOKENS // width)
     scores = config.num_attention_heads * width**2 * 4

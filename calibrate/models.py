@@ -23,7 +23,6 @@ MIN_ROWS = 4
 # alone: vectorised reductions then add the same numbers in the same order.
 PADDING_MULTIPLE = 32
 
-
 # More tokens at once are no faster, and the activations of these are all that a prefill needs.
 MAX_PREFILL_TOKENS = 2048
 
@@ -195,7 +194,6 @@ class TransformerSession:
         if len(tokens) < physical:
             tokens = torch.cat([tokens, tokens[:1].expand(physical - len(tokens))])
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        _refuse_narrow_window(self._model.config, self._mask.shape[1])
         beside = self._attention and records(self._model)
         begin = time.perf_counter()
         with recording() if beside else nullcontext() as recorded:
@@ -215,7 +213,7 @@ class TransformerSession:
             return StepOutput(logits)
         if not (recorded or output.attentions):
             raise UserError(
-                "the device model gives no attention; load the pair with attention=True, or "
+                f"{type(self._model).__name__} gives no attention; load it with attention=True, or "
                 "calibrate with --trace minimal"
             )
         layers = recorded or [layer[:, :, -1].float().mean(1) for layer in output.attentions]
@@ -230,21 +228,6 @@ class TransformerSession:
         self._cache.select_rows(physical)
         self._mask = self._mask[physical]
         self._next_position = self._next_position[physical]
-
-
-def _refuse_narrow_window(config: Any, num_positions: int) -> None:
-    """Windows count positions of the cache, so padding would push tokens out of them."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
-        return
-    if num_positions > window:
-        raise UserError(
-            f"the model attends to windows of {window} positions, and the longest prompt with its "
-            f"padding and new tokens has {num_positions}: give shorter prompts or a smaller "
-            "--max-new-tokens"
-        )
 
 
 def synchronise(device: torch.device) -> None:

@@ -187,7 +187,7 @@ def variants(
     out: list[tuple[str, dict[str, Any], ImportanceSettings | None]] = []
     if name == "ui-hlm":
         for number, chosen in enumerate(request.importances):
-            label = f"@{chosen.variant}-{chosen.k:g}-{chosen.gamma:g}" if number else ""
+            label = f"@{chosen.label}" if number else ""
             out.append((label, {"importance": asdict(chosen)}, chosen))
         return out
     if name not in ("cu-hlm-offline", "cu-hlm-online"):

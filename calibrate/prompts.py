@@ -38,10 +38,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt ready to decode: its id and at least two tokens."""
+    """A prompt ready to decode: its id, at least two tokens, and its category if it has one."""
 
     prompt_id: str
     tokens: tuple[int, ...]
+    category: str = ""
 
 
 def text_key(text: str) -> str:
@@ -200,5 +201,5 @@ def tokenize_prompts(
             )
         if len(tokens) < 2:
             raise UserError(f"prompt {prompt.prompt_id!r} has fewer than two tokens; lengthen it")
-        out.append(TokenizedPrompt(prompt.prompt_id, tuple(tokens)))
+        out.append(TokenizedPrompt(prompt.prompt_id, tuple(tokens), prompt.category))
     return out

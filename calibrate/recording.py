@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -42,6 +43,7 @@ BIAS_SIZE_GRID = (1, 4, 16, 30, 64, 256, 1024, 4096)
 """Sizes at which the exact bias of truncation is recorded, every TRUNCATION_STRIDE-th step."""
 
 TRUNCATION_STRIDE = 4
+"""Steps from one recorded bias of a prompt to its next; the first is the prompt's own."""
 
 TOPK_ATTENTION_GRID = (1, 2, 4, 8, 16)
 """k of the `topk` importance recorded at every step."""
@@ -74,18 +76,29 @@ def skip_set_columns(
     }
 
 
-def truncation_columns(step: int, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """N(k) on the size grid; the exact bias at a few k every TRUNCATION_STRIDE-th step.
+def truncation_phase(prompt_id: str) -> int:
+    """First step at which a prompt's truncation bias is recorded: 0 to TRUNCATION_STRIDE - 1.
 
-    The bias is NaN at the other steps: a systematic sample, and means over tokens skip NaN.
+    A hash of the id, so that over many prompts every step counts alike.
+    """
+    return zlib.crc32(prompt_id.encode()) % TRUNCATION_STRIDE
+
+
+def truncation_columns(
+    recorded: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """N(k) on the size grid; the exact bias at a few k in the rows `recorded`, bool (B,).
+
+    The bias is NaN in the other rows, and means over tokens skip NaN.
     """
     import torch
 
     vocab = x.shape[-1]
     deviation = tail_deviation_at(x, tuple(min(k, vocab) for k in SIZE_GRID))
     bias = torch.full((x.shape[0], len(BIAS_SIZE_GRID)), float("nan"), device=x.device)
-    if step % TRUNCATION_STRIDE == 0:
-        bias = truncation_bias_at(x, y, tuple(min(k, vocab) for k in BIAS_SIZE_GRID))
+    if bool(recorded.any()):
+        sizes = tuple(min(k, vocab) for k in BIAS_SIZE_GRID)
+        bias[recorded] = truncation_bias_at(x[recorded], y[recorded], sizes).to(bias.dtype)
     return {"tail_deviation": deviation, "truncation_bias": bias}
 
 

@@ -156,14 +156,16 @@ def decode_policies(
 def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, Any]) -> None:
     """Keep the batches of one policy in one file."""
     prompt_ids: list[str] = []
+    categories: list[str] = []
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         for name, values in batch.columns.items():
             shifted = values + len(prompt_ids) if name == "row" else values
             parts.setdefault(name, []).append(shifted)
-        prompt_ids += list(batch.prompt_ids)
+        prompt_ids += batch.prompt_ids
+        categories += batch.categories
     columns = {name: np.concatenate(values) for name, values in parts.items()}
-    write_shard(path, columns, prompt_ids, header)
+    write_shard(path, columns, prompt_ids, header, categories)
 
 
 def entries_per_sent_token(point: dict[str, Any], trace: Trace, confidence: float) -> Figure:

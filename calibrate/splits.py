@@ -13,6 +13,7 @@ A guarantee speaks of many calibrations, and there is one trace. Two ways to mak
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 from calibrate.errors import UserError
 from calibrate.estimates import mean_figure, share_figure
-from calibrate.runs import Figure, write_json
+from calibrate.runs import Figure, git_revision, package_versions, write_json
 from calibrate.traces import Trace, read_trace, shard_paths
 from hlmtheory.domain import check_unit_interval
 from hlmtheory.risk import Weighting
@@ -154,6 +155,9 @@ def write_splits(
         "num_tokens": trace.num_tokens,
         "confidence": confidence,
         "seed": seed,
+        "versions": package_versions(),
+        "revision": git_revision(),
+        "command": ["python", *sys.orig_argv[1:]],
         "rows": [asdict(row) for row in rows],
     }
     write_json(run / SPLITS_NAME, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ FLOAT_DTYPE = np.float32
 
 
 def write_shard(
-    path: Path, columns: Mapping[str, np.ndarray], prompt_ids: list[str], header: Mapping[str, Any]
+    path: Path,
+    columns: Mapping[str, np.ndarray],
+    prompt_ids: Sequence[str],
+    header: Mapping[str, Any],
+    categories: Sequence[str] = (),
 ) -> None:
     """Write one batch of token rows.
 
@@ -29,15 +33,16 @@ def write_shard(
         Final name; a temporary one is used until the file is whole.
     columns : mapping of str to array (N,) or (N, G)
         `row` indexes `prompt_ids` and becomes the column prompt_id.
-    prompt_ids : list of str
+    prompt_ids : sequence of str
     header : mapping
         JSON-serialisable provenance, stored in the file's metadata.
+    categories : sequence of str
+        Of each prompt; left out of the file unless every prompt has one.
     """
-    arrays: dict[str, pa.Array] = {}
-    ids = pa.array(prompt_ids)
-    arrays["prompt_id"] = pa.DictionaryArray.from_arrays(
-        pa.array(columns["row"].astype(np.int32)), ids
-    )
+    rows = pa.array(columns["row"].astype(np.int32))
+    arrays = {"prompt_id": pa.DictionaryArray.from_arrays(rows, pa.array(list(prompt_ids)))}
+    if categories and all(categories):
+        arrays["category"] = pa.DictionaryArray.from_arrays(rows, pa.array(list(categories)))
     for name, values in columns.items():
         if name != "row":
             arrays[name] = _to_arrow(values)
@@ -102,11 +107,19 @@ class Trace:
     columns : dict of str to array (N,) or (N, G)
     prompt_ids : list of str
         The prompts; `prompt_index` (N,) points into it.
+    categories : list of str
+        Of each prompt; empty where they have none.
     """
 
-    def __init__(self, columns: dict[str, np.ndarray], prompt_ids: list[str]) -> None:
+    def __init__(
+        self,
+        columns: dict[str, np.ndarray],
+        prompt_ids: list[str],
+        categories: Sequence[str] = (),
+    ) -> None:
         self.columns = columns
         self.prompt_ids = prompt_ids
+        self.categories = list(categories)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.columns:
@@ -146,10 +159,12 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
         raise UserError("no finished trace shard; run `hlm calibrate` first")
     for path in paths:
         read_header(path)
-    wanted = None if columns is None else ["prompt_id", "step", *columns]
+    categorised = all("category" in pq.read_schema(path).names for path in paths)
+    of_prompts = ["prompt_id", "category"] if categorised else ["prompt_id"]
+    wanted = None if columns is None else [*of_prompts, "step", *columns]
     tables = [pq.read_table(path, columns=wanted) for path in paths]
     out: dict[str, np.ndarray] = {}
-    names = [name for name in tables[0].column_names if name != "prompt_id"]
+    names = [name for name in tables[0].column_names if name not in ("prompt_id", "category")]
     for name in names:
         out[name] = np.concatenate([_to_numpy(table[name]) for table in tables])
     ids = [prompt_id for table in tables for prompt_id in table["prompt_id"].to_pylist()]
@@ -159,7 +174,12 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
     order = np.lexsort((out["step"], index))
     trace_columns = {name: values[order] for name, values in out.items()}
     trace_columns["prompt_index"] = index[order]
-    return Trace(trace_columns, prompt_ids)
+    categories: list[str] = []
+    if categorised:
+        of_rows = [value for table in tables for value in table["category"].to_pylist()]
+        category = dict(zip(ids, of_rows, strict=True))
+        categories = [category[prompt_id] for prompt_id in prompt_ids]
+    return Trace(trace_columns, prompt_ids, categories)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:

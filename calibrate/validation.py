@@ -70,7 +70,7 @@ def prepare_validation(
     if not chosen:
         known = sorted({(p["policy"], p["rule"]) for p in derived["operating_points"]})
         raise UsageError(
-            "no derived operating point matches --policy and --rule; derived are "
+            "no derived operating point matches --policy, --rule and --point; derived are "
             + ", ".join(f"{policy}/{rule}" for policy, rule in known)
         )
     for option, wanted, key in (("--policy", policies, "policy"), ("--rule", rules, "rule")):
@@ -168,8 +168,10 @@ def run_validation(
         "revision": git_revision(),
         "command": list(plan.command),
     }
-    # Nothing is written before everything is decoded: the folder holds the reruns of one seed.
-    for path in (*(plan.run / "reruns").glob("*.parquet"), plan.run / "quality.json"):
+    # Nothing is written before everything is decoded: the folder holds the reruns of one seed, and
+    # what was made of the earlier ones goes first.
+    stale = [plan.run / "validation.json", plan.run / "quality.json"]
+    for path in (*stale, *(plan.run / "reruns").glob("*.parquet")):
         path.unlink(missing_ok=True)
     for point, batches in zip(plan.points, decoded.values(), strict=True):
         keep_rerun(rerun_path(plan.run, point), batches, header | {"operating_point": point})

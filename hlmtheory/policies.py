@@ -100,6 +100,11 @@ class ImportanceSettings:
                 f"gamma = {self.gamma}: allowed is [0, inf) for topk, [0, 1] for context"
             )
 
+    @property
+    def label(self) -> str:
+        """Name of these settings, as rules carry it: variant-k-gamma."""
+        return f"{self.variant}-{self.k:g}-{self.gamma:g}"
+
 
 @dataclass(frozen=True)
 class Policy:

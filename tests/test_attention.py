@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -17,6 +19,7 @@ from transformers import (
 
 from calibrate.attention import allow_recording, newest_attention, records
 from calibrate.errors import UserError
+from calibrate.loading import longest_text, refuse_counted_positions
 from calibrate.models import TransformerModel
 
 
@@ -116,7 +119,8 @@ def test_additive_masks_are_refused() -> None:
         newest_attention(query, key, torch.zeros(1, 1, 1, 3), None)
 
 
-def test_a_window_that_padding_would_fill_is_refused() -> None:
+def test_longest_text_in_a_window_is_decoded_as_if_alone() -> None:
+    """Padding counts in the window: the longest text that loading allows still sees all of it."""
     config = MistralConfig(
         vocab_size=97,
         hidden_size=48,
@@ -124,13 +128,27 @@ def test_a_window_that_padding_would_fill_is_refused() -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=64,
+        sliding_window=96,
     )
     model = MistralForCausalLM(config).eval().requires_grad_(False)
-    short = TransformerModel(model, 97).start([[5, 9, 13]], False)
-    plain = model(input_ids=torch.tensor([[5, 9, 13, 4]])).logits[:, -1]
-    found = short.step(torch.tensor([4])).logits
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)  # inside the window
-    long = TransformerModel(model, 97).start([list(range(80))], False)
-    with pytest.raises(UserError, match="windows of 64 positions"):
-        long.step(torch.tensor([4]))
+    num_new = 6
+    longest = longest_text(model) - num_new
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(97, (num,), generator=generator).tolist() for num in (longest, 3)]
+    new = torch.randint(97, (2, num_new), generator=generator)
+    session = TransformerModel(model, 97).start(prompts, False)
+    found = [session.step(new[:, step]).logits for step in range(num_new)]
+    for row, prompt in enumerate(prompts):
+        text = torch.tensor([[*prompt, *new[row].tolist()]])
+        alone = model(input_ids=text).logits[0, -num_new:]
+        together = torch.stack([logits[row] for logits in found])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_models_that_count_positions_themselves_are_refused() -> None:
+    """ALiBi slopes follow cache positions, padding and all."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=48, n_layer=1, n_head=4))
+    with pytest.raises(UserError, match="BloomForCausalLM counts its positions itself"):
+        refuse_counted_positions(model, "toy")
+    rotary = MistralForCausalLM(MistralConfig(vocab_size=97, hidden_size=48, num_hidden_layers=1))
+    refuse_counted_positions(rotary, "toy")

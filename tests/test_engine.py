@@ -198,7 +198,7 @@ def full_trace(tmp_path, policy):
     paths = []
     for batch in decode(TableModel(slm), TableModel(llm), prompts(20), policy, settings, (5,)):
         paths.append(tmp_path / f"{policy.name}-{len(paths)}.parquet")
-        write_shard(paths[-1], batch.columns, list(batch.prompt_ids), {})
+        write_shard(paths[-1], batch.columns, batch.prompt_ids, {})
     return read_trace(paths)
 
 

@@ -190,5 +190,6 @@ def test_write_splits_reads_back(rng: np.random.Generator, tmp_path) -> None:
     written = write_splits(tmp_path, (0.1,), num_splits=8, seed=3)
     found = read_json(tmp_path, "splits.json")
     assert (found["num_splits"], found["num_prompts"], found["seed"]) == (8, 12, 3)
+    assert {"versions", "revision", "command"} < found.keys()
     assert len(found["rows"]) == len(written["rows"]) == len(SOURCES) * len(RULES)
     assert set(found["rows"][0]["violation_share"]) == {"value", "low", "high", "unit"}

@@ -1,0 +1,81 @@
+"""What the benchmarks decode: a pair and its first calibration prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibrate.engine import DecodingSettings
+from calibrate.memory import automatic_batch_size
+from calibrate.models import TransformerModel
+from calibrate.pairs import LoadedPair, load_pair, resolve_pair
+from calibrate.prompts import (
+    TokenizedPrompt,
+    calibration_prompts,
+    read_prompts,
+    tokenize_prompts,
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A loaded pair and the prompts it is to decode.
+
+    Attributes
+    ----------
+    pair : LoadedPair
+    prompts : list of TokenizedPrompt
+    max_new_tokens : int
+        Tokens decoded of each prompt.
+    batch_size : int
+        Prompts decoded together.
+    """
+
+    pair: LoadedPair
+    prompts: list[TokenizedPrompt]
+    max_new_tokens: int
+    batch_size: int
+
+    def settings(self, trace: str, temperature: float = 1.0, seed: int = 0) -> DecodingSettings:
+        """Settings of the engine for these prompts."""
+        return DecodingSettings(
+            temperature=temperature,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=seed,
+            trace=trace,
+        )
+
+
+def load_workload(
+    pair_name: str,
+    limit: int,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    attention: bool = False,
+) -> Workload:
+    """Load a pair of the registry and tokenise the first shipped calibration prompts.
+
+    Parameters
+    ----------
+    pair_name : str
+    limit, max_new_tokens : int
+    batch_size : int, optional
+        None: as many as memory and lengths allow.
+    attention : bool
+        Whether the device model can record its attention, as full traces need.
+    """
+    pair = load_pair(resolve_pair(pair_name, None, None, None), attention=attention)
+    prompts = tokenize_prompts(
+        calibration_prompts(read_prompts(None), limit),
+        pair.tokenizer,
+        max_new_tokens,
+        pair.max_context,
+    )
+    batch_size = batch_size or automatic_batch_size(pair, prompts, max_new_tokens)
+    return Workload(pair, prompts, max_new_tokens, batch_size)
+
+
+def transformer_models(pair: LoadedPair) -> tuple[TransformerModel, TransformerModel]:
+    """Device model and server model of a pair, ready for the engine."""
+    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
+    return slm, llm
