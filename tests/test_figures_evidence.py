@@ -146,7 +146,9 @@ def test_write_attenuation_reads_back_by_rising_k(tmp_path: Path) -> None:
         for k in (20, 5)
     ]
     write_attenuation(tmp_path, table, {"name": "made up"})
-    found = read_json(tmp_path, "attenuation.json")["rows"]
+    written = read_json(tmp_path, "attenuation.json")
+    assert {"pair", "versions", "revision", "command"} < written.keys()
+    found = written["rows"]
     assert [row["num_temperatures"] for row in found] == [5, 20]
     assert found[0]["measured_correlation"] == asdict(number)
 
@@ -211,7 +213,7 @@ def test_infeasible_rule_gives_a_reason_and_no_cells(loaded: LoadedRun) -> None:
     with pytest.raises(ValueError, match=r"threshold_rule = 'ltt-0\.01'"):
         u_hlm_threshold(loaded.trace, above, "ltt-0.01")
     fallen_back = derive_plane(
-        loaded.trace, above, loaded.economics(), (ImportanceSettings(gamma=1.37),), (0.02,)
+        loaded.trace, above, loaded.economics(), (ImportanceSettings(gamma=1.37),), (0.02,), 0.95
     )
     assert fallen_back is not None
     assert fallen_back["threshold_rule"] == "risk-0.02"

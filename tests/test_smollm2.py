@@ -236,7 +236,13 @@ def test_interrupted_calibration_can_go_on(tmp_path: Path) -> None:
         "12", "--batch-size", "4", "--output-path", str(run),
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # Children of a shell's background jobs ignore interrupts unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
     while not list((run / "traces").glob("*.parquet")) and time.monotonic() < deadline:
