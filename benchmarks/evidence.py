@@ -21,6 +21,8 @@ from calibrate.attenuation import attenuation_table, decode_attenuation_trace, w
 from calibrate.calibration import pair_identity
 from calibrate.splits import write_splits
 
+COMMAND = ("python", "-m", "benchmarks.evidence", *sys.argv[1:])
+
 RISKS = ("0.01", "0.005", "0.02", "0.05", "0.1", "0.2")
 THETAS = ("0.1", "0.02", "0.5")
 
@@ -123,7 +125,7 @@ def measure(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> Non
     if not (run / "quality.json").is_file():
         hlm("quality", folder)
     if not (run / "splits.json").is_file():
-        write_splits(run)
+        write_splits(run, command=COMMAND)
     if not (run / "attenuation.json").is_file():
         attenuation(setting, run, min(limit, 48), min(max_new_tokens, 32))
 
@@ -133,7 +135,7 @@ def attenuation(setting: Setting, run: Path, limit: int, max_new_tokens: int) ->
     work = load_workload(setting.pair, limit, max_new_tokens)
     settings = work.settings("minimal", float(setting.temperature), seed=6)
     table = attenuation_table(decode_attenuation_trace(work.pair, work.prompts, settings))
-    write_attenuation(run, table, pair_identity(work.pair))
+    write_attenuation(run, table, pair_identity(work.pair), COMMAND)
 
 
 def main() -> None:

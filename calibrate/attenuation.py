@@ -5,7 +5,6 @@ One trace under hlm serves every K: each grid of K temperatures is a function of
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from calibrate.loading import LoadedPair
 from calibrate.models import TransformerModel
 from calibrate.prompts import TokenizedPrompt
 from calibrate.recording import Columns
-from calibrate.runs import Figure, git_revision, package_versions, write_json
+from calibrate.runs import Figure, provenance, write_json
 from calibrate.streams import PERTURBATION
 from hlmtheory.clusters import jackknife_correlation_interval, sum_by_prompt
 from hlmtheory.policies import make_policy
@@ -279,7 +278,7 @@ def _jackknife(value: np.ndarray, left_out: np.ndarray, confidence: float) -> Fi
 
 
 def write_attenuation(
-    run: Path, table: Sequence[AttenuationRow], pair: dict[str, Any]
+    run: Path, table: Sequence[AttenuationRow], pair: dict[str, Any], command: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write RUN/attenuation.json and return its content: a row for each K, most K last.
 
@@ -288,9 +287,7 @@ def write_attenuation(
     rows = sorted(table, key=lambda row: row.num_temperatures)
     result: dict[str, Any] = {
         "pair": pair,
-        "versions": package_versions(),
-        "revision": git_revision(),
-        "command": ["python", *sys.orig_argv[1:]],
+        **provenance(command),
         "rows": [asdict(row) for row in rows],
     }
     write_json(run / ATTENUATION_NAME, result)

@@ -29,9 +29,8 @@ from calibrate.prompts import (
 )
 from calibrate.runs import (
     Figure,
-    git_revision,
     open_run,
-    package_versions,
+    provenance,
     read_json,
     write_json,
 )
@@ -174,9 +173,7 @@ def calibrate(
         "pair": pair_identity(pair),
         "settings": request.settings(),
         "prompt_keys": [text_key(prompt.text) for prompt in prompts],
-        "versions": package_versions(),
-        "revision": git_revision(),
-        "command": request.command,
+        **provenance(request.command),
         "timings": asdict(timings),
         "num_prompts": 0,
         "num_tokens": 0,

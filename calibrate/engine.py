@@ -29,7 +29,7 @@ from calibrate.recording import (
     truncation_columns,
     truncation_phase,
 )
-from calibrate.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, SERVER_ALONE, Streams
+from calibrate.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, Streams
 from hlmtheory import domain
 from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.gates import AlwaysSkip, NeverSkip
@@ -284,9 +284,7 @@ class _BatchRun:
             weights = rule.resample_weights(reference[asks], y[asks], skipped_mass[asks])
             # No residual mass: rounding sent a draft here that x = y would have accepted.
             weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, y[asks])
-            # The server alone draws by itself: texts of every policy are held against its own.
-            own = SERVER_ALONE if self.policy.name == "llm" else RESAMPLE
-            output[asks] = sample_inverse_cdf(weights, uniforms[asks][:, own])
+            output[asks] = sample_inverse_cdf(weights, uniforms[asks][:, RESAMPLE])
         self.tokens = output
 
         lossless = sigma is None and rule.name == "full"

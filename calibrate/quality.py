@@ -27,6 +27,10 @@ different columns. Each policy is
 - compared with the other draw, `coupled_with`: the paired difference of their scores against the
   same reference, of which the shared random numbers take the noise out.
 
+The two are not independent either: what `hlm` resamples after a rejection comes from the columns of
+`llm`, from another law. They agree in more tokens than two draws would, so the ceiling is somewhat
+too high.
+
 What coupling is left shows in `shared_prefix`, the tokens until the first that differs from the
 reference's: it should be about that of `hlm` with `llm`. It grows where a policy mixes skipped
 drafts with tokens that the server samples (`r-hlm` at a middling skip rate), and its score is then
@@ -46,7 +50,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,7 @@ import numpy as np
 
 from calibrate.errors import UsageError, UserError
 from calibrate.estimates import mean_figure, share_figure
-from calibrate.runs import Figure, git_revision, package_versions, read_json, write_json
+from calibrate.runs import Figure, provenance, read_json, write_json
 from calibrate.traces import read_header, read_trace
 from hlmtheory.policies import POLICY_NAMES
 
@@ -397,9 +400,7 @@ def run_quality(
         "seed": plan.reruns[0].seed,
         "mismatched": {name: asdict(figure) for name, figure in mismatched.items()},
         "rows": [asdict(row) for row in rows],
-        "versions": {**package_versions(), "bert-score": version("bert-score")},
-        "revision": git_revision(),
-        "command": list(plan.command),
+        **provenance(plan.command, "bert-score"),
     }  # fmt: skip
     write_json(plan.run / "quality.json", result)
     return result

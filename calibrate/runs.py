@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from calibrate.errors import UsageError, UserError
 
 SCHEMA_VERSION = 1
+PACKAGES = ("hlmtheory", "torch", "transformers", "numpy", "scipy", "statsmodels", "pyarrow")
 # They never change a token, and a smaller batch is the way out of a full memory.
 FREE_ON_RESUME = {"batch_size", "device"}
 REQUIRED = {
@@ -118,10 +119,22 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+def provenance(command: Sequence[str], *packages: str) -> dict[str, Any]:
+    """What a result says of its making: versions, revision of the checkout, command line.
+
+    `packages` have a say in it beside those that always do.
+    """
+    return {
+        "versions": package_versions(*packages),
+        "revision": git_revision(),
+        "command": list(command),
+    }
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of everything that can change a number: PACKAGES and these."""
     found = {"python": sys.version.split()[0]}
-    for name in ("hlmtheory", "torch", "transformers", "numpy", "scipy", "statsmodels", "pyarrow"):
+    for name in (*PACKAGES, *packages):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -13,7 +13,6 @@ A guarantee speaks of many calibrations, and there is one trace. Two ways to mak
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from calibrate.errors import UserError
 from calibrate.estimates import mean_figure, share_figure
-from calibrate.runs import Figure, git_revision, package_versions, write_json
+from calibrate.runs import Figure, provenance, write_json
 from calibrate.traces import Trace, read_trace, shard_paths
 from hlmtheory.domain import check_unit_interval
 from hlmtheory.risk import Weighting
@@ -145,6 +144,7 @@ def write_splits(
     num_splits: int = NUM_SPLITS,
     confidence: float = 0.95,
     seed: int = 0,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write RUN/splits.json from the run's calibration trace and return its content."""
     trace = read_trace(shard_paths(run), ["uncertainty", "rejection_prob"])
@@ -155,9 +155,7 @@ def write_splits(
         "num_tokens": trace.num_tokens,
         "confidence": confidence,
         "seed": seed,
-        "versions": package_versions(),
-        "revision": git_revision(),
-        "command": ["python", *sys.orig_argv[1:]],
+        **provenance(command),
         "rows": [asdict(row) for row in rows],
     }
     write_json(run / SPLITS_NAME, result)

@@ -13,7 +13,6 @@ import numpy as np
 DRAFT = slice(0, 2)
 ACCEPT = 2
 RESAMPLE = slice(3, 5)
-SERVER_ALONE = slice(5, 7)
 PERTURBATION = slice(8, 136)
 NUM_COLUMNS = 136
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UsageError, UserError
 from calibrate.prompts import Prompt, read_prompts, tokenize_prompts, validation_prompts
-from calibrate.runs import git_revision, package_versions, read_json, write_json
+from calibrate.runs import provenance, read_json, write_json
 
 if TYPE_CHECKING:
     from calibrate.pairs import LoadedPair, PairSpec
@@ -164,9 +164,7 @@ def run_validation(
     header: dict[str, Any] = {
         "pair": identity,
         "seed": plan.seed,
-        "versions": package_versions(),
-        "revision": git_revision(),
-        "command": list(plan.command),
+        **provenance(plan.command),
     }
     # Nothing is written before everything is decoded: the folder holds the reruns of one seed, and
     # what was made of the earlier ones goes first.

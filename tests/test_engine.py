@@ -9,6 +9,7 @@ from scipy import stats
 from toy_models import TableModel
 
 from calibrate.engine import DecodingSettings, decode
+from calibrate.errors import UserError
 from calibrate.prompts import TokenizedPrompt
 from hlmtheory.policies import FixedSize, ImportanceSettings, OnlineSize, Policy, make_policy
 from hlmtheory.truncation import online_truncation_size
@@ -190,16 +191,53 @@ def test_a_longer_limit_continues_the_same_tokens():
     np.testing.assert_array_equal(short["output_token"], long["output_token"][long["step"] < 5])
 
 
-def full_trace(tmp_path, policy):
+def full_trace(tmp_path, policy, asked=None, eos=(5,)):
     from calibrate.traces import read_trace, write_shard
 
-    slm, llm = markov()
+    slm, llm = (TableModel(table) for table in markov())
     settings = DecodingSettings(max_new_tokens=20, batch_size=7, seed=5)
     paths = []
-    for batch in decode(TableModel(slm), TableModel(llm), prompts(20), policy, settings, (5,)):
+    for batch in decode(slm, llm, asked or prompts(20), policy, settings, eos):
         paths.append(tmp_path / f"{policy.name}-{len(paths)}.parquet")
-        write_shard(paths[-1], batch.columns, batch.prompt_ids, {})
+        write_shard(paths[-1], batch.columns, batch.prompt_ids, {}, batch.categories)
     return read_trace(paths)
+
+
+def test_categories_stay_with_their_prompts_through_the_trace(tmp_path):
+    """Batches go by length, so neither prompts nor categories keep the order they came in."""
+    asked = [
+        TokenizedPrompt(f"p{i:02d}", (1,) * (2 + i * 7 % 5), ("code", "maths")[i % 3 == 0])
+        for i in range(20)
+    ]
+    trace = full_trace(tmp_path, make_policy("hlm"), asked)
+    assert dict(zip(trace.prompt_ids, trace.categories, strict=True)) == {
+        prompt.prompt_id: prompt.category for prompt in asked
+    }
+    some = [*asked, TokenizedPrompt("none", (1, 2))]
+    assert full_trace(tmp_path, make_policy("hlm"), some).categories == []
+
+
+def test_truncation_bias_is_sampled_at_every_step_alike(tmp_path):
+    trace = full_trace(tmp_path, make_policy("hlm"), prompts(400), eos=())
+    recorded = np.isfinite(trace["truncation_bias"]).all(1)
+    shares = np.array([recorded[trace["step"] == step].mean() for step in range(20)])
+    # Of 400 prompts a quarter starts at each of four steps, as a hash has it: binomial.
+    assert (abs(shares - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5).all()
+    per_prompt = np.bincount(trace.prompt_index, weights=recorded)
+    np.testing.assert_array_equal(per_prompt, 5)  # of twenty steps, each prompt gives five
+
+
+class OutOfRoom(TableModel):
+    def start(self, contexts, attention, fill=True):
+        raise MemoryError
+
+
+def test_a_batch_that_does_not_fit_names_the_way_out():
+    slm, llm = markov()
+    settings = DecodingSettings(max_new_tokens=2, batch_size=7)
+    decoding = decode(OutOfRoom(slm), TableModel(llm), prompts(9), make_policy("hlm"), settings, ())
+    with pytest.raises(UserError, match="--batch-size 7: a batch of 7 prompts does not fit"):
+        next(decoding)
 
 
 @pytest.mark.parametrize("variant", ["topk", "context"])
