@@ -1,11 +1,14 @@
 """Redo the shipped evidence: calibrate, derive, rerun and score three settings on two pairs.
 
-    python -m benchmarks.evidence [--only NAME] [--results data/results]
+    python -m benchmarks.evidence [--only NAME] [--results data/results] [--from-traces]
 
 Every step but the last two, the guarantees' splits and the attenuation table, is a command of `hlm`
 that anybody can run alone. A step whose result is there already is left out, and an interrupted
 calibration goes on where it stopped. On two processor cores the whole takes about an hour and a
 half.
+
+`--from-traces` decodes nothing: it makes calibration.json, operating_points.json and
+validation.json anew from the traces and reruns that are there, without a model.
 """
 
 from __future__ import annotations
@@ -18,8 +21,12 @@ from pathlib import Path
 
 from benchmarks.workload import load_workload
 from calibrate.attenuation import attenuation_table, decode_attenuation_trace, write_attenuation
-from calibrate.calibration import pair_identity
+from calibrate.calibration import pair_identity, summarise
+from calibrate.errors import UserError
+from calibrate.runs import read_json, write_json
 from calibrate.splits import write_splits
+from calibrate.traces import read_header, read_trace, shard_paths
+from calibrate.validation import compare_reruns, rerun_path
 
 COMMAND = ("python", "-m", "benchmarks.evidence", *sys.argv[1:])
 
@@ -117,8 +124,7 @@ def measure(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> Non
             words.append("--resume")
         hlm("calibrate", *words, "--output-path", folder)
     if not (run / "operating_points.json").is_file():
-        words = ["--draft-from-sent", *repeated("--risk", RISKS), *repeated("--theta", THETAS)]
-        hlm("derive", folder, *words, *repeated("--importance", setting.importances))
+        derive_points(setting, run)
     if not (run / "validation.json").is_file():
         words = ["--limit", str(min(setting.num_validation, limit))]
         hlm("validate", folder, *words, *repeated("--point", setting.points))
@@ -128,6 +134,32 @@ def measure(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> Non
         write_splits(run, command=COMMAND)
     if not (run / "attenuation.json").is_file():
         attenuation(setting, run, min(limit, 48), min(max_new_tokens, 32))
+
+
+def summarise_again(setting: Setting, run: Path) -> None:
+    """Fit, derived settings and comparison, from the traces and reruns of a finished run."""
+    info = read_json(run, "run.json")
+    write_json(run / "calibration.json", summarise(read_trace(shard_paths(run)), info))
+    derive_points(setting, run)
+    derived = read_json(run, "operating_points.json")
+    decoded = [p for p in derived["operating_points"] if rerun_path(run, p).is_file()]
+    for point in decoded:
+        before = read_header(rerun_path(run, point))["operating_point"]
+        now, then = (
+            (one["uncertainty_threshold"]["value"], one["settings"]) for one in (point, before)
+        )
+        if now != then:
+            name = f"{point['policy']}/{point['rule']}"
+            raise UserError(f"{name}: decoded at another setting than is derived now; rerun it")
+    validation = read_json(run, "validation.json")
+    made = ("pair", "seed", "versions", "revision", "command", "infeasible")
+    compare_reruns(run, decoded, derived, {key: validation[key] for key in made})
+
+
+def derive_points(setting: Setting, run: Path) -> None:
+    """All operating points of a setting."""
+    words = ["--draft-from-sent", *repeated("--risk", RISKS), *repeated("--theta", THETAS)]
+    hlm("derive", str(run), *words, *repeated("--importance", setting.importances))
 
 
 def attenuation(setting: Setting, run: Path, limit: int, max_new_tokens: int) -> None:
@@ -145,11 +177,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("data/results"))
     parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--from-traces", action="store_true", help="decode nothing")
     options = parser.parse_args()
     for setting in SETTINGS:
         if options.only in (None, setting.name):
             run = options.results / setting.name
-            measure(setting, run, options.limit, options.max_new_tokens)
+            if not options.from_traces:
+                measure(setting, run, options.limit, options.max_new_tokens)
+            elif run.is_dir():
+                summarise_again(setting, run)
 
 
 if __name__ == "__main__":
