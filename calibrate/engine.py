@@ -148,7 +148,9 @@ def decode(
             try:
                 run = _BatchRun(slm, llm, batch, policy, settings, eos_token_ids, observer)
                 decoded = run.to_end(on_step)
-            except (torch.OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
                 raise UserError(
                     f"--batch-size {settings.batch_size}: a batch of {len(batch)} prompts does not "
                     "fit the memory; give a smaller one"
@@ -156,6 +158,12 @@ def decode(
         del run  # its caches, before the next batch makes its own
         release_freed_buffers()
         yield decoded
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Torch has a class for it on accelerators only; on a processor it says so in words."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def batches_by_length(

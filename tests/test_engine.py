@@ -227,17 +227,34 @@ def test_truncation_bias_is_sampled_at_every_step_alike(tmp_path):
     np.testing.assert_array_equal(per_prompt, 5)  # of twenty steps, each prompt gives five
 
 
-class OutOfRoom(TableModel):
+class Failing(TableModel):
+    def __init__(self, fail):
+        super().__init__(markov()[0])
+        self.fail = fail
+
     def start(self, contexts, attention, fill=True):
-        raise MemoryError
+        return self.fail()
 
 
-def test_a_batch_that_does_not_fit_names_the_way_out():
-    slm, llm = markov()
+def no_memory():
+    raise MemoryError
+
+
+def first_batch(fail):
+    slm, llm = Failing(fail), TableModel(markov()[1])
     settings = DecodingSettings(max_new_tokens=2, batch_size=7)
-    decoding = decode(OutOfRoom(slm), TableModel(llm), prompts(9), make_policy("hlm"), settings, ())
+    return next(decode(slm, llm, prompts(9), make_policy("hlm"), settings, ()))
+
+
+@pytest.mark.parametrize("fail", [no_memory, lambda: torch.empty(2**50)])
+def test_a_batch_that_does_not_fit_names_the_way_out(fail):
     with pytest.raises(UserError, match="--batch-size 7: a batch of 7 prompts does not fit"):
-        next(decoding)
+        first_batch(fail)
+
+
+def test_other_errors_are_not_taken_for_a_full_memory():
+    with pytest.raises(RuntimeError, match="must match"):
+        first_batch(lambda: torch.zeros(2) + torch.zeros(3))
 
 
 @pytest.mark.parametrize("variant", ["topk", "context"])
