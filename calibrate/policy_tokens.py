@@ -128,7 +128,10 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
         "uplink_bits_per_token": mean(bits),
         "token_time_ms": time,
         "throughput_tok_s": RatioEstimate(
-            1e3 / time.value, 1e3 * time.standard_error / time.value**2, time.num_prompts
+            1e3 / time.value,
+            1e3 * time.standard_error / time.value**2,
+            time.num_prompts,
+            -1e3 * time.influence / time.value**2,
         ),
         "mean_throughput_tok_s": mean(1e3 / time_ms),
         "energy_j_per_token": mean(energy),

@@ -254,7 +254,50 @@ def print_validation(result: dict[str, Any]) -> None:
         f"covered: {summary['covered']} of {summary['total']} cells; of the "
         f"{summary['tested']['total']} that the policy does not fix by itself, "
         f"{summary['tested']['covered']}, share {_number(summary['tested']['share'])} "
-        "(cells of one rerun are dependent)\n"
+        "as if cells were independent"
+    )
+    hold = summary["tested"]["if_predictions_hold"]
+    if hold:
+        console.print(
+            f"  they share prompts: predictions that hold would cover "
+            f"{_percent(hold['share']['low'])} to {_percent(hold['share']['high'])} of them, and "
+            f"as few with probability {hold['probability_of_at_most']:.2g}; the widest error, "
+            f"{hold['widest_error']:.2g} standard errors, is matched with probability "
+            f"{hold['probability_of_as_wide']:.2g}",
+            soft_wrap=True,
+        )
+    if result["strata"]:
+        plain = summary["unstratified"]
+        console.print(
+            f"  intervals take prompts by category, in which both sets have the same mix; taken as "
+            f"independent draws, {plain['covered']} of {plain['total']} would be inside",
+            soft_wrap=True,
+        )
+    moved = [one for one in result["context_shift"] if _away_from_zero(one["below_threshold"])]
+    if result["context_shift"]:
+        console.print(
+            f"  contexts: beside the outputs of hlm on the same prompts, {len(moved)} of "
+            f"{len(result['context_shift'])} reruns have another share of tokens below their "
+            "threshold" + "".join(f"\n    {_shift(one)}" for one in moved),
+            soft_wrap=True,
+        )
+    console.print()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _away_from_zero(figure: dict[str, Any]) -> bool:
+    low, high = figure["low"], figure["high"]
+    return low is not None and not low <= 0 <= high
+
+
+def _shift(one: dict[str, Any]) -> str:
+    rate = {key: 100 * one["below_threshold"][key] for key in ("value", "low", "high")}
+    return (
+        f"{one['policy']}/{one['rule']}: {rate['value']:+.1f} [{rate['low']:+.1f}, "
+        f"{rate['high']:+.1f}] points"
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calibrate.errors import UsageError, UserError
 from calibrate.prompts import Prompt, read_prompts, tokenize_prompts, validation_prompts
 from calibrate.runs import provenance, read_json, write_json
+from calibrate.traces import shard_paths
 
 if TYPE_CHECKING:
     from calibrate.pairs import LoadedPair, PairSpec
@@ -55,6 +56,10 @@ def prepare_validation(
     derived = read_json(run, "operating_points.json")
     calibration = read_json(run, "calibration.json")
     info = read_json(run, "run.json")
+    if not shard_paths(run):
+        raise UserError(
+            f"{run}: holds no trace shard, which predictions are made from; calibrate again"
+        )
     settings = info["settings"]
     names = {f"{point['policy']}/{point['rule']}" for point in derived["operating_points"]}
     for name in points or ():
@@ -199,9 +204,11 @@ def compare_reruns(
     header : dict
         Provenance, kept in front of the comparison.
     """
+    from calibrate.comparison import Comparison, common_strata, compare, coverage
+    from calibrate.context_shift import REFERENCE, context_shift
     from calibrate.policy_tokens import Economics
     from calibrate.presets import link_from_dict, profile_from_dict
-    from calibrate.rerun import Cell, compare, coverage, entries_per_sent_token
+    from calibrate.rerun import entries_per_sent_token
     from calibrate.traces import read_trace
 
     economics = Economics(
@@ -211,13 +218,23 @@ def compare_reruns(
         derived["accounting"],
     )
     confidence = derived["confidence"]
-    cells: list[Cell] = []
-    payload, num_tokens, num_prompts = [], 0, 0
+    calibration = read_trace(shard_paths(run))
+    compared: list[Comparison] = []
+    categories: list[str] = []
+    payload, shifts, num_tokens, num_prompts = [], [], 0, 0
+    labels = {(point["policy"], point["rule"]): point for point in points}
+    reference = None
+    if REFERENCE in labels:
+        reference = read_trace([rerun_path(run, labels[REFERENCE])])
     for point in points:
         trace = read_trace([rerun_path(run, point)])
         num_tokens += trace.num_tokens
         num_prompts = max(num_prompts, trace.num_prompts)
-        cells += compare(point, trace, economics, derived["num_prompts"], confidence)
+        categories = trace.categories
+        compared += compare(point, calibration, trace, economics, confidence)
+        shift = reference and context_shift(point, trace, reference, confidence)
+        if shift:
+            shifts.append(asdict(shift))
         entries = entries_per_sent_token(point, trace, confidence)
         payload.append(
             {
@@ -232,9 +249,11 @@ def compare_reruns(
         "num_prompts": num_prompts,
         "num_calibration_prompts": derived["num_prompts"],
         "num_tokens": num_tokens,
+        "strata": "category" if common_strata(calibration.categories, categories) else None,
         "payload": payload,
-        "cells": [asdict(cell) for cell in cells],
-        "coverage": coverage(cells, confidence),
+        "context_shift": shifts,
+        "cells": [asdict(one.cell) for one in compared],
+        "coverage": coverage(compared, confidence),
     }
     write_json(run / "validation.json", result)
     return result

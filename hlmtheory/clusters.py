@@ -7,7 +7,7 @@ then treats the prompts as the independent observations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import stats
@@ -61,11 +61,15 @@ class RatioEstimate:
     standard_error : float
         NaN with fewer than two prompts.
     num_prompts : int
+    influence : float array (P,)
+        (A_i - value B_i) / sum B of every prompt, NaN of one without a value: what prompt i adds
+        to the error, to first order. Empty where nobody worked it out.
     """
 
     value: float
     standard_error: float
     num_prompts: int
+    influence: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """Student-t interval with n - 1 degrees of freedom; None with fewer than two prompts."""
@@ -94,15 +98,93 @@ def mean_over_tokens(
         raise ValueError("values holds no finite entry: give at least one token")
     sums = sum_by_prompt(np.where(known, values, 0.0), prompt_index, num_prompts)
     counts = sum_by_prompt(known.astype(float), prompt_index, num_prompts)
-    used = counts > 0
-    sums, counts = sums[used], counts[used]
-    value = float(sums.sum() / counts.sum())
-    num = len(sums)
-    if num < 2:
-        return RatioEstimate(value, float("nan"), num)
-    residual = sums - value * counts
-    variance = num / (num - 1) * float(residual @ residual) / float(counts.sum()) ** 2
-    return RatioEstimate(value, variance**0.5, num)
+    total = float(counts.sum())
+    value = float(sums.sum() / total)
+    influence = np.where(counts > 0, (sums - value * counts) / total, np.nan)
+    error = error_terms(influence)
+    spread = error.standard_error if error.freedom else float("nan")
+    return RatioEstimate(value, spread, error.num_prompts, influence)
+
+
+@dataclass(frozen=True)
+class ErrorTerms:
+    """Error of an estimate as a sum of independent terms of mean 0, one a prompt.
+
+    Attributes
+    ----------
+    terms : float array (P,)
+        Their sum of squares is the squared standard error; 0 for prompts without a value.
+    num_prompts : int
+        Prompts with a value.
+    freedom : int
+        Degrees of freedom: those prompts less their strata; at least 0.
+    """
+
+    terms: np.ndarray
+    num_prompts: int
+    freedom: int
+
+    @property
+    def standard_error(self) -> float:
+        """Root of the sum of squares; 0 where nothing varies."""
+        return float(np.sqrt(self.terms @ self.terms))
+
+
+def error_terms(influence: np.ndarray, strata: np.ndarray | None = None) -> ErrorTerms:
+    r"""Error of an estimate whose prompts were drawn stratum by stratum; docs/theory.md, (36).
+
+    .. math:: \mathrm{se}^2 = \sum_c \frac{n_c}{n_c - 1} \sum_{i \in c} (e_i - \bar e_c)^2
+
+    What strata differ in is no sampling error if each holds a fixed share of the prompts. A stratum
+    of one prompt has no spread of its own: its e_i counts in full, as without strata. One stratum
+    gives the standard error of :class:`RatioEstimate`.
+
+    Parameters
+    ----------
+    influence : float array (P,)
+        e, of a :class:`RatioEstimate`; NaN is left out.
+    strata : int array (P,), optional
+        Stratum of each prompt; one for all unless given.
+
+    Valid when prompts are independent draws from their stratum, and the strata's shares are fixed.
+    """
+    known = np.isfinite(influence)
+    strata = np.zeros(len(influence), dtype=np.int64) if strata is None else np.asarray(strata)
+    _, of_prompt = np.unique(strata[known], return_inverse=True)
+    values = influence[known]
+    sizes = np.bincount(of_prompt)
+    means = np.bincount(of_prompt, weights=values) / np.maximum(sizes, 1)
+    alone = sizes == 1
+    scale = np.sqrt(sizes / np.maximum(sizes - 1, 1))
+    terms = np.zeros(len(influence))
+    terms[known] = (values - np.where(alone, 0.0, means)[of_prompt]) * scale[of_prompt]
+    return ErrorTerms(terms, len(values), len(values) - len(sizes))
+
+
+def pooled_difference(first: ErrorTerms, second: ErrorTerms) -> ErrorTerms:
+    r"""Error of the difference of two independent estimates of one figure; docs/theory.md, (36).
+
+    .. math:: \mathrm{se}^2 = s^2 \Big(\frac1n + \frac1m\Big), \qquad
+              s^2 = \frac{\nu_n\, n\, \mathrm{se}_n^2 + \nu_m\, m\, \mathrm{se}_m^2}
+                        {\nu_n + \nu_m}
+
+    with n and m prompts and nu degrees of freedom. The terms are those of the first, then those of
+    the second.
+
+    Raises
+    ------
+    ValueError
+        If neither side has a degree of freedom.
+    """
+    freedom = first.freedom + second.freedom
+    if freedom == 0:
+        raise ValueError("no degree of freedom on either side: give more prompts than strata")
+    sizes = 1 / first.num_prompts + 1 / second.num_prompts
+    parts = [
+        side.terms * (side.freedom * side.num_prompts * sizes / freedom) ** 0.5
+        for side in (first, second)
+    ]
+    return ErrorTerms(np.concatenate(parts), first.num_prompts + second.num_prompts, freedom)
 
 
 def resample_prompts(

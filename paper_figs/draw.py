@@ -13,6 +13,7 @@ from calibrate.runs import atomic_path
 from paper_figs import (
     attention,
     attenuation,
+    context_shift,
     estimators,
     guarantees,
     importance_plane,
@@ -40,6 +41,7 @@ MODULES: tuple[ModuleType, ...] = (
     attention,
     importance_plane,
     validation,
+    context_shift,
 )
 """One figure a module, in the order of a reader's questions."""
 

@@ -9,8 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from calibrate.comparison import Cell
 from calibrate.importance_plane import PLANE_METRICS
-from calibrate.rerun import Cell
 from paper_figs.loaded import LoadedRun, metric_label
 from paper_figs.style import BLACK, VERMILLION, finish, new_figure, panel_letter
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibrate.comparison import Cell
 from calibrate.errors import UserError
 from calibrate.operating_points import OperatingPoint, policy_from_settings
 from calibrate.policy_tokens import METRICS, Economics, PolicyTokens, measured_tokens
 from calibrate.presets import link_from_dict, profile_from_dict
-from calibrate.rerun import Cell
 from calibrate.runs import Figure, read_json
 from calibrate.traces import Trace, read_header, read_trace, shard_paths
 from hlmtheory.policies import Policy
@@ -112,6 +112,38 @@ class LoadedRun:
             f"Reruns: n = {self.validation['num_prompts']:,} fresh prompts, "
             f"{self.validation['num_tokens']:,} tokens over all of them."
         )
+
+    @property
+    def coverage_note(self) -> str:
+        """Cells inside their intervals, and how many to expect; empty without reruns."""
+        if self.validation is None or not self.cells:
+            return ""
+        summary = self.validation["coverage"]
+        tested = summary["tested"]
+        text = (
+            f"{summary['covered']} of {summary['total']} measured figures fall inside their "
+            f"{self.validation['confidence']:.0%} prediction intervals; of the {tested['total']} "
+            f"that a policy does not fix by itself, {tested['covered']}"
+        )
+        hold = tested.get("if_predictions_hold")
+        if hold:
+            low, high = (100 * hold["share"][end] for end in ("low", "high"))
+            text += (
+                f" = {100 * tested['covered'] / tested['total']:.1f} %. They share prompts: "
+                f"predictions that hold would cover {low:.0f} to {high:.0f} % of them in "
+                f"{100 * self.validation['confidence']:g} of 100 repeats, "
+                f"and as few with probability {hold['probability_of_at_most']:.2g}; "
+                f"the widest error, {hold['widest_error']:.2g} standard errors, is matched with "
+                f"probability {hold['probability_of_as_wide']:.2g}"
+            )
+        if self.validation.get("strata"):
+            plain = summary["unstratified"]
+            text += (
+                ". Intervals take prompts by category, of which both sets have the same mix; "
+                f"taken as independent draws, {plain['covered']} of {plain['total']} would be "
+                "inside"
+            )
+        return f"{text}."
 
     @property
     def interval_note(self) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from calibrate.comparison import Cell
 from calibrate.operating_points import OperatingPoint
 from calibrate.presets import published_audit
-from calibrate.rerun import Cell
 from calibrate.runs import Figure as Number
 from calibrate.runs import atomic_path
 from paper_figs import audit_table
@@ -126,7 +126,7 @@ def render(loaded: LoadedRun) -> str:
         points_note=_points_note(loaded),
         point_columns=[column.title for column in COLUMNS],
         notes=reasons([point for point in loaded.points if point.reason]),
-        coverage=coverage_text(loaded),
+        coverage=loaded.coverage_note,
         outdated=", ".join(f"{policy}/{rule}" for policy, rule in loaded.outdated),
         matrix=_matrix(loaded.cells, metrics),
         matrix_columns=[metric_label(metric) for metric in metrics],
@@ -179,7 +179,7 @@ def findings(loaded: LoadedRun) -> list[str]:
         lines.append(
             "Infeasible on this calibration: " + ", ".join(infeasible) + "; the reasons are below."
         )
-    lines.append(coverage_text(loaded) or "Nothing was rerun yet: `hlm validate` does.")
+    lines.append(loaded.coverage_note or "Nothing was rerun yet: `hlm validate` does.")
     return lines
 
 
@@ -197,24 +197,6 @@ def _point_sentence(loaded: LoadedRun, point: OperatingPoint) -> str:
         f"{pair('skip_rate', '%')}; output bias {pair('tv_bias', '%')}; uplink "
         f"{pair('uplink_bits_per_token', 'bit/token')}."
     )
-
-
-def coverage_text(loaded: LoadedRun) -> str:
-    """Coverage of the reruns in a sentence; empty without any."""
-    if loaded.validation is None or not loaded.cells:
-        return ""
-    summary, confidence = loaded.validation["coverage"], loaded.validation["confidence"]
-    share = Number(**summary["share"])
-    text = (
-        f"{summary['covered']} of {summary['total']} measured figures fall inside their "
-        f"{confidence:.0%} prediction intervals"
-    )
-    if share.value is not None and share.low is not None and share.high is not None:
-        text += (
-            f": {100 * share.value:.1f} %, [{100 * share.low:.1f}, {100 * share.high:.1f}] % as if "
-            "cells were independent, which those of one rerun are not"
-        )
-    return text + "."
 
 
 def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.rerun import Cell
+from calibrate.comparison import Cell
 from paper_figs.loaded import LoadedRun, metric_label, metric_names
 from paper_figs.style import BLUE, VERMILLION, finish, new_figure
 
@@ -129,24 +129,11 @@ def _scatter(
 def _caption(loaded: LoadedRun) -> str:
     if loaded.validation is None:
         raise ValueError("validation is None: this figure needs validation.json")
-    summary = loaded.validation["coverage"]
-    share = summary["share"]
-    text = (
+    return (
         f"{loaded.sample} {loaded.validation_sample} Error: measured minus predicted, divided by "
         f"the half-width of that cell's own {loaded.validation['confidence']:.0%} prediction "
         "interval, which counts calibration and rerun sampling, clustered by prompt; grey: inside. "
         "Dots: covered; crosses: not; hollow dots: fixed by their policy, so that they cannot "
-        f"miss. Covered: {summary['covered']} of {summary['total']} cells"
-    )
-    if share["value"] is not None and share["low"] is not None:
-        text += (
-            f" = {100 * share['value']:.1f} %, interval [{100 * share['low']:.1f}, "
-            f"{100 * share['high']:.1f}] % as if cells were independent, which those of one rerun "
-            "are not"
-        )
-    free = [cell.covered for cell in loaded.cells if cell.covered is not None and not cell.fixed]
-    return (
-        f"{text}; of the {len(free)} that are not fixed, {sum(free)}. "
-        f"Errors beyond ±{LIMIT:g} stand at the edge with their size. Within a policy's row, its "
-        "rules lie one below the other."
+        f"miss. {loaded.coverage_note} Errors beyond ±{LIMIT:g} stand at the edge with their size. "
+        "Within a policy's row, its rules lie one below the other."
     )

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from synthetic_run import VOCAB, make_run
 
+from calibrate.comparison import Cell, Comparison, coverage
 from calibrate.derivation import derive_run
 from calibrate.errors import UsageError
 from calibrate.policy_tokens import at_threshold, sent_skip_set_size
 from calibrate.recording import THRESHOLD_GRID
-from calibrate.rerun import Cell, coverage
 from calibrate.runs import Figure, read_json
 from calibrate.traces import read_trace, shard_paths
 from calibrate.validation import prepare_validation
@@ -111,8 +111,13 @@ def test_a_predicted_event_that_never_happened_is_a_miss_not_a_fixed_figure() ->
     exact = Cell("slm", "none", "skip_rate", Figure(1.0, 1 - 1e-5, 1 + 1e-5), Figure(1.0), True)
     assert not missed.fixed
     assert exact.fixed
-    assert coverage([missed, exact], 0.95)["tested"] == coverage([missed], 0.95)["tested"]
-    assert coverage([missed, exact], 0.95)["tested"]["total"] == 1
+    alone, both = (
+        [Comparison(cell, None, cell.covered) for cell in cells]
+        for cells in ([missed], [missed, exact])
+    )
+    assert coverage(both, 0.95)["tested"] == coverage(alone, 0.95)["tested"]
+    assert coverage(both, 0.95)["tested"]["total"] == 1
+    assert coverage(both, 0.95)["total"] == 2
 
 
 @pytest.mark.parametrize("threshold", [0.99, 0.998])

@@ -1,0 +1,106 @@
+"""What a policy's own outputs do to the contexts that follow, measured within one set of reruns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from calibrate.comparison import stratum_numbers
+from calibrate.operating_points import policy_from_settings
+from calibrate.runs import Figure
+from calibrate.traces import Trace
+from hlmtheory.clusters import error_terms, mean_over_tokens
+from hlmtheory.gates import UncertaintyGate, UncertaintyImportanceGate
+
+REFERENCE = ("hlm", "none")
+"""The rerun whose outputs follow the server's law, as those of the calibration do."""
+
+
+@dataclass(frozen=True)
+class ContextShift:
+    """How a policy's contexts differ from the server's, at the policy's own threshold.
+
+    Attributes
+    ----------
+    policy, rule : str
+    below_threshold : Figure
+        Change of P(u <= u_th): of the skip rate, where uncertainty alone decides.
+    risk_below_threshold : Figure
+        Change of E[beta 1{u <= u_th}].
+    uncertainty : Figure
+        Change of E[u].
+    num_prompts : int
+    """
+
+    policy: str
+    rule: str
+    below_threshold: Figure
+    risk_below_threshold: Figure
+    uncertainty: Figure
+    num_prompts: int
+
+
+def context_shift(
+    point: dict[str, Any], rerun: Trace, reference: Trace, confidence: float
+) -> ContextShift | None:
+    r"""Shift of one policy; docs/theory.md, (37).
+
+    .. math:: \Delta = \hat E_{policy}[L] - \hat E_{hlm}[L], \qquad
+              L = 1\{u \le u_{th}\},\ \beta\, 1\{u \le u_{th}\},\ u
+
+    on the same prompts. Predictions are made along the server's outputs; Delta is what they leave
+    out. Paired by prompt, so that what prompts differ in is no error; Student-t interval, prompts
+    stratified by category where they have one.
+
+    Parameters
+    ----------
+    point : dict
+        An entry of operating_points.json.
+    rerun : Trace
+        Of the policy.
+    reference : Trace
+        Of `hlm` on the same prompts with the same random numbers.
+    confidence : float
+
+    Returns
+    -------
+    ContextShift, or None where no threshold on the exact uncertainty decides or prompts differ.
+    """
+    policy = policy_from_settings(
+        point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
+    )
+    gate = policy.gate
+    if (
+        not isinstance(gate, UncertaintyGate | UncertaintyImportanceGate)
+        or rerun.prompt_ids != reference.prompt_ids
+    ):
+        return None
+    strata = stratum_numbers(rerun.categories)
+
+    def below(trace: Trace) -> np.ndarray:
+        return (trace["uncertainty"] <= gate.threshold).astype(float)
+
+    def change(loss: Callable[[Trace], np.ndarray]) -> Figure:
+        own, other = (
+            mean_over_tokens(loss(trace), trace.prompt_index, trace.num_prompts)
+            for trace in (rerun, reference)
+        )
+        value = own.value - other.value
+        error = error_terms(own.influence - other.influence, strata)
+        if not error.freedom:
+            return Figure(value)
+        half = float(stats.t.ppf(0.5 + confidence / 2, error.freedom)) * error.standard_error
+        return Figure(value, value - half, value + half)
+
+    return ContextShift(
+        point["policy"],
+        point["rule"],
+        change(below),
+        change(lambda trace: below(trace) * trace["rejection_prob"]),
+        change(lambda trace: trace["uncertainty"]),
+        rerun.num_prompts,
+    )
