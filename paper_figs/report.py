@@ -107,6 +107,8 @@ def render(loaded: LoadedRun) -> str:
         else list(loaded.calibration["estimators"][0]["skip_rate_at_risk"])
     )
     metrics = metric_names(loaded.cells)
+    # A derivation over several tolerances holds far more settings than anybody reads.
+    shown = [point for point in loaded.feasible if loaded.measured(point)] or loaded.feasible
     return environment.from_string(PAGE).render(
         definition_list=definition_list,
         title=f"When should the device ask? {loaded.pair_name}",
@@ -122,7 +124,8 @@ def render(loaded: LoadedRun) -> str:
         ],
         estimators=[_estimator_row(entry, levels) for entry in loaded.calibration["estimators"]],
         estimator_levels=[f"{100 * float(level):g} %" for level in levels],
-        points=[_point_row(loaded, point) for point in loaded.feasible],
+        points=[_point_row(loaded, point) for point in shown],
+        more_points=[_point_row(loaded, point) for point in loaded.feasible if point not in shown],
         points_note=_points_note(loaded),
         point_columns=[column.title for column in COLUMNS],
         notes=reasons([point for point in loaded.points if point.reason]),
@@ -174,10 +177,11 @@ def findings(loaded: LoadedRun) -> list[str]:
     for point in loaded.feasible:
         if point.rule == rule and point.policy in ("u-hlm", "r-hlm"):
             lines.append(_point_sentence(loaded, point))
-    infeasible = sorted({point.rule for point in loaded.points if not point.feasible})
-    if infeasible:
+    num_infeasible = len(loaded.points) - len(loaded.feasible)
+    if num_infeasible:
         lines.append(
-            "Infeasible on this calibration: " + ", ".join(infeasible) + "; the reasons are below."
+            f"Infeasible on this calibration: {num_infeasible} of {len(loaded.points)} derived "
+            "settings; the reasons are below."
         )
     lines.append(loaded.coverage_note or "Nothing was rerun yet: `hlm validate` does.")
     return lines
@@ -234,10 +238,12 @@ def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:
 
 
 def _assumptions(entry: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in entry.items()
-    )
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return " and ".join(value) if isinstance(value, list) else str(value)
+
+    return ", ".join(f"{key} {text(value)}" for key, value in entry.items())
 
 
 def provenance_rows(loaded: LoadedRun) -> list[tuple[str, str]]:

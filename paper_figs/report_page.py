@@ -127,28 +127,38 @@ summary { cursor: pointer; }
 {%- endif %}
 </section>
 
-<section id="thresholds"><h2>Thresholds and what they are predicted to do</h2>
-{%- if points %}
-<p>{{ points_note }}</p>
+{% macro points_table(rows) %}
 <div class="scroll"><table>
 <thead><tr><th>policy</th><th>rule</th><th class="n">u_th</th>
 {%- for name in point_columns %}<th class="n">{{ name }}</th>{% endfor -%}
 </tr></thead>
 <tbody>
-{%- for row in points %}
+{%- for row in rows %}
 <tr><th scope="row">{{ row.policy }}</th><td class="w">{{ row.rule }}</td>
 <td class="n">{{ row.threshold }}</td>
 {%- for value in row.numbers %}<td class="n">{{ value }}</td>{% endfor -%}
 </tr>
 {%- endfor %}
 </tbody></table></div>
+{%- endmacro %}
+<section id="thresholds"><h2>Thresholds and what they are predicted to do</h2>
+{%- if points %}
+<p>{{ points_note }}{{ " Those that were rerun:" if more_points else "" }}</p>
+{{ points_table(points) }}
+{%- if more_points %}
+<details><summary>The other {{ more_points | length }} derived settings</summary>
+{{ points_table(more_points) }}
+</details>
+{%- endif %}
 {%- if notes %}
-<p>Infeasible or degenerate:</p>
+<details{{ " open" if notes | length <= 4 else "" }}><summary>Infeasible or degenerate, and
+why</summary>
 <ul>
 {%- for note in notes %}
 <li>{{ note }}</li>
 {%- endfor %}
 </ul>
+</details>
 {%- endif %}
 {%- else %}
 <p>Nothing was derived yet: <code>hlm derive RUN</code>.</p>
