@@ -173,7 +173,7 @@ def compare(
     for metric in METRICS:
         value, found = float(point["predicted"][metric]["value"]), measured[metric]
         influence = (predicted[metric].influence, found.influence)
-        error = _difference(*influence, strata)
+        error = difference_error(*influence, strata)
         low, high, covered = _judge(value, found.value, error, confidence)
         cell = Cell(
             point["policy"],
@@ -183,12 +183,12 @@ def compare(
             as_figure(found, UNITS[metric], confidence),
             covered,
         )
-        plain = _judge(value, found.value, _difference(*influence, None), confidence)
+        plain = _judge(value, found.value, difference_error(*influence, None), confidence)
         out.append(Comparison(cell, error, plain[2]))
     return out
 
 
-def _difference(
+def difference_error(
     calibration: np.ndarray, rerun: np.ndarray, strata: Strata | None
 ) -> ErrorTerms | None:
     """Error of measured less predicted; None where one prompt a side leaves no spread."""

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from calibrate.comparison import stratum_numbers
+from calibrate.comparison import common_strata, difference_error, stratum_numbers
 from calibrate.operating_points import policy_from_settings
 from calibrate.runs import Figure
 from calibrate.traces import Trace
-from hlmtheory.clusters import error_terms, mean_over_tokens
+from hlmtheory.clusters import ErrorTerms, RatioEstimate, error_terms, mean_over_tokens
 from hlmtheory.gates import UncertaintyGate, UncertaintyImportanceGate
+
+Loss = Callable[[Trace], np.ndarray]
 
 REFERENCE = ("hlm", "none")
 """The rerun whose outputs follow the server's law, as those of the calibration do."""
@@ -33,6 +35,9 @@ class ContextShift:
         Change of E[beta 1{u <= u_th}].
     uncertainty : Figure
         Change of E[u].
+    prompts_below_threshold, prompts_risk : Figure
+        What is left of the first two in measured less predicted: `hlm` on the rerun's prompts less
+        the calibration, with the interval of (36).
     num_prompts : int
     """
 
@@ -41,11 +46,17 @@ class ContextShift:
     below_threshold: Figure
     risk_below_threshold: Figure
     uncertainty: Figure
+    prompts_below_threshold: Figure
+    prompts_risk: Figure
     num_prompts: int
 
 
 def context_shift(
-    point: dict[str, Any], rerun: Trace, reference: Trace, confidence: float
+    point: dict[str, Any],
+    calibration: Trace,
+    rerun: Trace,
+    reference: Trace,
+    confidence: float,
 ) -> ContextShift | None:
     r"""Shift of one policy; docs/theory.md, (37).
 
@@ -60,6 +71,8 @@ def context_shift(
     ----------
     point : dict
         An entry of operating_points.json.
+    calibration : Trace
+        That the predictions were made from.
     rerun : Trace
         Of the policy.
     reference : Trace
@@ -80,27 +93,40 @@ def context_shift(
     ):
         return None
     strata = stratum_numbers(rerun.categories)
+    shared = common_strata(calibration.categories, reference.categories)
 
     def below(trace: Trace) -> np.ndarray:
         return (trace["uncertainty"] <= gate.threshold).astype(float)
 
-    def change(loss: Callable[[Trace], np.ndarray]) -> Figure:
-        own, other = (
-            mean_over_tokens(loss(trace), trace.prompt_index, trace.num_prompts)
-            for trace in (rerun, reference)
-        )
-        value = own.value - other.value
-        error = error_terms(own.influence - other.influence, strata)
-        if not error.freedom:
+    def risk(trace: Trace) -> np.ndarray:
+        return below(trace) * trace["rejection_prob"]
+
+    def estimate(loss: Loss, trace: Trace) -> RatioEstimate:
+        return mean_over_tokens(loss(trace), trace.prompt_index, trace.num_prompts)
+
+    def figure(value: float, error: ErrorTerms | None) -> Figure:
+        if error is None or not error.freedom:
             return Figure(value)
         half = float(stats.t.ppf(0.5 + confidence / 2, error.freedom)) * error.standard_error
         return Figure(value, value - half, value + half)
+
+    def change(loss: Loss) -> Figure:
+        own, other = estimate(loss, rerun), estimate(loss, reference)
+        error = error_terms(own.influence - other.influence, strata)
+        return figure(own.value - other.value, error)
+
+    def of_prompts(loss: Loss) -> Figure:
+        before, now = estimate(loss, calibration), estimate(loss, reference)
+        error = difference_error(before.influence, now.influence, shared)
+        return figure(now.value - before.value, error)
 
     return ContextShift(
         point["policy"],
         point["rule"],
         change(below),
-        change(lambda trace: below(trace) * trace["rejection_prob"]),
+        change(risk),
         change(lambda trace: trace["uncertainty"]),
+        of_prompts(below),
+        of_prompts(risk),
         rerun.num_prompts,
     )

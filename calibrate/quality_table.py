@@ -4,42 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibrate.tables import _compact, _console, _table
+from calibrate.tables import compact, new_console, new_table
 
 
 def print_quality(result: dict[str, Any]) -> None:
     """Scores of every rerun between floor and ceiling, and what they are measured with."""
-    console = _console()
+    console = new_console()
     model = result["model"]
     console.print(
         f"texts against the server model's own ({result['num_prompts']} prompts, at most "
         f"{result['max_new_tokens']} tokens each; {result['confidence']:.0%} intervals over "
         "prompts)"
     )
-    scores = _table(
+    scores = new_table(
         "policy", "rule", "against", ">BERTScore F1", ">less second draw", ">shared tokens"
     )
-    laws = _table("policy", "rule", ">cosine", ">less second draw", ">same text", "as")
+    laws = new_table("policy", "rule", ">cosine", ">less second draw", ">same text", "as")
     for row in result["rows"]:
         is_ceiling = row["coupled_with"] is None
         rule = "floor" if row["policy"] == "slm" else row["rule"]
         name = (row["policy"], "second draw (ceiling)" if is_ceiling else rule)
 
         def shown(key: str, row: dict[str, Any] = row, hidden: bool = is_ceiling) -> str:
-            return "-" if hidden else _compact(row[key])
+            return "-" if hidden else compact(row[key])
 
-        bertscore, cosine = (_compact(row[key]) for key in ("bertscore", "cosine"))
+        bertscore, cosine = (compact(row[key]) for key in ("bertscore", "cosine"))
         scores.add_row(
             *name, row["reference"], bertscore, shown("bertscore_difference"),
-            _compact(row["shared_prefix"]),
+            compact(row["shared_prefix"]),
         )  # fmt: skip
         laws.add_row(
             *name, cosine, shown("cosine_difference"), shown("identical"), row["coupled_with"]
         )
     mismatched = result["mismatched"]
     name = ("hlm", "another prompt's text")
-    scores.add_row(*name, "llm", _compact(mismatched["bertscore"]), "", "")
-    laws.add_row(*name, _compact(mismatched["cosine"]), "", "", "")
+    scores.add_row(*name, "llm", compact(mismatched["bertscore"]), "", "")
+    laws.add_row(*name, compact(mismatched["cosine"]), "", "", "")
     console.print(scores)
     console.print("sentence embeddings, and texts equal token for token")
     console.print(laws)

@@ -26,7 +26,8 @@ PRICE_METRICS = (
 WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
 
 
-def _console() -> Any:
+def new_console() -> Any:
+    """Where tables are printed: as wide as the terminal, wide in a pipe."""
     import shutil
     import sys
 
@@ -37,7 +38,8 @@ def _console() -> Any:
     return Console(width=max(width, 100), highlight=False, soft_wrap=False)
 
 
-def _table(*columns: str, title: str | None = None) -> Any:
+def new_table(*columns: str, title: str | None = None) -> Any:
+    """An empty table; columns whose name begins with ">" are numbers, set to the right."""
     from rich import box
     from rich.table import Table
 
@@ -58,7 +60,8 @@ def _number(figure: dict[str, Any], digits: int = 3) -> str:
     return body
 
 
-def _compact(figure: dict[str, Any]) -> str:
+def compact(figure: dict[str, Any]) -> str:
+    """A figure in few characters."""
     """Value and interval in as few characters as they need, for wide tables."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if value is None:
@@ -77,7 +80,7 @@ def print_pairs(pairs: Sequence[PairDescription], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"pairs": [asdict(pair) for pair in pairs]}, indent=1, default=str))
         return
-    table = _table("pair", "device model", "server model", ">download", "here", "what it is")
+    table = new_table("pair", "device model", "server model", ">download", "here", "what it is")
     for pair in pairs:
         sizes = {m.source: m.download_num_bytes for m in (pair.slm, pair.llm)}
         known = [size for size in sizes.values() if size is not None]
@@ -89,7 +92,7 @@ def print_pairs(pairs: Sequence[PairDescription], as_json: bool) -> None:
             "yes" if pair.cached else "no",
             pair.description,
         )
-    _console().print(table)
+    new_console().print(table)
 
 
 def print_pair(pair: PairDescription, as_json: bool) -> None:
@@ -97,7 +100,7 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(pair), indent=1, default=str))
         return
-    table = _table(
+    table = new_table(
         "", "device model (SLM)", "server model (LLM)", title=f"{pair.name}: {pair.description}"
     )
     rows = {
@@ -111,7 +114,7 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     }
     for name, read in rows.items():
         table.add_row(name, read(pair.slm), read(pair.llm))
-    console = _console()
+    console = new_console()
     console.print(table)
     console.print(f"licence: {pair.license}\ncache: {pair.cache_path}")
 
@@ -120,7 +123,7 @@ def print_calibration(summary: dict[str, Any], run: Path) -> None:
     """`hlm calibrate`: the line, the estimators, the timings."""
     fit = summary["fit"]
     confidence = f"{summary['confidence']:.0%}"
-    console = _console()
+    console = new_console()
     sign = "-" if fit["intercept"]["value"] < 0 else "+"
     console.print(
         f"\n{summary['pair']['name']}: {summary['num_prompts']} prompts, "
@@ -128,7 +131,7 @@ def print_calibration(summary: dict[str, Any], run: Path) -> None:
         f"fitted line   beta = {fit['slope']['value']:.3f} u {sign} "
         f"{abs(fit['intercept']['value']):.3f}"
     )
-    table = _table("quantity", ">value", "what it says")
+    table = new_table("quantity", ">value", "what it says")
     for key, meaning in (
         ("slope", "rejection probability gained per unit of uncertainty"),
         ("intercept", "predicted rejection probability at u = 0"),
@@ -140,7 +143,7 @@ def print_calibration(summary: dict[str, Any], run: Path) -> None:
     ):
         table.add_row(key, _number(fit[key]), meaning)
     console.print(table)
-    table = _table(
+    table = new_table(
         "estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk",
         title="what tells rejections best",
     )  # fmt: skip
@@ -166,14 +169,14 @@ def print_operating_points(result: dict[str, Any]) -> None:
     """`hlm derive`: every point with its predictions."""
     from hlmtheory.importance import IMPORTANCE_ASSUMPTION
 
-    console = _console()
+    console = new_console()
     console.print(
         f"derived settings ({result['num_prompts']} prompts, {result['num_tokens']} tokens; link "
         f"{result['link']['name']}, profile {result['profile']['name']}, accounting "
         f"{result['accounting']}; intervals {result['confidence']:.0%}, clustered by prompt)"
     )
-    choice = _table("policy", "rule", ">threshold u_th", ">skip rate", ">risk", ">TV bias")
-    price = _table(
+    choice = new_table("policy", "rule", ">threshold u_th", ">skip rate", ">risk", ">TV bias")
+    price = new_table(
         "policy", "rule", ">uplink bit/token", ">ms/token", ">token/s", ">mean token/s", ">J/token"
     )
     notes: dict[str, list[str]] = {}
@@ -188,8 +191,8 @@ def print_operating_points(result: dict[str, Any]) -> None:
         shown = ("skip_rate", "rejection_risk", "tv_bias")
         choice.add_row(
             *name,
-            _compact(point["uncertainty_threshold"]),
-            *(_compact(predicted[metric]) for metric in shown),
+            compact(point["uncertainty_threshold"]),
+            *(compact(predicted[metric]) for metric in shown),
         )
         price.add_row(*name, *(f"{predicted[metric]['value']:.4g}" for metric in PRICE_METRICS))
     console.print(choice)
@@ -222,13 +225,13 @@ def print_operating_points(result: dict[str, Any]) -> None:
 
 def print_validation(result: dict[str, Any]) -> None:
     """`hlm validate`: cell by cell, and the coverage."""
-    console = _console()
+    console = new_console()
     console.print(
         f"predicted against measured ({result['num_prompts']} fresh prompts, "
         f"{result['num_tokens']} tokens, seed {result['seed']}; "
         f"{result['confidence']:.0%} prediction intervals)"
     )
-    table = _table("policy", "rule", "metric", ">predicted", ">measured", "holds")
+    table = new_table("policy", "rule", "metric", ">predicted", ">measured", "holds")
     last = ("", "")
     for cell in result["cells"]:
         key = (cell["policy"], cell["rule"])
@@ -310,8 +313,8 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
         }
         print(json.dumps(content, indent=1))
         return
-    console = _console()
-    table = _table("system", "quantity", ">published", ">implied", "consistent", "why")
+    console = new_console()
+    table = new_table("system", "quantity", ">published", ">implied", "consistent", "why")
     for row in rows:
         table.add_row(
             row.system,
@@ -323,7 +326,7 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
         )
     console.print(table)
     console.print("times that make each throughput figure come out (t_llm given, t_up solved for)")
-    table = _table(
+    table = new_table(
         "system", "averaging", ">t_slm", ">t_llm", ">t_up", "unit", ">speed-up in mean time", "why"
     )
     for entry in times:
@@ -345,7 +348,7 @@ def print_doctor(report: HealthReport, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"healthy": report.healthy, "checks": [asdict(c) for c in report.checks]}))
         return
-    table = _table("check", "found", "ok", "what mends it")
+    table = new_table("check", "found", "ok", "what mends it")
     for check in report.checks:
         table.add_row(check.name, check.found, "yes" if check.ok else "NO", check.remedy)
-    _console().print(table)
+    new_console().print(table)

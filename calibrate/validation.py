@@ -232,7 +232,7 @@ def compare_reruns(
         num_prompts = max(num_prompts, trace.num_prompts)
         categories = trace.categories
         compared += compare(point, calibration, trace, economics, confidence)
-        shift = reference and context_shift(point, trace, reference, confidence)
+        shift = reference and context_shift(point, calibration, trace, reference, confidence)
         if shift:
             shifts.append(asdict(shift))
         entries = entries_per_sent_token(point, trace, confidence)

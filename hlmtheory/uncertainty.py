@@ -84,6 +84,9 @@ def log_partitions(logits: Array, thetas: Temperatures) -> Array:
     exp(s/theta) = exp(s/(2 theta))^2, so a temperature whose double is in the grid too costs a
     square and no exponential: ten instead of nineteen for the default grid.
 
+    Works in place on an array of its own, so it is not differentiable: detach tensors that require
+    a gradient first.
+
     Parameters
     ----------
     logits : array (..., V)

@@ -134,7 +134,7 @@ def _caption(
     text = (
         f"{loaded.sample} Predicted for ui-hlm at the threshold u_th = {threshold} of u-hlm "
         f"({plane['threshold_rule']}){thinned}. The number in a cell is its value; half-widths of "
-        f"the {loaded.interval_note}, are at most {', '.join(widths)} in (a) to (d). A context is "
+        f"the {loaded.derived_note}, are at most {', '.join(widths)} in (a) to (d). A context is "
         "important when the mean of its k largest attention weights is at least γ exp(−H); at the "
         "left every context counts, as in u-hlm, at the right none does and all is skipped, as in "
         "slm. This importance is our assumption."

@@ -147,13 +147,31 @@ class LoadedRun:
 
     @property
     def interval_note(self) -> str:
-        """What every interval of a figure is."""
+        """What every interval of the calibration is."""
         return f"{self.confidence:.0%} intervals, clustered by prompt"
+
+    @property
+    def derived_confidence(self) -> float:
+        """Of the derived settings and their reruns: what `hlm derive` was asked for."""
+        return float(self.derived["confidence"]) if self.derived is not None else self.confidence
+
+    @property
+    def derived_note(self) -> str:
+        """What every interval of derived settings and their reruns is."""
+        return f"{self.derived_confidence:.0%} intervals, clustered by prompt"
 
     @property
     def feasible(self) -> tuple[OperatingPoint, ...]:
         """Points that a policy can be run at."""
         return tuple(point for point in self.points if point.feasible)
+
+    @property
+    def shown(self) -> tuple[OperatingPoint, ...]:
+        """Feasible points that were rerun; all of them where none was.
+
+        A derivation over several tolerances holds far more settings than anybody reads.
+        """
+        return tuple(point for point in self.feasible if self.measured(point)) or self.feasible
 
     def measured(self, point: OperatingPoint) -> dict[str, Cell]:
         """Cells of a point by metric; empty where it was not rerun, or was derived anew since."""

@@ -42,9 +42,9 @@ class PlanePoint:
 
 
 def plane_points(loaded: LoadedRun) -> list[PlanePoint]:
-    """Feasible points; those that skip every token are the device model alone and left out."""
+    """Points to show; those that skip every token are the device model alone and left out."""
     points = []
-    for point in loaded.feasible:
+    for point in loaded.shown:
         if point.policy in GATED_POLICIES and _skips_all(point):
             continue
         cells = loaded.measured(point)
@@ -155,8 +155,8 @@ def _caption(loaded: LoadedRun, points: list[PlanePoint]) -> str:
     return (
         f"{loaded.sample} Hollow: predicted at the derived settings"
         + (
-            f"; full: measured in reruns, {loaded.interval_note}, thin lines join the two. "
-            f"{loaded.validation_sample}"
+            f" that were rerun; full: measured in reruns, {loaded.derived_note}, thin lines join "
+            f"the two. {loaded.validation_sample}"
             if measured
             else "; no rerun of these points is stored."
         )

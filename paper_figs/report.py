@@ -107,8 +107,6 @@ def render(loaded: LoadedRun) -> str:
         else list(loaded.calibration["estimators"][0]["skip_rate_at_risk"])
     )
     metrics = metric_names(loaded.cells)
-    # A derivation over several tolerances holds far more settings than anybody reads.
-    shown = [point for point in loaded.feasible if loaded.measured(point)] or loaded.feasible
     return environment.from_string(PAGE).render(
         definition_list=definition_list,
         title=f"When should the device ask? {loaded.pair_name}",
@@ -124,8 +122,9 @@ def render(loaded: LoadedRun) -> str:
         ],
         estimators=[_estimator_row(entry, levels) for entry in loaded.calibration["estimators"]],
         estimator_levels=[f"{100 * float(level):g} %" for level in levels],
-        points=[_point_row(loaded, point) for point in shown],
-        more_points=[_point_row(loaded, point) for point in loaded.feasible if point not in shown],
+        points=[_point_row(loaded, point) for point in loaded.shown],
+        more_points=[_point_row(loaded, point) for point in loaded.feasible
+                     if point not in loaded.shown],
         points_note=_points_note(loaded),
         point_columns=[column.title for column in COLUMNS],
         notes=reasons([point for point in loaded.points if point.reason]),
@@ -300,7 +299,7 @@ def _quality_rows(loaded: LoadedRun) -> list[dict[str, Any]]:
 def _points_note(loaded: LoadedRun) -> str:
     return (
         f"u_th with its interval, where its rule has one; ± is the half-width of "
-        f"{loaded.interval_note}, for the calibration sampling alone."
+        f"{loaded.derived_note}, for the calibration sampling alone."
     )
 
 

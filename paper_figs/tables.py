@@ -211,7 +211,7 @@ def markdown(loaded: LoadedRun) -> str:
         f"# Predicted and measured, {loaded.pair_name}",
         "",
         f"{loaded.sample} {loaded.validation_sample}".strip(),
-        f"± is the half-width of {loaded.interval_note}. Link: {named('link')}; device profile: "
+        f"± is the half-width of {loaded.derived_note}. Link: {named('link')}; device profile: "
         f"{named('profile')}; '{derived.get('accounting', '–')}' accounting of payload.",
         f"*Published*: what the papers' abstracts say of their own pairs, channels and devices; "
         f"to be read beside our rows, not against them. {_quality_note(loaded)}",

@@ -45,7 +45,7 @@ def predicted_curves(loaded: LoadedRun) -> tuple[Curve, Curve]:
     rates, risks = (
         threshold_means(
             trace["uncertainty"], weight, grid, trace.prompt_index, trace.num_prompts,
-            loaded.confidence,
+            loaded.derived_confidence,
         )
         for weight in (np.ones_like(beta), beta)
     )  # fmt: skip
@@ -86,7 +86,9 @@ def figure(loaded: LoadedRun) -> Figure | None:
     bottom.set_xlim(-0.015, 1.03)
     bottom.set_xlabel("uncertainty threshold u_th (dimensionless, 0 to 1)")
     panel_letter(bottom, "b", "rejection risk, which is the bias of the output")
-    direct_legend(top, loc="upper left", fontsize=7)
+    # The curve passes the middle above the legend's height or below it: the other corner is free.
+    middle = float(rates.value[len(rates.grid) // 2])
+    direct_legend(top, loc="lower right" if middle > 0.45 else "upper left", fontsize=7)
     return finish(drawn, QUESTION, _caption(loaded, points))
 
 
@@ -98,9 +100,17 @@ def rule_family(rule: str) -> tuple[str, str]:
 
 def _legend_text(family: str, members: list[OperatingPoint]) -> str:
     thresholds = []
-    for point in members:
+    levels = [rule_family(point.rule)[1] for point in members]
+    if len(members) > 2:
+        order = np.argsort([float(level) for level in levels])
+        first, last = members[order[0]], members[order[-1]]
+        low, high = (float(p.uncertainty_threshold.value or 0.0) for p in (first, last))
+        return (
+            f"{family}: u_th = {low:.3f} to {high:.3f} at α = {levels[order[0]]} to "
+            f"{levels[order[-1]]}"
+        )
+    for point, level in zip(members, levels, strict=True):
         value = float(point.uncertainty_threshold.value or 0.0)
-        level = rule_family(point.rule)[1]
         text = f"{value:.3f}" + (" (beyond 1: skips all)" if value > 1 else "")
         thresholds.append(f"{text} at α = {level}" if level else text)
     return f"{family}: u_th = {', '.join(thresholds)}"
@@ -148,7 +158,7 @@ def _caption(loaded: LoadedRun, points: list[OperatingPoint]) -> str:
     reran = [point for point in points if loaded.measured(point)]
     parts = [
         f"{loaded.sample} Curve and grey band: predicted at every threshold with "
-        f"{loaded.interval_note}. Hollow: derived thresholds of {policy}; the horizontal bar is "
+        f"{loaded.derived_note}. Hollow: derived thresholds of {policy}; the horizontal bar is "
         "the threshold's own interval, where its rule has one."
     ]
     if reran:

@@ -62,7 +62,7 @@ def along_snr(loaded: LoadedRun, tokens: PolicyTokens, metric: str, snr_db: np.n
     estimates: list[RatioEstimate] = [
         metrics(tokens, economics_at(loaded, snr))[metric] for snr in snr_db
     ]
-    return curve(snr_db, estimates, loaded.confidence)
+    return curve(snr_db, estimates, loaded.derived_confidence)
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -112,7 +112,7 @@ def _caption(loaded: LoadedRun, rule: str, measured: bool) -> str:
     return (
         f"{loaded.sample} Gated policies at the rule {rule}. Lines: predicted"
         + (
-            f"; markers: the reruns' tokens priced at that SNR, {loaded.interval_note}. "
+            f"; markers: the reruns' tokens priced at that SNR, {loaded.derived_note}. "
             f"{loaded.validation_sample}"
             if measured
             else ". No rerun at this rule is stored."

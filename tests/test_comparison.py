@@ -195,7 +195,7 @@ def point(policy: str = "u-hlm") -> dict[str, Any]:
 def test_shift_of_contexts_is_the_paired_difference(rng):
     base = rng.uniform(size=(40, 6))
     own = np.clip(base + 0.1 * rng.normal(size=base.shape) + 0.05, 0, 1)
-    shift = context_shift(point(), trace(own), trace(base), 0.95)
+    shift = context_shift(point(), trace(base), trace(own), trace(base), 0.95)
     assert shift is not None
     by_prompt = own.mean(1) - base.mean(1)
     test = stats.ttest_1samp(by_prompt, 0.0).confidence_interval(0.95)
@@ -209,7 +209,7 @@ def test_shift_of_contexts_is_the_paired_difference(rng):
 
 def test_the_same_outputs_shift_nothing(rng):
     same = trace(rng.uniform(size=(12, 4)), ("a", "b") * 6)
-    shift = context_shift(point(), same, same, 0.95)
+    shift = context_shift(point(), same, same, same, 0.95)
     assert shift is not None
     for figure in (shift.below_threshold, shift.risk_below_threshold, shift.uncertainty):
         assert (figure.value, figure.low, figure.high) == (0.0, 0.0, 0.0)
@@ -220,16 +220,37 @@ def test_what_categories_differ_in_is_no_error_of_a_shift(rng):
     base = rng.uniform(0.3, 0.4, size=(12, 5))
     moved = base + np.repeat([0.0, 0.2, 0.4], 4)[:, None]
     names = tuple(np.repeat(["a", "b", "c"], 4))
-    strict = context_shift(point(), trace(moved, names), trace(base, names), 0.95)
-    loose = context_shift(point(), trace(moved), trace(base), 0.95)
+    with_names, without = trace(base, names), trace(base)
+    strict = context_shift(point(), with_names, trace(moved, names), with_names, 0.95)
+    loose = context_shift(point(), without, trace(moved), without, 0.95)
     assert strict.uncertainty.high - strict.uncertainty.low == pytest.approx(0, abs=1e-12)
     assert loose.uncertainty.high - loose.uncertainty.low > 0.1
     assert strict.uncertainty.value == loose.uncertainty.value == pytest.approx(0.2)
 
 
+def test_shift_and_prompts_add_up_to_measured_less_predicted(rng):
+    """Other prompts, and a different number of them; the second term is a two-sample t interval."""
+    cal, base = trace(rng.uniform(size=(30, 4))), trace(rng.uniform(size=(20, 4)))
+    own = trace(np.clip(rng.uniform(size=(20, 4)) - 0.1, 0, 1))
+    shift = context_shift(point(), cal, own, base, 0.95)
+    assert shift is not None
+    shares = [one["uncertainty"].reshape(-1, 4) <= 0.5 for one in (cal, own, base)]
+    measured_less_predicted = shares[1].mean() - shares[0].mean()
+    total = shift.below_threshold.value + shift.prompts_below_threshold.value
+    assert total == pytest.approx(measured_less_predicted, abs=1e-12)
+    test = stats.ttest_ind(shares[2].mean(1), shares[0].mean(1)).confidence_interval(0.95)
+    found = shift.prompts_below_threshold
+    assert (found.low, found.high) == pytest.approx((test.low, test.high))
+    risks = [np.where(s, one["rejection_prob"].reshape(-1, 4), 0).mean()
+             for s, one in zip(shares, (cal, own, base), strict=True)]  # fmt: skip
+    assert shift.risk_below_threshold.value + shift.prompts_risk.value == pytest.approx(
+        risks[1] - risks[0], abs=1e-12
+    )
+
+
 def test_shift_is_of_thresholds_and_of_the_same_prompts(rng):
     base = trace(rng.uniform(size=(5, 4)))
-    assert context_shift(point("slm"), base, base, 0.95) is None
-    assert context_shift(point("hlm"), base, base, 0.95) is None
+    assert context_shift(point("slm"), base, base, base, 0.95) is None
+    assert context_shift(point("hlm"), base, base, base, 0.95) is None
     others = Trace(base.columns, [f"q{i}" for i in range(5)])
-    assert context_shift(point(), base, others, 0.95) is None
+    assert context_shift(point(), base, base, others, 0.95) is None

@@ -235,6 +235,30 @@ def test_infeasible_points_are_named_but_not_drawn(loaded: LoadedRun) -> None:
     assert not any(p.rule in infeasible for p in payload_bias.plane_points(loaded))
 
 
+def test_captions_quote_the_confidence_that_their_intervals_have(loaded: LoadedRun) -> None:
+    """Derived at 90 %, calibrated at 95 %: each figure says its own."""
+    from dataclasses import replace
+
+    assert loaded.derived is not None
+    other = replace(loaded, derived=loaded.derived | {"confidence": 0.9})
+    expected = {"relation": "95%", "estimators": "95%", "thresholds": "90%", "payload_bias": "90%"}
+    with styled():
+        for name, drawing in draw.figures(other):
+            if name in expected:
+                assert drawing is not None
+                assert f"{expected[name]} intervals, clustered" in caption_of(drawing)
+    assert "90% intervals, clustered" in tables.markdown(other)
+
+
+def test_only_what_was_rerun_is_shown_if_anything_was(loaded: LoadedRun) -> None:
+    from dataclasses import replace
+
+    assert loaded.shown == loaded.feasible
+    few = replace(loaded, cells=tuple(cell for cell in loaded.cells if cell.policy == "r-hlm"))
+    assert {point.policy for point in few.shown} == {"r-hlm"}
+    assert replace(loaded, cells=()).shown == loaded.feasible
+
+
 def _is_hollow(line: Any) -> bool:
     return line.get_marker() not in ("None", "none", "") and line.get_markerfacecolor() == "white"
 
