@@ -52,6 +52,7 @@ def load_workload(
     max_new_tokens: int,
     batch_size: int | None = None,
     attention: bool = False,
+    dtype: str = "auto",
 ) -> Workload:
     """Load a pair of the registry and tokenise the first shipped calibration prompts.
 
@@ -63,8 +64,11 @@ def load_workload(
         None: as many as memory and lengths allow.
     attention : bool
         Whether the device model can record its attention, as full traces need.
+    dtype : str
+        Of the weights.
     """
-    pair = load_pair(resolve_pair(pair_name, None, None, None), attention=attention)
+    spec = resolve_pair(pair_name, None, None, None)
+    pair = load_pair(spec, dtype=dtype, attention=attention)
     prompts = tokenize_prompts(
         calibration_prompts(read_prompts(None), limit),
         pair.tokenizer,
