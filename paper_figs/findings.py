@@ -132,8 +132,8 @@ def _context_shift(results: Path) -> str:
         "calibration's. For skip rate and risk where uncertainty alone decides: cells inside as "
         "measured, and with the shift taken out; then the reruns in which the share of tokens "
         "below the threshold moved by more than its interval, and the widest of their changes in "
-        "mean uncertainty, in percentage points (the widest of many is wide by chance too). Neither "
-        "part need stand out for their sum to miss.\n\n"
+        "mean uncertainty, in percentage points (the widest of many is wide by chance too). "
+        "Neither part need stand out for their sum to miss.\n\n"
         "| run | inside | without the shift | moved | widest |\n"
         "|---|---|---|---|---|\n"
         + "\n".join(rows)
