@@ -77,7 +77,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     right.set_xlabel("risk budget (% probability per token)")
     right.set_ylabel("skip rate at the budget (% of tokens)")
     panel_letter(right, "b", "at fixed budgets, with intervals")
-    direct_legend(left, loc="upper left", fontsize=7)
+    direct_legend(left, loc="best", fontsize=7)
     caption = (
         f"{loaded.sample} (a) Tokens are skipped in rising order of each score, ties together; "
         "R is the sum of β over the skipped tokens, divided by all tokens. "

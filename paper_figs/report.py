@@ -172,7 +172,7 @@ def findings(loaded: LoadedRun) -> list[str]:
         f"{number_text(Number(**fit['correlation']), 2)} token by token, "
         f"{number_text(Number(**fit['correlation_binned']), 2)} for binned means."
     ]
-    rule = chosen_rule(loaded.feasible)
+    rule = chosen_rule(loaded)
     for point in loaded.feasible:
         if point.rule == rule and point.policy in ("u-hlm", "r-hlm"):
             lines.append(_point_sentence(loaded, point))

@@ -27,11 +27,16 @@ PANELS = (
 )
 
 
-def chosen_rule(points: tuple[OperatingPoint, ...]) -> str | None:
-    """The rule to compare at: the risk budget that most gated policies can run at, nearest 1 %.
+def chosen_rule(loaded: LoadedRun) -> str | None:
+    """The rule to compare at: the risk budget of most gated policies that were rerun, nearest 1 %.
 
-    Without one, the first rule that neither skips all nor nothing.
+    Where none was, of most that could be; without a budget, the first rule that neither skips all
+    nor nothing.
     """
+    return _commonest_rule(loaded.shown) or _commonest_rule(loaded.feasible)
+
+
+def _commonest_rule(points: tuple[OperatingPoint, ...]) -> str | None:
     usable: dict[str, int] = {}
     for point in points:
         rate = point.predicted["skip_rate"].value
@@ -67,7 +72,7 @@ def along_snr(loaded: LoadedRun, tokens: PolicyTokens, metric: str, snr_db: np.n
 
 def figure(loaded: LoadedRun) -> Figure | None:
     """Both throughputs against SNR: predicted lines, measured markers."""
-    rule = chosen_rule(loaded.feasible)
+    rule = chosen_rule(loaded)
     if rule is None or "skip_set_bias" not in loaded.trace:
         return None
     points = points_at(loaded, rule)

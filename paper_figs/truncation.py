@@ -14,7 +14,7 @@ from hlmtheory.policies import FixedSize, OnlineSize
 from hlmtheory.relation import linear_rejection
 from hlmtheory.truncation import truncation_bias_bound, truncation_bound_soft
 from paper_figs.curves import Curve, column_means, error_lengths
-from paper_figs.loaded import LoadedRun
+from paper_figs.loaded import LoadedRun, Rerun
 from paper_figs.style import (
     BLACK,
     BLUE,
@@ -68,19 +68,27 @@ def figure(loaded: LoadedRun) -> Figure | None:
     recorded = np.isfinite(loaded.trace["tail_deviation"]).all(axis=1)
     if not recorded.any():
         return None
+    sampled = np.isfinite(loaded.trace["truncation_bias"]).all(axis=1)
     drawn, axes = new_figure(1, 2, 3.7, width_ratios=(1.2, 1.0))
     left, right = axes[0]
     size = online_size(loaded)
     _draw_bias(loaded, left, size)
-    measured = _draw_sizes(loaded, right, size)
+    rerun = rerun_of(loaded, size)
+    _draw_sizes(loaded, right, size, rerun)
     tolerance = f"θ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{size.theta:g}"
     caption = (
-        f"{loaded.sample} N(k) and the exact bias were recorded at {recorded.sum():,} of these "
-        f"tokens. (a) Means over contexts; bands and bars: {loaded.interval_note}. The exact bias "
+        f"{loaded.sample} N(k) was recorded at {recorded.sum():,} of these tokens, the exact bias "
+        f"at {sampled.sum():,}. (a) Means over contexts; bands and bars: {loaded.interval_note}. "
+        "The exact bias "
         "is of drafting from x and verifying against its truncation. A bound above 1 says nothing. "
         f"(b) k* is the smallest k whose bound (19) is within {tolerance}; "
         f"V = {loaded.vocab_size:,}; sizes beyond {max(SIZE_GRID):,} are drawn there."
-        + (f" {loaded.validation_sample}" if measured else "")
+        + (
+            f" Of tokens above the threshold of {rerun.point.rule}, which are sent: predicted on "
+            f"the calibration's, measured in its rerun. {loaded.validation_sample}"
+            if rerun
+            else " Of all tokens."
+        )
     )
     return finish(drawn, QUESTION, caption)
 
@@ -101,13 +109,9 @@ def _draw_bias(loaded: LoadedRun, axes: Any, size: OnlineSize) -> None:
     )  # fmt: skip
     axes.axhline(size.theta, color=GREY, linewidth=0.9, linestyle=(0, (1, 1)))
     axes.text(
-        1.1,
-        size.theta * 0.93,
-        f"tolerance θ = {size.theta:g}",
-        color=GREY,
-        fontsize=7,
-        va="top",
-    )
+        0.98, size.theta * 1.08, f"tolerance θ = {size.theta:g}", color=GREY, fontsize=7,
+        ha="right", va="bottom", transform=axes.get_yaxis_transform(),
+    )  # fmt: skip
     offline = loaded.policy_at("cu-hlm-offline", 0.5)
     if offline is not None and isinstance(offline.size, FixedSize):
         chosen = offline.size.num_entries
@@ -124,20 +128,28 @@ def _draw_bias(loaded: LoadedRun, axes: Any, size: OnlineSize) -> None:
     direct_legend(axes, loc="lower left", fontsize=7)
 
 
-def _draw_sizes(loaded: LoadedRun, axes: Any, size: OnlineSize) -> bool:
-    """Distribution functions of k*; says whether a rerun's is among them."""
-    predicted = predicted_online_sizes(loaded.trace, size, loaded.vocab_size)
-    series: list[tuple[str, np.ndarray, str, Any]] = [
-        ("predicted", predicted[np.isfinite(predicted)], BLUE, "solid")
+def rerun_of(loaded: LoadedRun, size: OnlineSize) -> Rerun | None:
+    """The online rule's rerun at this tolerance that sends most tokens; None without any."""
+    reran = [
+        rerun
+        for rerun in loaded.reruns
+        if rerun.point.policy == "cu-hlm-online"
+        and rerun.point.settings["theta"] == size.theta
+        and not rerun.trace["skipped"].all()
     ]
-    reran = [rerun for rerun in loaded.reruns if rerun.point.policy == "cu-hlm-online"]
-    if reran:
-        # The rerun that verifies most tokens shows the most sizes.
-        rerun = min(reran, key=lambda r: float(r.trace["skipped"].mean()))
+    return min(reran, key=lambda r: float(r.trace["skipped"].mean()), default=None)
+
+
+def _draw_sizes(loaded: LoadedRun, axes: Any, size: OnlineSize, rerun: Rerun | None) -> None:
+    """Distribution functions of k*: predicted, and of the same rule in a rerun."""
+    predicted = predicted_online_sizes(loaded.trace, size, loaded.vocab_size)
+    known = np.isfinite(predicted)
+    series: list[tuple[str, np.ndarray, str, Any]] = []
+    if rerun is not None:
+        known &= loaded.trace["uncertainty"] > float(rerun.point.uncertainty_threshold.value or 0)
         entries = rerun.trace["policy_entries"][~rerun.trace["skipped"].astype(bool)]
-        if len(entries):
-            label = f"measured, {rerun.point.rule}"
-            series.append((label, entries.astype(float), VERMILLION, (0, (6, 2))))
+        series.append(("measured", entries.astype(float), VERMILLION, (0, (6, 2))))
+    series.insert(0, ("predicted", predicted[known], BLUE, "solid"))
     for label, sizes, color, linestyle in series:
         ordered = np.sort(np.minimum(sizes, max(SIZE_GRID)))
         share = np.arange(1, len(ordered) + 1) / len(ordered)
@@ -153,4 +165,3 @@ def _draw_sizes(loaded: LoadedRun, axes: Any, size: OnlineSize) -> bool:
     axes.set_ylabel("cumulative share (of tokens)")
     panel_letter(axes, "b", "k* of the online rule")
     direct_legend(axes, loc="best", fontsize=7)
-    return len(series) > 1

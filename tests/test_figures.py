@@ -235,6 +235,17 @@ def test_infeasible_points_are_named_but_not_drawn(loaded: LoadedRun) -> None:
     assert not any(p.rule in infeasible for p in payload_bias.plane_points(loaded))
 
 
+def test_sizes_are_compared_at_one_tolerance(loaded: LoadedRun) -> None:
+    from dataclasses import replace
+
+    size = truncation.online_size(loaded)
+    chosen = truncation.rerun_of(loaded, size)
+    assert chosen is not None
+    assert chosen.point.settings["theta"] == size.theta
+    assert truncation.rerun_of(loaded, replace(size, theta=size.theta / 2)) is None
+    assert truncation.rerun_of(replace(loaded, reruns=()), size) is None
+
+
 def test_captions_quote_the_confidence_that_their_intervals_have(loaded: LoadedRun) -> None:
     """Derived at 90 %, calibrated at 95 %: each figure says its own."""
     from dataclasses import replace
@@ -382,7 +393,7 @@ def test_normalised_entropy_of_a_uniform_row_is_one(loaded: LoadedRun) -> None:
 
 def test_throughput_at_the_derived_snr_is_the_prediction(loaded: LoadedRun) -> None:
     link = loaded.economics().link
-    rule = throughput_snr.chosen_rule(loaded.feasible)
+    rule = throughput_snr.chosen_rule(loaded)
     assert rule is not None
     for point in throughput_snr.points_at(loaded, rule):
         tokens = predicted_tokens(loaded.trace, point.to_policy(), VOCAB)
