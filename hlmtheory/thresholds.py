@@ -136,12 +136,13 @@ def risk_budget_threshold(
     over = u_sorted[first_over]
     below = u_sorted[u_sorted < over]
     if len(below) == 0:
+        least = risk[np.searchsorted(u_sorted, over, side="right") - 1]
         return Threshold(
             rule,
             float("nan"),
             False,
-            f"the least uncertain tokens (u = {over:.3g}) already carry risk {risk[first_over]:.3g}"
-            f" > {alpha:g}",
+            f"the least uncertain tokens (u = {over:.3g}) already carry risk {least:.4g} > "
+            f"{alpha:g}",
         )
     middle = (below[-1] + over) / 2
     # Between neighbouring floats the midpoint rounds to one of them, maybe to the wrong one.

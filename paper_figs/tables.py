@@ -185,8 +185,8 @@ def markdown(loaded: LoadedRun) -> str:
     titles = ["policy", "rule", "u_th", "", *TITLES]
     lines = [markdown_row(titles), markdown_row(["---"] * 4 + ["---:"] * len(TITLES))]
     left = list(published_rows())
-    last_of = {point.policy: number for number, point in enumerate(loaded.feasible)}
-    for number, point in enumerate(loaded.feasible):
+    last_of = {point.policy: number for number, point in enumerate(loaded.shown)}
+    for number, point in enumerate(loaded.shown):
         numbers = [figures_of(loaded, point, column) for column in COLUMNS]
         threshold = point.uncertainty_threshold.value
         head = [point.policy, point.rule, "" if threshold is None else f"{threshold:.3f}"]
@@ -218,6 +218,9 @@ def markdown(loaded: LoadedRun) -> str:
         "",
         *lines,
     ]
+    num_others = len(loaded.feasible) - len(loaded.shown)
+    if num_others:
+        text += ["", f"Derived but not rerun: {num_others} settings, in {TABLE_NAME}.csv."]
     infeasible = [point for point in loaded.points if not point.feasible]
     if infeasible:
         text += ["", "Infeasible:", ""]
