@@ -108,7 +108,7 @@ def common_strata(calibration: Sequence[str], rerun: Sequence[str]) -> Strata | 
     first, second = stratum_numbers(calibration), stratum_numbers(rerun)
     if first is None or not now:
         return None
-    # A stratum of one prompt on the rerun's side counts in full: error_terms.
+    # A rerun of one prompt a stratum has no freedom: the calibration alone gives the spread.
     number = {category: i for i, category in enumerate(sorted(before))}
     return Strata(first, np.array([number[c] for c in rerun]) if second is None else second)
 

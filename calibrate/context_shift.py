@@ -81,7 +81,7 @@ def context_shift(
 
     Returns
     -------
-    ContextShift, or None where no threshold on the exact uncertainty decides or prompts differ.
+    ContextShift, or None where no threshold on uncertainty decides or prompts differ.
     """
     policy = policy_from_settings(
         point["policy"], point["uncertainty_threshold"]["value"], point["settings"]

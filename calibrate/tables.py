@@ -61,7 +61,6 @@ def _number(figure: dict[str, Any], digits: int = 3) -> str:
 
 
 def compact(figure: dict[str, Any]) -> str:
-    """A figure in few characters."""
     """Value and interval in as few characters as they need, for wide tables."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if value is None:
@@ -281,7 +280,8 @@ def print_validation(result: dict[str, Any]) -> None:
         console.print(
             f"  contexts: beside the outputs of hlm on the same prompts, {len(moved)} of "
             f"{len(result['context_shift'])} reruns have another share of tokens below their "
-            "threshold" + "".join(f"\n    {_shift(one)}" for one in moved),
+            "threshold (one in twenty by chance)"
+            + "".join(f"\n    {_shift(one)}" for one in moved),
             soft_wrap=True,
         )
     console.print()

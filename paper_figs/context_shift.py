@@ -73,6 +73,7 @@ def _caption(loaded: LoadedRun, rows: list[dict[str, Any]]) -> str:
         f"{loaded.validation['confidence']:.0%} intervals, paired and clustered by prompt"
         f"{', prompts by category' if loaded.validation.get('strata') else ''}. "
         f"Crosses: 0 is outside; of {len(rows)} reruns (a) {away['below_threshold']}, "
-        f"(b) {away['risk_below_threshold']}, (c) {away['uncertainty']}. All reruns share prompts "
-        "and random numbers, so their bars move together."
+        f"(b) {away['risk_below_threshold']}, (c) {away['uncertainty']}. All reruns share prompts, "
+        "random numbers and the rerun they are held against, so their bars move together, and one "
+        "in twenty leaves 0 by chance."
     )
