@@ -92,8 +92,8 @@ def context_shift(
         or rerun.prompt_ids != reference.prompt_ids
     ):
         return None
-    strata = stratum_numbers(rerun.categories)
     shared = common_strata(calibration.categories, reference.categories)
+    strata = stratum_numbers(rerun.categories) if shared else None
 
     def below(trace: Trace) -> np.ndarray:
         return (trace["uncertainty"] <= gate.threshold).astype(float)

@@ -123,12 +123,13 @@ def _context_shift(results: Path) -> str:
             for key in ("below_threshold", "prompts_below_threshold")
             if split
         ]
+        whole = "`ui-hlm` only, not split" if missed else "none missed"
         moving = [one for one in shifts if _half_width(one["below_threshold"]) > 0]
         away = [one for one in moving if _excludes_zero(one["below_threshold"])]
         clearest = max(moving, key=lambda one: _clearness(one["below_threshold"]))
         rows.append(
             f"| {run.name} | {', '.join(f'`{name}` {n}' for name, n in reruns.items()) or 'none'} "
-            f"| {' and '.join(f'{100 * part:+.1f}' for part in parts) or 'none missed'} | "
+            f"| {' and '.join(f'{100 * part:+.1f}' for part in parts) or whole} | "
             f"{len(away)} of {len(moving)} | `{clearest['policy']}/{clearest['rule']}`: "
             f"{_interval(clearest['below_threshold'], 100.0, 2)} |"
         )
@@ -142,9 +143,9 @@ def _context_shift(results: Path) -> str:
         "held against one rerun of `hlm`); and the clearest of these shifts. In percentage "
         "points.\n\n"
         "| run | outside | shift and prompts, where missed | shifted | clearest shift |\n"
-        "|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        "A shift several times its half-width is established; those that barely leave their "
-        "intervals are, among this many, within chance.\n\n"
+        "|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n\n"
         + _figure("context_shift", "change of contexts in every rerun, paired by prompt")
     )
 

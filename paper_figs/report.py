@@ -106,7 +106,7 @@ def render(loaded: LoadedRun) -> str:
         if not loaded.calibration["estimators"]
         else list(loaded.calibration["estimators"][0]["skip_rate_at_risk"])
     )
-    metrics = metric_names(loaded.cells)
+    metrics, shown = metric_names(loaded.cells), loaded.shown
     return environment.from_string(PAGE).render(
         definition_list=definition_list,
         title=f"When should the device ask? {loaded.pair_name}",
@@ -122,9 +122,9 @@ def render(loaded: LoadedRun) -> str:
         ],
         estimators=[_estimator_row(entry, levels) for entry in loaded.calibration["estimators"]],
         estimator_levels=[f"{100 * float(level):g} %" for level in levels],
-        points=[_point_row(loaded, point) for point in loaded.shown],
+        points=[_point_row(loaded, point) for point in shown],
         more_points=[_point_row(loaded, point) for point in loaded.feasible
-                     if point not in loaded.shown],
+                     if point not in shown],
         points_note=_points_note(loaded),
         point_columns=[column.title for column in COLUMNS],
         notes=reasons([point for point in loaded.points if point.reason]),
