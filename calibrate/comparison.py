@@ -105,12 +105,12 @@ def common_strata(calibration: Sequence[str], rerun: Sequence[str]) -> Strata | 
     before, now = Counter(calibration), Counter(rerun)
     if any(before[c] * len(rerun) != now[c] * len(calibration) for c in before | now):
         return None
-    first, second = stratum_numbers(calibration), stratum_numbers(rerun)
+    first = stratum_numbers(calibration)
     if first is None or not now:
         return None
     # A rerun of one prompt a stratum has no freedom: the calibration alone gives the spread.
     number = {category: i for i, category in enumerate(sorted(before))}
-    return Strata(first, np.array([number[c] for c in rerun]) if second is None else second)
+    return Strata(first, np.array([number[category] for category in rerun]))
 
 
 def stratum_numbers(categories: Sequence[str]) -> np.ndarray | None:
@@ -270,3 +270,33 @@ def repeats(tested: Sequence[Comparison], confidence: float, seed: int = 0) -> d
         "widest_error": widest,
         "probability_of_as_wide": float(np.mean(np.max(drawn / spread, axis=1) >= widest)),
     }
+
+
+def coverage_text(validation: dict[str, Any]) -> str:
+    """What validation.json says of its coverage, in sentences."""
+    summary = validation["coverage"]
+    tested = summary["tested"]
+    text = (
+        f"{summary['covered']} of {summary['total']} measured figures fall inside their "
+        f"{validation['confidence']:.0%} prediction intervals; of the {tested['total']} "
+        f"that a policy does not fix by itself, {tested['covered']}"
+    )
+    hold = tested.get("if_predictions_hold")
+    if hold:
+        low, high = (100 * hold["share"][end] for end in ("low", "high"))
+        text += (
+            f" = {100 * tested['covered'] / tested['total']:.1f} %. They share prompts: "
+            f"predictions that hold would cover {low:.0f} to {high:.0f} % of them in "
+            f"{100 * validation['confidence']:g} of 100 repeats, "
+            f"and as few with probability {hold['probability_of_at_most']:.2g}; "
+            f"the widest error, {hold['widest_error']:.2g} standard errors, is matched with "
+            f"probability {hold['probability_of_as_wide']:.2g}"
+        )
+    if validation.get("strata"):
+        plain = summary["unstratified"]
+        text += (
+            ". Intervals take prompts by category, of which both sets have the same mix; "
+            f"taken as independent draws, {plain['covered']} of {plain['total']} would be "
+            "inside"
+        )
+    return f"{text}."

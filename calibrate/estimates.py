@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -19,6 +21,11 @@ def mean_figure(values: np.ndarray, confidence: float, unit: str = "") -> Figure
     """Mean of independent values (N,), one a prompt or one a draw, with its Student-t interval."""
     num = len(values)
     return as_figure(mean_over_tokens(values, np.arange(num), num), unit, confidence)
+
+
+def excludes_zero(number: dict[str, Any]) -> bool:
+    """Whether a figure, as JSON has it, has an interval without 0."""
+    return number["low"] is not None and not number["low"] <= 0 <= number["high"]
 
 
 def share_figure(count: int, total: int, confidence: float) -> Figure:

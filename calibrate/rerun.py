@@ -1,8 +1,8 @@
 """`hlm validate`: run the whole pipeline again at the derived settings.
 
 The prompts are fresh, the seed is fresh, and the tokens are decoded by the policy itself, not
-replayed from the calibration trace. What is compared is the theory; device, link and model times
-are the ones the predictions were made with.
+replayed from the calibration trace. calibrate.comparison holds them against the predictions: what
+is compared is the theory, for device, link and model times are those of the predictions.
 """
 
 from __future__ import annotations

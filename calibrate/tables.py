@@ -224,6 +224,9 @@ def print_operating_points(result: dict[str, Any]) -> None:
 
 def print_validation(result: dict[str, Any]) -> None:
     """`hlm validate`: cell by cell, and the coverage."""
+    from calibrate.comparison import coverage_text
+    from calibrate.estimates import excludes_zero
+
     console = new_console()
     console.print(
         f"predicted against measured ({result['num_prompts']} fresh prompts, "
@@ -251,49 +254,19 @@ def print_validation(result: dict[str, Any]) -> None:
         console.print(
             f"  not rerun: {point['policy']}/{point['rule']}: {point['reason']}", soft_wrap=True
         )
-    summary = result["coverage"]
-    console.print(
-        f"covered: {summary['covered']} of {summary['total']} cells; of the "
-        f"{summary['tested']['total']} that the policy does not fix by itself, "
-        f"{summary['tested']['covered']}, share {_number(summary['tested']['share'])} "
-        "as if cells were independent"
-    )
-    hold = summary["tested"]["if_predictions_hold"]
-    if hold:
-        console.print(
-            f"  they share prompts: predictions that hold would cover "
-            f"{_percent(hold['share']['low'])} to {_percent(hold['share']['high'])} of them, and "
-            f"as few with probability {hold['probability_of_at_most']:.2g}; the widest error, "
-            f"{hold['widest_error']:.2g} standard errors, is matched with probability "
-            f"{hold['probability_of_as_wide']:.2g}",
-            soft_wrap=True,
-        )
-    if result["strata"]:
-        plain = summary["unstratified"]
-        console.print(
-            f"  intervals take prompts by category, in which both sets have the same mix; taken as "
-            f"independent draws, {plain['covered']} of {plain['total']} would be inside",
-            soft_wrap=True,
-        )
-    moved = [one for one in result["context_shift"] if _away_from_zero(one["below_threshold"])]
+    console.print(f"covered: {coverage_text(result)}", soft_wrap=True)
+    moved = [one for one in result["context_shift"] if excludes_zero(one["below_threshold"])]
     if result["context_shift"]:
         console.print(
             f"  contexts: beside the outputs of hlm on the same prompts, {len(moved)} of "
             f"{len(result['context_shift'])} reruns have another share of tokens below their "
-            "threshold (one in twenty by chance)"
+            f"threshold ({1 - result['confidence']:.0%} would by chance)"
             + "".join(f"\n    {_shift(one)}" for one in moved),
             soft_wrap=True,
         )
+    else:
+        console.print("  contexts: their shift is measured beside a rerun of hlm; add --policy hlm")
     console.print()
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _away_from_zero(figure: dict[str, Any]) -> bool:
-    low, high = figure["low"], figure["high"]
-    return low is not None and not low <= 0 <= high
 
 
 def _shift(one: dict[str, Any]) -> str:

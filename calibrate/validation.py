@@ -232,9 +232,9 @@ def compare_reruns(
         num_prompts = max(num_prompts, trace.num_prompts)
         categories = trace.categories
         compared += compare(point, calibration, trace, economics, confidence)
-        shift = reference and context_shift(point, calibration, trace, reference, confidence)
-        if shift:
-            shifts.append(asdict(shift))
+        if reference is not None:
+            shift = context_shift(point, calibration, trace, reference, confidence)
+            shifts += [] if shift is None else [asdict(shift)]
         entries = entries_per_sent_token(point, trace, confidence)
         payload.append(
             {

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from calibrate.estimates import excludes_zero
 from paper_figs.curves import error_lengths
 from paper_figs.loaded import LoadedRun
 from paper_figs.style import BLUE, VERMILLION, finish, new_figure, panel_letter
@@ -62,9 +63,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
 def _caption(loaded: LoadedRun, rows: list[dict[str, Any]]) -> str:
     if loaded.validation is None:
         raise ValueError("validation is None: this figure needs validation.json")
-    away = {
-        key: sum(not row[key]["low"] <= 0 <= row[key]["high"] for row in rows) for key, _ in PANELS
-    }
+    away = {key: sum(excludes_zero(row[key]) for row in rows) for key, _ in PANELS}
     return (
         f"{loaded.sample} {loaded.validation_sample} Each rerun's figure at its threshold, less "
         "that of the same threshold along the rerun of hlm, whose outputs follow the server's law "

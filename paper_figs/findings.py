@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from calibrate.estimates import excludes_zero
 from calibrate.resources import data_path
 from calibrate.runs import Figure, atomic_path, read_json
 
@@ -125,7 +126,7 @@ def _context_shift(results: Path) -> str:
         ]
         whole = "`ui-hlm` only, not split" if missed else "none missed"
         moving = [one for one in shifts if _half_width(one["below_threshold"]) > 0]
-        away = [one for one in moving if _excludes_zero(one["below_threshold"])]
+        away = [one for one in moving if excludes_zero(one["below_threshold"])]
         clearest = max(moving, key=lambda one: _clearness(one["below_threshold"]))
         rows.append(
             f"| {run.name} | {', '.join(f'`{name}` {n}' for name, n in reruns.items()) or 'none'} "
@@ -156,10 +157,6 @@ def _half_width(number: dict[str, Any]) -> float:
 
 def _clearness(number: dict[str, Any]) -> float:
     return abs(number["value"]) / _half_width(number)
-
-
-def _excludes_zero(number: dict[str, Any]) -> bool:
-    return number["low"] is not None and not number["low"] <= 0 <= number["high"]
 
 
 def _payload(run: Path) -> str:

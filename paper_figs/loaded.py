@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate.comparison import Cell
+from calibrate.comparison import Cell, coverage_text
 from calibrate.errors import UserError
 from calibrate.operating_points import OperatingPoint, policy_from_settings
 from calibrate.policy_tokens import METRICS, Economics, PolicyTokens, measured_tokens
@@ -118,32 +118,7 @@ class LoadedRun:
         """Cells inside their intervals, and how many to expect; empty without reruns."""
         if self.validation is None or not self.cells:
             return ""
-        summary = self.validation["coverage"]
-        tested = summary["tested"]
-        text = (
-            f"{summary['covered']} of {summary['total']} measured figures fall inside their "
-            f"{self.validation['confidence']:.0%} prediction intervals; of the {tested['total']} "
-            f"that a policy does not fix by itself, {tested['covered']}"
-        )
-        hold = tested.get("if_predictions_hold")
-        if hold:
-            low, high = (100 * hold["share"][end] for end in ("low", "high"))
-            text += (
-                f" = {100 * tested['covered'] / tested['total']:.1f} %. They share prompts: "
-                f"predictions that hold would cover {low:.0f} to {high:.0f} % of them in "
-                f"{100 * self.validation['confidence']:g} of 100 repeats, "
-                f"and as few with probability {hold['probability_of_at_most']:.2g}; "
-                f"the widest error, {hold['widest_error']:.2g} standard errors, is matched with "
-                f"probability {hold['probability_of_as_wide']:.2g}"
-            )
-        if self.validation.get("strata"):
-            plain = summary["unstratified"]
-            text += (
-                ". Intervals take prompts by category, of which both sets have the same mix; "
-                f"taken as independent draws, {plain['covered']} of {plain['total']} would be "
-                "inside"
-            )
-        return f"{text}."
+        return coverage_text(self.validation)
 
     @property
     def interval_note(self) -> str:

@@ -257,7 +257,8 @@ def test_captions_quote_the_confidence_that_their_intervals_have(loaded: LoadedR
         for name, drawing in draw.figures(other):
             if name in expected:
                 assert drawing is not None
-                assert f"{expected[name]} intervals, clustered" in caption_of(drawing)
+                assert f"{expected.pop(name)} intervals, clustered" in caption_of(drawing)
+    assert not expected, "a figure was not looked at"
     assert "90% intervals, clustered" in tables.markdown(other)
 
 
