@@ -50,7 +50,7 @@ bench: $(STAMP)
 # What has a result already is left out: remove data/results/NAME to measure NAME anew.
 evidence: $(STAMP)
 	$(BIN)/python -m benchmarks.evidence
-	$(BIN)/python -m paper_figs.findings
+	$(BIN)/python -m paper_figs.report.findings
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

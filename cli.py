@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from calibrate.errors import UsageError, UserError
+from calibrate.run.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from calibrate.pairs import LoadedPair, PairSpec
+    from calibrate.pairs.registry import LoadedPair, PairSpec
 
 app = typer.Typer(
     name="hlm",
@@ -110,8 +110,8 @@ def _inside(name: str, value: float, low: float, high: float) -> None:
 @pairs_app.command("list")
 def pairs_list(as_json: JsonOption = False) -> None:
     """The pairs that need no more than their name."""
-    from calibrate.pairs import REGISTRY, describe
-    from calibrate.tables import print_pairs
+    from calibrate.pairs.registry import REGISTRY, describe
+    from calibrate.terminal.tables import print_pairs
 
     print_pairs([describe(spec) for spec in REGISTRY.values()], as_json)
 
@@ -121,8 +121,8 @@ def pairs_show(
     name: Annotated[str, typer.Argument(help="Name of a pair.")], as_json: JsonOption = False
 ) -> None:
     """Sources, hashes, sizes and cache folder of one pair."""
-    from calibrate.pairs import describe, resolve_pair
-    from calibrate.tables import print_pair
+    from calibrate.pairs.registry import describe, resolve_pair
+    from calibrate.terminal.tables import print_pair
 
     print_pair(describe(resolve_pair(name, None, None, None)), as_json)
 
@@ -130,8 +130,8 @@ def pairs_show(
 @pairs_app.command("pull")
 def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> None:
     """Fetch, verify and convert a pair into the cache."""
-    from calibrate.pairs import cached, describe, pull, resolve_pair
-    from calibrate.progress import transfer_progress
+    from calibrate.pairs.registry import cached, describe, pull, resolve_pair
+    from calibrate.terminal.progress import transfer_progress
 
     spec = resolve_pair(name, None, None, None)
     if not cached(spec):
@@ -141,8 +141,8 @@ def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> 
 
 
 def _load(spec: PairSpec, dtype: str, device: str, attention: bool) -> LoadedPair:
-    from calibrate.pairs import cached, load_pair, pull
-    from calibrate.progress import say, transfer_progress
+    from calibrate.pairs.registry import cached, load_pair, pull
+    from calibrate.terminal.progress import say, transfer_progress
 
     if not cached(spec):
         say(f"fetching {spec.name} (once)")
@@ -176,8 +176,8 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
-    from calibrate.calibration import CalibrationRequest, prepare
-    from calibrate.pairs import resolve_pair
+    from calibrate.fit.calibration import CalibrationRequest, prepare
+    from calibrate.pairs.registry import resolve_pair
 
     _check_decoding(limit, max_new_tokens, batch_size, temperature, seed, device, dtype)
     if trace not in ("full", "minimal"):
@@ -206,7 +206,7 @@ def calibrate(
     if as_json:
         print(json.dumps(summary, indent=1))
         return
-    from calibrate.tables import print_calibration
+    from calibrate.terminal.tables import print_calibration
 
     print_calibration(summary, output_path)
 
@@ -217,7 +217,7 @@ def _absolute(model: str | None) -> str | None:
 
 
 def _say_how_many(found: int, limit: int) -> None:
-    from calibrate.progress import say
+    from calibrate.terminal.progress import say
 
     if found < limit:
         say(f"--limit {limit}: there are {found} such prompts; all of them are used")
@@ -229,14 +229,14 @@ def _calibrate(
     pair: LoadedPair,
     way_on: str = "go on with the same command and --resume",
 ) -> dict[str, Any]:
-    from calibrate.calibration import calibrate as run_calibration
-    from calibrate.progress import token_progress
+    from calibrate.fit.calibration import calibrate as run_calibration
+    from calibrate.terminal.progress import token_progress
 
     try:
         with token_progress("calibrating") as bar:
             return run_calibration(request, chosen, pair, bar.advance, bar.set_total)
     except KeyboardInterrupt:
-        from calibrate.traces import shard_paths
+        from calibrate.run.traces import shard_paths
 
         num_shards = len(shard_paths(request.run))
         raise UserError(
@@ -307,8 +307,8 @@ def derive(
     as_json: JsonOption = False,
 ) -> None:
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
-    from calibrate.derivation import derive_run
-    from calibrate.tables import print_operating_points
+    from calibrate.derive.derivation import derive_run
+    from calibrate.terminal.tables import print_operating_points
 
     risks = tuple(risk) if risk else (0.01,)
     for value in risks:
@@ -338,7 +338,7 @@ def derive(
 
 
 def _policies(chosen: list[str] | None) -> tuple[str, ...]:
-    from calibrate.derivation import policy_names
+    from calibrate.derive.derivation import policy_names
 
     known = policy_names()
     for name in chosen or ():
@@ -369,7 +369,7 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured."""
-    from calibrate.validation import prepare_validation
+    from calibrate.validate.validation import prepare_validation
 
     _at_least("--limit", limit, 1, "leave it out for the default")
     if batch_size is not None:
@@ -393,14 +393,14 @@ def validate(
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    from calibrate.tables import print_validation
+    from calibrate.terminal.tables import print_validation
 
     print_validation(result)
 
 
 def _validate(plan: Any, pair: LoadedPair) -> dict[str, Any]:
-    from calibrate.progress import token_progress
-    from calibrate.validation import run_validation
+    from calibrate.terminal.progress import token_progress
+    from calibrate.validate.validation import run_validation
 
     with token_progress("validating") as bar:
         return run_validation(plan, pair, bar.advance, bar.set_total, bar.describe)
@@ -424,7 +424,7 @@ def quality(
     as_json: JsonOption = False,
 ) -> None:
     """Score the texts of every rerun against the server model's own: RUN/quality.json."""
-    from calibrate.quality import prepare_quality
+    from calibrate.quality.scores import prepare_quality
 
     if num_layers is not None:
         _at_least("--num-layers", num_layers, 1)
@@ -435,15 +435,15 @@ def quality(
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    from calibrate.quality_table import print_quality
+    from calibrate.terminal.quality_table import print_quality
 
     print_quality(result)
 
 
 def _quality(plan: Any, device: str) -> dict[str, Any]:
-    from calibrate.encoder import ENCODER, encoder_is_cached, ensure_encoder
-    from calibrate.progress import say, transfer_progress
-    from calibrate.quality import run_quality
+    from calibrate.quality.encoder import ENCODER, encoder_is_cached, ensure_encoder
+    from calibrate.quality.scores import run_quality
+    from calibrate.terminal.progress import say, transfer_progress
 
     if not encoder_is_cached():
         say(f"fetching {ENCODER.label} (once)")
@@ -460,7 +460,7 @@ def figures(
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
-    from calibrate.progress import say
+    from calibrate.terminal.progress import say
     from paper_figs.draw import draw_run
 
     for path in draw_run(run, output_path or run / "figures", on_figure=say):
@@ -470,7 +470,7 @@ def figures(
 @app.command()
 def report(run: RunArgument) -> None:
     """One self-contained HTML page of the run: RUN/report.html."""
-    from paper_figs.report import write_report
+    from paper_figs.report.report import write_report
 
     print(write_report(run))
 
@@ -478,8 +478,8 @@ def report(run: RunArgument) -> None:
 @app.command()
 def audit(as_json: JsonOption = False) -> None:
     """The papers' published numbers against what the theory says they imply."""
-    from calibrate.presets import published_audit
-    from calibrate.tables import print_audit
+    from calibrate.derive.presets import published_audit
+    from calibrate.terminal.tables import print_audit
 
     print_audit(*published_audit(), as_json)
 
@@ -487,8 +487,8 @@ def audit(as_json: JsonOption = False) -> None:
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Versions, devices, cache, disk, and the command that mends what is missing."""
-    from calibrate.doctor import examine
-    from calibrate.tables import print_doctor
+    from calibrate.terminal.doctor import examine
+    from calibrate.terminal.tables import print_doctor
 
     report = examine()
     print_doctor(report, as_json)
@@ -503,12 +503,16 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
-    from calibrate.calibration import CalibrationRequest, prepare
-    from calibrate.derivation import derive_run, policy_names
-    from calibrate.pairs import resolve_pair
-    from calibrate.progress import say
-    from calibrate.tables import print_calibration, print_operating_points, print_validation
-    from calibrate.validation import prepare_validation
+    from calibrate.derive.derivation import derive_run, policy_names
+    from calibrate.fit.calibration import CalibrationRequest, prepare
+    from calibrate.pairs.registry import resolve_pair
+    from calibrate.terminal.progress import say
+    from calibrate.terminal.tables import (
+        print_calibration,
+        print_operating_points,
+        print_validation,
+    )
+    from calibrate.validate.validation import prepare_validation
     from paper_figs.draw import draw_run
 
     begin = time.perf_counter()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workload import Workload, load_workload, transformer_models
-from calibrate.engine import decode
+from calibrate.decode.engine import decode
 from hlmtheory.policies import make_policy
 
 VALUES = ("uncertainty", "rejection_prob", "tv_distance")

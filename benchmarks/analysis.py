@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.fit import ESTIMATORS, NUM_RESAMPLES, estimator_score, fit_line, score_estimator
-from calibrate.operating_points import DeriveRequest, derive_thresholds
-from calibrate.traces import Trace
+from calibrate.derive.operating_points import DeriveRequest, derive_thresholds
+from calibrate.fit.line import ESTIMATORS, NUM_RESAMPLES, estimator_score, fit_line, score_estimator
+from calibrate.run.traces import Trace
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
 

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Workload, load_workload, transformer_models
-from calibrate.attention import RECORDING
-from calibrate.engine import batches_by_length, decode
-from calibrate.models import synchronise
+from calibrate.decode.engine import batches_by_length, decode
+from calibrate.decode.models import synchronise
+from calibrate.pairs.attention import RECORDING
 from hlmtheory import domain
 from hlmtheory.policies import make_policy
 from hlmtheory.uncertainty import exact_uncertainty, log_partitions, temperatures

@@ -20,13 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.workload import load_workload
-from calibrate.attenuation import attenuation_table, decode_attenuation_trace, write_attenuation
-from calibrate.calibration import pair_identity, summarise
-from calibrate.errors import UserError
-from calibrate.runs import read_json, write_json
-from calibrate.splits import write_splits
-from calibrate.traces import read_header, read_trace, shard_paths
-from calibrate.validation import compare_reruns, rerun_path
+from calibrate.fit.calibration import pair_identity, summarise
+from calibrate.run.errors import UserError
+from calibrate.run.folder import read_json, write_json
+from calibrate.run.traces import read_header, read_trace, shard_paths
+from calibrate.validate.attenuation import (
+    attenuation_table,
+    decode_attenuation_trace,
+    write_attenuation,
+)
+from calibrate.validate.guarantees import write_splits
+from calibrate.validate.validation import compare_reruns, rerun_path
 
 COMMAND = ("python", "-m", "benchmarks.evidence", *sys.argv[1:])
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibrate.runs import atomic_path, write_json
+from calibrate.run.folder import atomic_path, write_json
 
 NUM_REPEATS = 3
 PROMPTS = (100, 1_000, 10_000)
@@ -75,11 +75,11 @@ def decode_load(load: Load) -> tuple[float, int]:
     """Decode one load in this process; seconds and tokens."""
     import torch
 
-    from calibrate.engine import DecodingSettings, decode
-    from calibrate.memory import keep_large_buffers
-    from calibrate.models import StepOutput
-    from calibrate.prompts import TokenizedPrompt
-    from calibrate.traces import write_shard
+    from calibrate.decode.engine import DecodingSettings, decode
+    from calibrate.decode.memory import keep_large_buffers
+    from calibrate.decode.models import StepOutput
+    from calibrate.run.prompts import TokenizedPrompt
+    from calibrate.run.traces import write_shard
     from hlmtheory.policies import make_policy
 
     torch.set_num_threads(1)  # on a busy machine two threads mostly wait for each other

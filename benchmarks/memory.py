@@ -14,7 +14,7 @@ import resource
 import sys
 
 from benchmarks.workload import load_workload, transformer_models
-from calibrate.engine import decode
+from calibrate.decode.engine import decode
 from hlmtheory.policies import make_policy
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calibrate.engine import DecodingSettings
-from calibrate.memory import automatic_batch_size
-from calibrate.models import TransformerModel
-from calibrate.pairs import LoadedPair, load_pair, resolve_pair
-from calibrate.prompts import (
+from calibrate.decode.engine import DecodingSettings
+from calibrate.decode.memory import automatic_batch_size
+from calibrate.decode.models import TransformerModel
+from calibrate.pairs.registry import LoadedPair, load_pair, resolve_pair
+from calibrate.run.prompts import (
     TokenizedPrompt,
     calibration_prompts,
     read_prompts,

@@ -9,8 +9,8 @@ from types import ModuleType
 
 from matplotlib.figure import Figure
 
-from calibrate.runs import atomic_path
-from paper_figs import (
+from calibrate.run.folder import atomic_path
+from paper_figs.figures import (
     attention,
     attenuation,
     context_shift,
@@ -24,10 +24,10 @@ from paper_figs import (
     truncation,
     validation,
 )
-from paper_figs.audit_table import write_audit
 from paper_figs.loaded import LoadedRun, load_run
+from paper_figs.report.audit_table import write_audit
+from paper_figs.report.tables import write_tables
 from paper_figs.style import PNG_DPI, styled
-from paper_figs.tables import write_tables
 
 MODULES: tuple[ModuleType, ...] = (
     relation,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate.comparison import Cell, coverage_text
-from calibrate.errors import UserError
-from calibrate.operating_points import OperatingPoint, policy_from_settings
-from calibrate.policy_tokens import METRICS, Economics, PolicyTokens, measured_tokens
-from calibrate.presets import link_from_dict, profile_from_dict
-from calibrate.runs import Figure, read_json
-from calibrate.traces import Trace, read_header, read_trace, shard_paths
+from calibrate.derive.operating_points import OperatingPoint, policy_from_settings
+from calibrate.derive.policy_tokens import METRICS, Economics, PolicyTokens, measured_tokens
+from calibrate.derive.presets import link_from_dict, profile_from_dict
+from calibrate.run.errors import UserError
+from calibrate.run.folder import Figure, read_json
+from calibrate.run.traces import Trace, read_header, read_trace, shard_paths
+from calibrate.validate.comparison import Cell, coverage_text
 from hlmtheory.policies import Policy
 
 RERUN_COLUMNS = ["rejection_prob", "skipped", "policy_bias", "policy_entries"]
@@ -36,7 +36,7 @@ class Rerun:
     trace: Trace
 
     def tokens(self) -> PolicyTokens:
-        """What the policy did, as :func:`calibrate.policy_tokens.metrics` takes it."""
+        """What the policy did, as :func:`calibrate.derive.policy_tokens.metrics` takes it."""
         return measured_tokens(self.trace, self.point.to_policy())
 
 

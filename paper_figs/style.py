@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
-from calibrate.runs import Figure as Number
+from calibrate.run.folder import Figure as Number
 
 WIDTH_IN = 7.0
 """Width of every figure: two columns of a paper."""

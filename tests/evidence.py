@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calibrate.importance_plane import importance_plane
-from calibrate.policy_tokens import Economics
-from calibrate.presets import link_from_dict, profile_from_dict
-from calibrate.runs import Figure, read_json, write_json
-from calibrate.splits import write_splits
-from calibrate.traces import read_trace, shard_paths
+from calibrate.derive.importance_plane import importance_plane
+from calibrate.derive.policy_tokens import Economics
+from calibrate.derive.presets import link_from_dict, profile_from_dict
+from calibrate.run.folder import Figure, read_json, write_json
+from calibrate.run.traces import read_trace, shard_paths
+from calibrate.validate.guarantees import write_splits
 
 PLANE_KS, PLANE_GAMMAS = (1, 4, 16), (0.5, 1.0, 2.0)
 

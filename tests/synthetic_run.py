@@ -7,14 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.calibration import summarise
-from calibrate.derivation import derive_run
-from calibrate.operating_points import policy_from_settings
-from calibrate.policy_tokens import predicted_tokens
-from calibrate.recording import BIAS_SIZE_GRID, SIZE_GRID, THRESHOLD_GRID, TOPK_ATTENTION_GRID
-from calibrate.runs import read_json, write_json
-from calibrate.traces import read_trace, shard_paths, write_shard
-from calibrate.validation import compare_reruns
+from calibrate.decode.recording import (
+    BIAS_SIZE_GRID,
+    SIZE_GRID,
+    THRESHOLD_GRID,
+    TOPK_ATTENTION_GRID,
+)
+from calibrate.derive.derivation import derive_run
+from calibrate.derive.operating_points import policy_from_settings
+from calibrate.derive.policy_tokens import predicted_tokens
+from calibrate.fit.calibration import summarise
+from calibrate.run.folder import read_json, write_json
+from calibrate.run.traces import read_trace, shard_paths, write_shard
+from calibrate.validate.validation import compare_reruns
 from hlmtheory.policies import POLICY_NAMES
 
 VOCAB = 32_000

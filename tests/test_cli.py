@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.errors import UsageError, UserError
+from calibrate.run.errors import UsageError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from calibrate.models import StepOutput
+from calibrate.decode.models import StepOutput
 
 
 class TableModel:

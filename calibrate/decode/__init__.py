@@ -1,0 +1,1 @@
+"""Batched decoding of both models under a policy, and what is recorded of each step."""

@@ -1,0 +1,133 @@
+"""How many prompts to decode together, and how the process keeps its large buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:
+    from calibrate.pairs.loading import LoadedPair
+    from calibrate.run.prompts import TokenizedPrompt
+
+MAX_ROWS = 64
+"""Larger batches gain little on a processor, and a shard, one a batch, is what a stop can lose."""
+
+MAX_ROWS_ACCELERATOR = 256
+WORKING_SET_BYTES = 5 * 2**28
+"""Room for everything but the weights, 1.25 GiB, where the machine has twice that to spare."""
+
+# Arrays of one row's vocabulary that are alive at once in a step of a full trace, as float32.
+VOCABULARY_ARRAYS = 16
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_KEPT_BYTES = 2**30
+
+
+def keep_large_buffers() -> None:
+    """Let freed arrays of a step be the arrays of the next, instead of going back to the system.
+
+    A step needs a dozen arrays of batch x vocabulary, tens of megabytes each. By default glibc maps
+    every one anew, and the page faults cost several times the arithmetic. Kept are at most 1 GiB.
+    On systems without glibc nothing changes.
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def release_freed_buffers() -> None:
+    """Give freed arrays back to the system, wherever in the heap they lie.
+
+    Called between the phases of a batch, whose arrays differ in size: what one phase has freed
+    would lie unused beside what the next one allocates.
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except (OSError, TypeError):
+        return None
+
+
+def automatic_batch_size(
+    pair: LoadedPair,
+    prompts: Sequence[TokenizedPrompt],
+    max_new_tokens: int,
+    num_caches: int = 1,
+) -> int:
+    """Prompts to decode together: as many as the memory and the longest prompt allow, evenly split.
+
+    Parameters
+    ----------
+    pair : LoadedPair
+        On its device, whose free memory is asked.
+    prompts : sequence of TokenizedPrompt
+    max_new_tokens : int
+    num_caches : int
+        Key-value caches of every context held at once: two where a prefill is kept.
+
+    Returns
+    -------
+    int
+        From 1 to 64, or to 256 on an accelerator.
+    """
+    import torch
+
+    longest = max((len(prompt.tokens) for prompt in prompts), default=1)
+    models = (pair.slm, pair.llm)
+    row = sum(_cache_bytes(model, longest + max_new_tokens) for model in models) * num_caches
+    row += VOCABULARY_ARRAYS * 4 * pair.vocab_size
+    fixed = max(_prefill_bytes(model, longest) for model in models)
+    if torch.device(pair.device).type == "cuda":
+        budget, most = torch.cuda.mem_get_info(pair.device)[0] // 2, MAX_ROWS_ACCELERATOR
+    else:
+        budget = min(WORKING_SET_BYTES, psutil.virtual_memory().available // 2)
+        most = MAX_ROWS
+    rows = max(1, min(most, (budget - fixed) // row))
+    return even_batch_size(len(prompts), rows)
+
+
+def even_batch_size(num_prompts: int, most: int) -> int:
+    """Size of equal batches, none larger than `most`."""
+    num_batches = max(1, math.ceil(num_prompts / most))
+    return max(1, math.ceil(num_prompts / num_batches))
+
+
+def _cache_bytes(model: Any, num_positions: int) -> int:
+    """Key-value cache of one context in one model."""
+    from calibrate.decode.kv_cache import SPARE_POSITIONS
+    from calibrate.decode.models import PADDING_MULTIPLE
+
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    positions = num_positions + PADDING_MULTIPLE + SPARE_POSITIONS
+    item = next(model.parameters()).element_size()
+    return int(2 * config.num_hidden_layers * kv_heads * head_size * positions * item)
+
+
+def _prefill_bytes(model: Any, longest: int) -> int:
+    """Largest activations while prompts are read, a group at a time."""
+    from calibrate.decode.models import MAX_PREFILL_TOKENS, MIN_ROWS, PADDING_MULTIPLE
+
+    config = model.config.get_text_config()
+    item = next(model.parameters()).element_size()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if not isinstance(inner, int):  # one size a layer
+        inner = max(inner)
+    width = longest + PADDING_MULTIPLE
+    rows = max(MIN_ROWS, MAX_PREFILL_TOKENS // width)
+    scores = config.num_attention_heads * width**2 * 4
+    eager = scores if config._attn_implementation == "eager" else 0
+    # The feed-forward block holds three of its inner arrays, a norm the hidden ones in float32.
+    token = 3 * inner * item + 4 * config.hidden_size * 4
+    return int(rows * (width * token + eager))

@@ -1,0 +1,266 @@
+"""Language models as the engine sees them: a batch of contexts that grows a token a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from calibrate.decode.kv_cache import RowCache, make_cache
+from calibrate.decode.memory import release_freed_buffers
+from calibrate.pairs.attention import recording, records
+from calibrate.run.errors import UserError
+
+# Kernels for fewer rows than this round differently (a matrix-vector product is not a matrix
+# product). Batches are filled up to it, so that a token never depends on how many others run.
+MIN_ROWS = 4
+
+# Prompts are padded to a multiple of this, so that every context keeps the alignment it has
+# alone: vectorised reductions then add the same numbers in the same order.
+PADDING_MULTIPLE = 32
+
+# More tokens at once are no faster, and the activations of these are all that a prefill needs.
+MAX_PREFILL_TOKENS = 2048
+
+
+@dataclass
+class StepOutput:
+    """What one model says about the next token of each context.
+
+    Attributes
+    ----------
+    logits : tensor (B, V)
+        float32.
+    attention : tensor (B, n) or None
+        Row of the newest position's query, mean over heads and layers, float32.
+    attention_mask : bool tensor (B, n) or None
+        Which of the n positions hold a token.
+    """
+
+    logits: torch.Tensor
+    attention: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+
+class Session(Protocol):
+    """Contexts of one batch inside one model."""
+
+    forward_s: float
+
+    def step(self, tokens: torch.Tensor) -> StepOutput:
+        """Append one token (B,) to each context and return what comes next."""
+        ...
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep only these rows (integer tensor), in this order."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """Starts sessions; `vocab_size` is the number of logits the engine reads."""
+
+    vocab_size: int
+    device: torch.device
+
+    def start(
+        self, contexts: Sequence[Sequence[int]], attention: bool, fill: bool = True
+    ) -> Session:
+        """Begin with these contexts; the caller steps in the token that follows each.
+
+        `fill` lets a session run more rows than it was given, to keep its arithmetic the same in
+        every batch; timing one user switches it off.
+        """
+        ...
+
+
+class TransformerModel:
+    """A transformers causal language model behind the LanguageModel interface.
+
+    With `reuse_prefill` the last batch's prefill is kept, for running the same contexts again
+    under another policy: it costs the memory of one more key-value cache.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, reuse_prefill: bool = False) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.device = next(model.parameters()).device
+        self._reuse_prefill = reuse_prefill
+        self._prefilled: tuple[Any, Prefill] | None = None
+
+    def start(
+        self, contexts: Sequence[Sequence[int]], attention: bool, fill: bool = True
+    ) -> TransformerSession:
+        """Prefill the contexts (each at least one token)."""
+        if any(len(context) == 0 for context in contexts):
+            raise UserError("a prompt has fewer than two tokens: give at least one word")
+        min_rows = MIN_ROWS if fill else 1
+        begin = time.perf_counter()
+        key = (tuple(map(tuple, contexts)), min_rows)
+        if self._prefilled is not None and self._prefilled[0] == key:
+            prefill = self._prefilled[1].copy()
+        else:
+            self._prefilled = None
+            prefill = prefill_contexts(self.model, contexts, min_rows, self.device)
+            release_freed_buffers()
+            if self._reuse_prefill:
+                self._prefilled = (key, prefill.copy())
+        synchronise(self.device)
+        seconds = time.perf_counter() - begin
+        return TransformerSession(self, prefill, len(contexts), attention, min_rows, seconds)
+
+
+@dataclass
+class Prefill:
+    """Contexts inside one model: their caches, and which positions hold a token.
+
+    Attributes
+    ----------
+    cache : RowCache
+        R rows, at least as many as there are contexts.
+    mask : integer tensor (R, n)
+    """
+
+    cache: RowCache
+    mask: torch.Tensor
+
+    def copy(self) -> Prefill:
+        """Contents of its own."""
+        return Prefill(self.cache.copy(), self.mask.clone())
+
+
+def prefill_contexts(
+    model: Any, contexts: Sequence[Sequence[int]], min_rows: int, device: torch.device
+) -> Prefill:
+    """Run contexts, padded on the right, in groups of like width; the first fills missing rows."""
+    rows = list(contexts)
+    rows += [rows[0]] * (min_rows - len(rows))
+    widths = [_padded_width(len(row)) for row in rows]
+    cache = make_cache(model.config, len(rows))
+    mask = torch.zeros(len(rows), max(widths), dtype=torch.long)
+    for places in _prefill_groups(widths, min_rows, cache.can_place_rows):
+        width = max(widths[i] for i in places)
+        ids = torch.zeros(len(places), width, dtype=torch.long)
+        for i, place in enumerate(places):
+            ids[i, : len(rows[place])] = torch.tensor(rows[place])
+            mask[place, : len(rows[place])] = 1
+        part = make_cache(model.config, len(places))
+        # The layers without the output head: no logits of a prompt are read, and on a slice of the
+        # hidden states the head would copy its whole matrix once a row.
+        model.base_model(
+            input_ids=ids.to(device),
+            attention_mask=mask[places, :width].to(device),
+            position_ids=torch.arange(width, device=device).expand(len(places), width),
+            past_key_values=part.cache,
+            use_cache=True,
+        )
+        cache.place_rows(part, places, mask.shape[1])
+    return Prefill(cache, mask.to(device))
+
+
+class TransformerSession:
+    """KV caches of one batch, with prompts padded on the right and a masked gap behind them.
+
+    Every prompt starts at cache position 0 and generated tokens at a multiple of the padding, so a
+    context is computed by the same operations in the same order whatever the batch it runs in. On
+    processors whose matrix kernels treat rows alike the logits are then the same bit for bit; a
+    test measures it.
+    """
+
+    def __init__(
+        self,
+        model: TransformerModel,
+        prefill: Prefill,
+        num_contexts: int,
+        attention: bool,
+        min_rows: int,
+        prefill_s: float,
+    ) -> None:
+        self._model = model.model
+        self._vocab_size = model.vocab_size
+        self._attention = attention
+        self._min_rows = min_rows
+        self._live = num_contexts
+        self._cache, self._mask = prefill.cache, prefill.mask
+        self._next_position = self._mask.sum(-1)  # (B,)
+        self.forward_s = prefill_s
+
+    def step(self, tokens: torch.Tensor) -> StepOutput:
+        """Append one token to each live context."""
+        physical = self._mask.shape[0]
+        if len(tokens) < physical:
+            tokens = torch.cat([tokens, tokens[:1].expand(physical - len(tokens))])
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        beside = self._attention and records(self._model)
+        begin = time.perf_counter()
+        with recording() if beside else nullcontext() as recorded:
+            output = self._model(
+                input_ids=tokens[:, None],
+                attention_mask=self._mask,
+                position_ids=self._next_position[:, None],
+                past_key_values=self._cache.cache,
+                use_cache=True,
+                output_attentions=self._attention and not beside,
+            )
+        synchronise(tokens.device)
+        self.forward_s += time.perf_counter() - begin
+        self._next_position = self._next_position + 1
+        logits = output.logits[: self._live, -1, : self._vocab_size].float()
+        if not self._attention:
+            return StepOutput(logits)
+        if not (recorded or output.attentions):
+            raise UserError(
+                f"{type(self._model).__name__} gives no attention; load it with attention=True, or "
+                "calibrate with --trace minimal"
+            )
+        layers = recorded or [layer[:, :, -1].float().mean(1) for layer in output.attentions]
+        row = torch.stack([layer[: self._live] for layer in layers]).mean(0)  # (B, n)
+        return StepOutput(logits, row, self._mask[: self._live].bool())
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop the contexts that ended; the batch never falls below its minimum."""
+        self._live = len(rows)
+        filler = rows[:1].expand(max(0, self._min_rows - len(rows)))
+        physical = torch.cat([rows, filler])
+        self._cache.select_rows(physical)
+        self._mask = self._mask[physical]
+        self._next_position = self._next_position[physical]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator, so that a clock reads what was done and not what was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _padded_width(num_tokens: int) -> int:
+    """Columns of a context: a multiple of the padding, with one masked position at least.
+
+    Without any masked position, attention takes another kernel.
+    """
+    return -(-(num_tokens + 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+
+
+def _prefill_groups(widths: list[int], min_rows: int, separable: bool) -> list[list[int]]:
+    """Rows to prefill together: like widths, few enough tokens, at least the minimum of rows.
+
+    A group too small joins the next wider one; what is left over joins the last.
+    """
+    order = sorted(range(len(widths)), key=lambda i: widths[i])
+    if not separable:
+        return [order]
+    groups: list[list[int]] = [[]]
+    for i in order:
+        current = groups[-1]
+        wider = bool(current) and widths[i] > widths[current[-1]]
+        full = (len(current) + 1) * widths[i] > MAX_PREFILL_TOKENS
+        if len(current) >= min_rows and (wider or full):
+            groups.append([])
+        groups[-1].append(i)
+    if len(groups) > 1 and len(groups[-1]) < min_rows:
+        last = groups.pop()
+        groups[-1] += last
+    return groups

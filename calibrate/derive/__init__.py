@@ -1,0 +1,1 @@
+"""From a fit to operating points, curves and optima."""

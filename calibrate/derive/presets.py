@@ -1,0 +1,135 @@
+"""Link presets and device profiles, from data/ or from the user's own JSON files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from calibrate.run.errors import UsageError
+from calibrate.run.resources import data_path
+from hlmtheory.audit import AuditRow, audit
+from hlmtheory.cost import DeviceProfile
+from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
+from hlmtheory.published import PublishedNumber
+from hlmtheory.reconcile import Reconciliation, reconciliations
+
+LINK_MODELS: dict[str, Any] = {
+    "awgn": AwgnLink,
+    "ergodic-rayleigh": ErgodicRayleighLink,
+    "rayleigh-outage": RayleighOutageLink,
+    "trace": TraceLink,
+}
+# Assumed: nothing here measures watts. They go with times that were measured.
+MEASURED_POWERS_W: dict[str, Any] = {
+    "p_slm_w": 4.0,
+    "p_tx_w": 1.0,
+    "p_llm_w": 300.0,
+    "p_idle_w": 0.5,
+}
+
+
+def load_link(name: str) -> Link:
+    """A link by preset name, JSON file, or CSV file of measured rates (one bit/s a line)."""
+    path = _preset_path(name, "links", "--link")
+    if path.suffix == ".csv":
+        return _link_from_csv(path)
+    return link_from_dict(_read_object(path, "--link"), f"--link {name}")
+
+
+def link_from_dict(entry: dict[str, Any], where: str = "link") -> Link:
+    """A link from its JSON object; `model` chooses which, `source` and `name` are notes."""
+    values = {key: value for key, value in entry.items() if key not in ("source", "name")}
+    model = values.pop("model", None)
+    if model not in LINK_MODELS:
+        raise UsageError(f"{where}: model = {model!r}; allowed are {', '.join(LINK_MODELS)}")
+    if model == "trace" and isinstance(values.get("rates_bps"), list):
+        values["rates_bps"] = tuple(values["rates_bps"])
+    link: Link = _build(LINK_MODELS[model], values, where)
+    return link
+
+
+def link_to_dict(link: Link) -> dict[str, Any]:
+    """The JSON object of a link, which :func:`link_from_dict` reads back."""
+    model = next(name for name, kind in LINK_MODELS.items() if type(link) is kind)
+    return {"model": model, **asdict(link)}  # type: ignore[call-overload]
+
+
+def load_profile(name: str, timings: dict[str, Any]) -> DeviceProfile:
+    """A device profile by preset name or JSON file; `measured` takes the calibration's times.
+
+    Parameters
+    ----------
+    name : str
+    timings : dict
+        The timings of calibration.json.
+    """
+    if name == "measured":
+        times = {key: timings[key]["value"] for key in ("t_slm_ms", "t_uncertainty_ms", "t_llm_ms")}
+        return DeviceProfile(**times, **MEASURED_POWERS_W, assumed=tuple(MEASURED_POWERS_W))
+    return profile_from_dict(
+        _read_object(_preset_path(name, "devices", "--profile"), "--profile"), f"--profile {name}"
+    )
+
+
+def profile_from_dict(entry: dict[str, Any], where: str = "profile") -> DeviceProfile:
+    """A device profile from its JSON object; `source` and `name` are notes."""
+    values = {key: value for key, value in entry.items() if key not in ("source", "name")}
+    profile: DeviceProfile = _build(DeviceProfile, values, where)
+    return profile
+
+
+def _preset_path(name: str, folder: str, option: str) -> Path:
+    preset = data_path(folder, f"{name}.json")
+    if preset.is_file():
+        return preset
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = ", ".join(sorted(p.stem for p in data_path(folder).glob("*.json")))
+    extra = ", measured" if folder == "devices" else ""
+    raise UsageError(f"{option} {name}: no such file or preset; presets are {known}{extra}")
+
+
+def _read_object(path: Path, option: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path}: not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise UsageError(f"{option} {path}: give a JSON object")
+    return entry
+
+
+def _link_from_csv(path: Path) -> Link:
+    try:
+        rates = tuple(float(line) for line in path.read_text().split())
+        return TraceLink(rates)
+    except ValueError as error:
+        raise UsageError(f"--link {path}: {error}") from None
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(names)}")
+    try:
+        return kind(**values)
+    except TypeError:
+        raise UsageError(f"{where}: needs {', '.join(sorted(names))}") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def published_numbers() -> list[PublishedNumber]:
+    """The shipped published numbers with their marks."""
+    entries = _read_object(data_path("published.json"), "published.json")["numbers"]
+    return [PublishedNumber(**entry) for entry in entries]
+
+
+def published_audit() -> tuple[tuple[AuditRow, ...], tuple[Reconciliation, ...]]:
+    """The shipped published numbers against the theory, and the times that reconcile them."""
+    numbers = published_numbers()
+    return audit(numbers), reconciliations(numbers)

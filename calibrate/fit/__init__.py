@@ -1,0 +1,1 @@
+"""What a trace says: the line, the scores side by side, calibration.json."""

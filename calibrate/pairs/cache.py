@@ -1,0 +1,202 @@
+"""The folder of converted models: found, locked, filled and checked.
+
+A model appears in it whole, by one rename, or not at all. One process fills a place at a time;
+the others wait and find it full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeAlias
+
+from calibrate.run.errors import UserError
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""Called with the stage, the bytes done, and the bytes in all where they are known."""
+
+_RECORD_NAME = "hlm-model.json"
+# Raised when a conversion would come out differently: caches of the old number are made anew.
+_LAYOUT = 1
+_CHUNK_BYTES = 1 << 20
+
+
+def cache_root() -> Path:
+    """`HLM_CACHE`, or else the user's cache folder for hlmtheory."""
+    override = os.environ.get("HLM_CACHE")
+    if override:
+        return Path(override).expanduser().absolute()
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("hlmtheory"))
+
+
+def converted_folder(sha256: str) -> Path:
+    """Where the model made from the .gguf file of this hash lies once it is converted."""
+    return cache_root() / "models" / f"{sha256[:16]}-bf16"
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """Written last into a converted folder: what it was made from, and the size of each file."""
+
+    source_sha256: str
+    num_bytes: dict[str, int]
+    layout: int = _LAYOUT
+
+    @classmethod
+    def of_folder(cls, folder: Path, source_sha256: str) -> ConversionRecord:
+        """Describe the files that lie in the folder now."""
+        sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != _RECORD_NAME
+        }
+        return cls(source_sha256, sizes)
+
+    def write(self, folder: Path) -> None:
+        """Save beside the files described."""
+        (folder / _RECORD_NAME).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def is_whole(sha256: str) -> bool:
+    """Whether the converted model of this hash is there with every file at its recorded size."""
+    folder = converted_folder(sha256)
+    try:
+        record = json.loads((folder / _RECORD_NAME).read_text(encoding="utf-8"))
+        if record["layout"] != _LAYOUT or record["source_sha256"] != sha256:
+            return False
+        files: dict[str, int] = record["num_bytes"]
+        return bool(files) and all(
+            (folder / name).stat().st_size == size for name, size in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def folder_num_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; files that vanish meanwhile count as nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; remembered within this process while size and time stay the same."""
+    try:
+        state = path.stat()
+        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=32)
+def _file_sha256(path: Path, num_bytes: int, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fill(sha256: str, make: Callable[[Path], None], progress: Progress | None, label: str) -> Path:
+    """Return the converted folder of this hash, made by `make` unless it is there already.
+
+    Parameters
+    ----------
+    sha256 : str
+        Hash of the source .gguf file.
+    make : callable
+        Called with an empty scratch folder on the same disk; leaves the model in its `model`.
+    progress : callable or None
+        Told when another process is waited for.
+    label : str
+        The model, for messages.
+
+    Raises
+    ------
+    UserError
+        The cache cannot be written, or `make` failed. Nothing of it stays.
+    """
+    target = converted_folder(sha256)
+    if is_whole(sha256):
+        return target
+    try:
+        with _locked(sha256, progress, label):
+            if is_whole(sha256):
+                return target
+            with _scratch(sha256) as scratch:
+                make(scratch)
+                model = scratch / "model"
+                ConversionRecord.of_folder(model, sha256).write(model)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():  # damaged, or of an older layout
+                    shutil.rmtree(target)
+                os.replace(model, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {label} to the cache {cache_root()}: {error.strerror or error}; "
+            "make room there, or set HLM_CACHE to a folder with room"
+        ) from error
+    return target
+
+
+def check_room(num_bytes: int, label: str) -> None:
+    """Refuse a download or a conversion that the disk has no room for."""
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {root}: {error.strerror or error}; "
+            "set HLM_CACHE to a folder of yours"
+        ) from error
+    if free < num_bytes:
+        raise UserError(
+            f"{label} needs {num_bytes / 1e9:.1f} GB in the cache {root}, {free / 1e9:.1f} GB are "
+            "free: make room there, or set HLM_CACHE to a folder with room"
+        )
+
+
+@contextmanager
+def _locked(sha256: str, progress: Progress | None, label: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    locks = cache_root() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{sha256[:16]}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress is not None:
+            progress(f"wait for another process that fetches {label}", 0, None)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _scratch(sha256: str) -> Iterator[Path]:
+    parent = cache_root() / "scratch"
+    parent.mkdir(parents=True, exist_ok=True)
+    # The lock is ours, so whatever lies here under this hash was left by a process that was killed.
+    for stale in parent.glob(f"{sha256[:16]}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{sha256[:16]}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

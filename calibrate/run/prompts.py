@@ -1,0 +1,205 @@
+"""Prompts: read, split, and turned into tokens with the pair's chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from calibrate.run.errors import UsageError, UserError
+from calibrate.run.resources import data_path
+
+Split = Literal["calibration", "validation"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes
+    ----------
+    prompt_id : str
+        Unique in its file; keys the random stream.
+    text : str
+    category : str
+        Empty if the file has none.
+    split : {"calibration", "validation"} or None
+        None where the file does not divide itself.
+    """
+
+    prompt_id: str
+    text: str
+    category: str
+    split: Split | None
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt ready to decode: its id, at least two tokens, and its category if it has one."""
+
+    prompt_id: str
+    tokens: tuple[int, ...]
+    category: str = ""
+
+
+def text_key(text: str) -> str:
+    """Identity of a prompt's text, so that nobody validates on what was calibrated on."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def read_prompts(source: str | None) -> list[Prompt]:
+    """Read a prompt file.
+
+    Parameters
+    ----------
+    source : str or None
+        A .jsonl file (objects with `prompt` or `text` and, if wanted, `id`, `category`, `split`;
+        other keys are the user's own and not read), a .txt
+        file (one prompt a line), a dataset of the model hub as `owner/name` (its `prompt` or
+        `text` column; needs the `datasets` library), or None for the 320 prompts that ship with
+        the project.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is empty, or a line of it is not a prompt.
+    """
+    path = data_path("prompts.jsonl") if source is None else Path(source)
+    if path.is_dir():
+        raise UsageError(f"--prompts {source}: is a folder; give a .jsonl or .txt file")
+    if not path.is_file():
+        if source is not None and source.count("/") == 1 and not path.suffix:
+            return _from_hub(source)
+        raise UsageError(f"--prompts {source}: no such file; give a .jsonl or .txt file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: not UTF-8 text ({error.reason})") from None
+    numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    if path.suffix == ".txt":
+        prompts = [Prompt(f"line-{i:05d}", line.strip(), "", None) for i, line in numbered]
+    else:
+        prompts = [_from_json(path, i, line) for i, line in numbered]
+    if not prompts:
+        raise UserError(f"--prompts {path}: the file holds no prompt; give at least one line")
+    seen: dict[str, int] = {}
+    for prompt in prompts:
+        if prompt.prompt_id in seen:
+            raise UserError(
+                f"--prompts {path}: id {prompt.prompt_id!r} occurs twice; ids must be unique, "
+                "for they key the random streams"
+            )
+        seen[prompt.prompt_id] = 1
+    return prompts
+
+
+def _from_json(path: Path, number: int, line: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--prompts {path}, line {number}: not JSON ({error.msg})") from None
+    text = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'--prompts {path}, line {number}: give an object with a "prompt" string')
+    if not text.strip():
+        raise UserError(f"--prompts {path}, line {number}: the prompt is empty")
+    try:
+        (text + str(entry.get("id"))).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompts {path}, line {number}: a lone surrogate is no text") from None
+    split = entry.get("split")
+    if split not in (None, "calibration", "validation"):
+        raise UserError(
+            f"--prompts {path}, line {number}: split = {split!r}; "
+            "allowed are 'calibration' and 'validation'"
+        )
+    prompt_id = entry.get("id")
+    return Prompt(
+        f"line-{number:05d}" if prompt_id is None else str(prompt_id),
+        text,
+        str(entry.get("category", "")),
+        split,
+    )
+
+
+def _from_hub(name: str) -> list[Prompt]:
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise UserError(
+            f"--prompts {name}: not a file here; to read it as a hub dataset, "
+            "`pip install datasets`"
+        ) from None
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise UserError(f"--prompts {name}: cannot load this dataset ({error})") from None
+    column = next((c for c in ("prompt", "text", "question") if c in table.column_names), None)
+    if column is None:
+        raise UserError(
+            f"--prompts {name}: no column prompt, text or question among {table.column_names}"
+        )
+    return [Prompt(f"row-{i:07d}", str(text), "", None) for i, text in enumerate(table[column])]
+
+
+def calibration_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """First `limit` prompts of the calibration half, or of all where the file is not divided."""
+    return [p for p in prompts if p.split in (None, "calibration")][:limit]
+
+
+def validation_prompts(
+    prompts: Sequence[Prompt], limit: int, calibrated_on: set[str]
+) -> list[Prompt]:
+    """First `limit` prompts of the validation half whose text was not calibrated on.
+
+    Raises
+    ------
+    UsageError
+        If none is left.
+    """
+    half = [p for p in prompts if p.split in (None, "validation")]
+    if not half:
+        raise UsageError(
+            "none of the prompts is in the validation half; give others with --prompts"
+        )
+    fresh = [p for p in half if text_key(p.text) not in calibrated_on]
+    if not fresh:
+        raise UsageError(
+            "no prompt is left to validate on: all were calibrated on; give others with --prompts"
+        )
+    return fresh[:limit]
+
+
+def tokenize_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, max_new_tokens: int, max_context: int
+) -> list[TokenizedPrompt]:
+    """Apply the chat template (where the tokenizer has one) and check the lengths.
+
+    Raises
+    ------
+    UserError
+        If a prompt and its answer do not fit the context of both models.
+    """
+    out = []
+    for prompt in prompts:
+        if getattr(tokenizer, "chat_template", None):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt.text}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            tokens = tokenizer(prompt.text)["input_ids"]
+        if len(tokens) + max_new_tokens > max_context:
+            raise UserError(
+                f"prompt {prompt.prompt_id!r} has {len(tokens)} tokens: with --max-new-tokens "
+                f"{max_new_tokens} it exceeds the models' context of {max_context}; shorten it"
+            )
+        if len(tokens) < 2:
+            raise UserError(f"prompt {prompt.prompt_id!r} has fewer than two tokens; lengthen it")
+        out.append(TokenizedPrompt(prompt.prompt_id, tuple(tokens), prompt.category))
+    return out

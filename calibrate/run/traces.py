@@ -1,0 +1,194 @@
+"""Traces: one row a token, one parquet shard a batch, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from calibrate.run.errors import UserError
+from calibrate.run.folder import SCHEMA_VERSION, atomic_path
+
+HEADER_KEY = b"hlmtheory"
+FLOAT_DTYPE = np.float32
+
+
+def write_shard(
+    path: Path,
+    columns: Mapping[str, np.ndarray],
+    prompt_ids: Sequence[str],
+    header: Mapping[str, Any],
+    categories: Sequence[str] = (),
+) -> None:
+    """Write one batch of token rows.
+
+    Parameters
+    ----------
+    path : Path
+        Final name; a temporary one is used until the file is whole.
+    columns : mapping of str to array (N,) or (N, G)
+        `row` indexes `prompt_ids` and becomes the column prompt_id.
+    prompt_ids : sequence of str
+    header : mapping
+        JSON-serialisable provenance, stored in the file's metadata.
+    categories : sequence of str
+        Of each prompt; left out of the file unless every prompt has one.
+    """
+    rows = pa.array(columns["row"].astype(np.int32))
+    arrays = {"prompt_id": pa.DictionaryArray.from_arrays(rows, pa.array(list(prompt_ids)))}
+    if categories and all(categories):
+        arrays["category"] = pa.DictionaryArray.from_arrays(rows, pa.array(list(categories)))
+    for name, values in columns.items():
+        if name != "row":
+            arrays[name] = _to_arrow(values)
+    table = pa.table(arrays).replace_schema_metadata(
+        {HEADER_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **header})}
+    )
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _to_arrow(values: np.ndarray) -> pa.Array:
+    if values.dtype.kind == "f":
+        values = values.astype(FLOAT_DTYPE)
+    if values.ndim == 1:
+        return pa.array(values)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Provenance of a shard.
+
+    Raises
+    ------
+    UserError
+        If the file is not a whole shard of this schema version.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        header: dict[str, Any] = json.loads(metadata[HEADER_KEY])
+    except (OSError, KeyError, pa.ArrowInvalid, json.JSONDecodeError):
+        raise UserError(
+            f"{path}: not a trace shard, or cut off; calibrate again into another folder"
+        ) from None
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {header.get('schema_version')}, this is {SCHEMA_VERSION}; "
+            "calibrate again"
+        )
+    return header
+
+
+def shard_paths(run: Path) -> list[Path]:
+    """Finished shards of a run, in order."""
+    return sorted((run / "traces").glob("*.parquet"))
+
+
+def finished_prompts(run: Path) -> set[str]:
+    """Prompts whose tokens are already on disk."""
+    done: set[str] = set()
+    for path in shard_paths(run):
+        read_header(path)
+        done |= set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].unique().to_pylist())
+    return done
+
+
+class Trace:
+    """Token rows of a run as numpy columns, ordered by prompt and step.
+
+    Attributes
+    ----------
+    columns : dict of str to array (N,) or (N, G)
+    prompt_ids : list of str
+        The prompts; `prompt_index` (N,) points into it.
+    categories : list of str
+        Of each prompt; empty where they have none.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, np.ndarray],
+        prompt_ids: list[str],
+        categories: Sequence[str] = (),
+    ) -> None:
+        self.columns = columns
+        self.prompt_ids = prompt_ids
+        self.categories = list(categories)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.columns:
+            raise UserError(f"the trace has no column {name!r}; calibrate with --trace full")
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @property
+    def prompt_index(self) -> np.ndarray:
+        """Index of each token's prompt, (N,)."""
+        return self.columns["prompt_index"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of token rows."""
+        return len(self.columns["prompt_index"])
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.prompt_ids)
+
+
+def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
+    """Read shards into one trace.
+
+    Floats come back as float64, so that sums over a million tokens lose nothing more.
+
+    Raises
+    ------
+    UserError
+        If there is no shard, or one is broken.
+    """
+    if not paths:
+        raise UserError("no finished trace shard; run `hlm calibrate` first")
+    for path in paths:
+        read_header(path)
+    categorised = all("category" in pq.read_schema(path).names for path in paths)
+    of_prompts = ["prompt_id", "category"] if categorised else ["prompt_id"]
+    wanted = None if columns is None else [*of_prompts, "step", *columns]
+    tables = [pq.read_table(path, columns=wanted) for path in paths]
+    out: dict[str, np.ndarray] = {}
+    names = [name for name in tables[0].column_names if name not in ("prompt_id", "category")]
+    for name in names:
+        out[name] = np.concatenate([_to_numpy(table[name]) for table in tables])
+    ids = [prompt_id for table in tables for prompt_id in table["prompt_id"].to_pylist()]
+    prompt_ids = sorted(set(ids))
+    place = {prompt_id: i for i, prompt_id in enumerate(prompt_ids)}
+    index = np.array([place[prompt_id] for prompt_id in ids], dtype=np.int64)
+    order = np.lexsort((out["step"], index))
+    trace_columns = {name: values[order] for name, values in out.items()}
+    trace_columns["prompt_index"] = index[order]
+    categories: list[str] = []
+    if categorised:
+        of_rows = [value for table in tables for value in table["category"].to_pylist()]
+        category = dict(zip(ids, of_rows, strict=True))
+        categories = [category[prompt_id] for prompt_id in prompt_ids]
+    return Trace(trace_columns, prompt_ids, categories)
+
+
+def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    if pa.types.is_fixed_size_list(array.type):
+        width = array.type.list_size
+        values = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    else:
+        values = array.to_numpy(zero_copy_only=False)
+    return values.astype(np.float64) if values.dtype.kind == "f" else values

@@ -1,0 +1,1 @@
+"""Tables, progress and the health check: what a person at the keyboard sees."""

@@ -1,0 +1,1 @@
+"""Reruns at derived settings, held against their predictions, and studies of the guarantees."""

@@ -1,0 +1,97 @@
+"""How much of the correlation does drawing K tokens cost, and does (6) predict it?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from paper_figs.figures.curves import error_lengths
+from paper_figs.loaded import LoadedRun
+from paper_figs.style import (
+    BLACK,
+    BLUE,
+    GREY,
+    VERMILLION,
+    direct_legend,
+    finish,
+    new_figure,
+    panel_letter,
+)
+
+QUESTION = "Does theory predict how K drawn tokens weaken the correlation?"
+
+
+def attenuation_rows(loaded: LoadedRun) -> list[dict[str, Any]]:
+    """Stored rows by rising K; none where the run has none."""
+    if loaded.attenuation is None:
+        return []
+    return sorted(loaded.attenuation["rows"], key=lambda row: row["num_temperatures"])
+
+
+def figure(loaded: LoadedRun) -> Figure | None:
+    """Correlation of beta with u_K against K, predicted and measured, and their difference."""
+    rows = attenuation_rows(loaded)
+    if not rows:
+        return None
+    drawn, axes = new_figure(1, 2, 3.1, width_ratios=(1.25, 1.0))
+    left, right = axes[0]
+    ks = np.array([row["num_temperatures"] for row in rows])
+    left.plot(
+        ks, [row["exact_correlation"] for row in rows], color=GREY, linestyle=(0, (1, 1.4)),
+        marker="^", markersize=4, label="exact u: nothing is drawn",
+    )  # fmt: skip
+    left.plot(
+        ks, [row["predicted_correlation"] for row in rows], color=BLUE, marker="o",
+        markerfacecolor="white", markersize=6, label="predicted: √λ_K · r",
+    )  # fmt: skip
+    _bars(left, ks * 1.06, [row["measured_correlation"] for row in rows], VERMILLION, "measured")
+    left.set_ylabel("correlation r(K) with β\n(dimensionless)")
+    panel_letter(left, "a", "correlation, token by token")
+    low, high = left.get_ylim()
+    left.set_ylim(low - 0.5 * (high - low), high)  # room for the legend below the bars
+    direct_legend(left, loc="lower right", fontsize=7.5)
+    right.axhline(0.0, color=BLUE, linewidth=1.2)
+    _bars(right, ks, [row["correlation_gap"] for row in rows], VERMILLION, "")
+    right.set_ylabel("measured − predicted r(K)\n(dimensionless)")
+    panel_letter(right, "b", "what the theory leaves over")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.set_xticks([], minor=True)
+        axis.set_xlim(ks.min() / 1.25, ks.max() * 1.35)
+        axis.set_xlabel("drawn tokens K (count; log scale)")
+    return finish(drawn, QUESTION, _caption(loaded, rows))
+
+
+def _bars(axis: Any, x: np.ndarray, numbers: list[dict[str, Any]], color: str, label: str) -> None:
+    value, low, high = (
+        np.array([number[part] for number in numbers], dtype=float)
+        for part in ("value", "low", "high")
+    )
+    axis.errorbar(
+        x, value, error_lengths(value, low, high), fmt="s", color=color, markersize=4.5,
+        elinewidth=1.0, capsize=2.5, markeredgecolor=BLACK, markeredgewidth=0.4,
+        label=label or None,
+    )  # fmt: skip
+
+
+def _caption(loaded: LoadedRun, rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    inside = [
+        row["correlation_gap"]["low"] <= 0 <= row["correlation_gap"]["high"]
+        for row in rows
+        if row["correlation_gap"]["low"] is not None
+    ]
+    worst = min(rows, key=lambda row: row["reliability"])
+    return (
+        f"{loaded.sample} Here: n = {first['num_prompts']:,} prompts, {first['num_tokens']:,} "
+        f"tokens of one trace that recorded every K. Bars: {loaded.interval_note}. Predicted from "
+        "exact u alone, docs/theory.md (6); no drawn u_K enters it. (a) Measured bars are drawn a "
+        "little to the right; they hold the choice of prompts, which the prediction shares. (b) "
+        "The same difference with one prompt left out at a time in both, so that this choice "
+        f"cancels; {sum(inside)} of {len(inside)} intervals contain 0. Draws of different K share "
+        f"their random numbers. Reliability λ_K is {worst['reliability']:.2f} at "
+        f"K = {worst['num_temperatures']}."
+    )

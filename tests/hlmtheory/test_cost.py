@@ -1,0 +1,233 @@
+"""Bits, times, throughputs and energy of a token: the published values, and the obvious loops."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibrate.derive.presets import load_profile
+from calibrate.run.resources import data_path
+from hlmtheory.cost import (
+    DeviceProfile,
+    index_bits,
+    mean_throughput_at_skip_rate_tok_s,
+    mean_throughput_tok_s,
+    num_unsent_before,
+    payload_bits,
+    speedup_ceiling,
+    throughput_at_skip_rate_tok_s,
+    throughput_tok_s,
+    token_energy_j,
+    token_time_ms,
+)
+
+PROFILE = DeviceProfile(40.0, 1.0, 30.0, 4.0, 1.0, 300.0, 0.5)
+V = 32_000
+
+
+# --- payload -------------------------------------------------------------------------------------
+
+
+def test_published_payloads():
+    assert payload_bits(V, V) == 8 * 92_000
+    assert payload_bits(30, V) == 8 * 86.25
+
+
+def test_index_bits():
+    assert [index_bits(v) for v in (2, 3, 1024, 1025, V, 151_936)] == [1, 2, 10, 11, 15, 18]
+    with pytest.raises(ValueError, match="vocab_size"):
+        index_bits(1)
+
+
+def test_full_accounting_bills_all_that_crosses_the_link():
+    index = index_bits(V)
+    paper = payload_bits(30, V)
+    full = payload_bits(30, V, accounting="full", num_unsent=4, header_bits=320)
+    assert full == paper + index + index + 4 * index + 320  # draft, reply, resync, framing
+    residual = payload_bits(2, V, accounting="full", draft_sent=False)
+    assert residual == 2 * (8 + index) + index  # entries and reply
+    # The paper's accounting looks at nothing but the entries.
+    assert payload_bits(30, V, num_unsent=4, header_bits=320, draft_sent=False) == paper
+
+
+def test_payload_of_arrays():
+    sizes = np.array([0, 1, 30, V])
+    np.testing.assert_array_equal(payload_bits(sizes, V), 23 * sizes)
+    tensor = torch.from_numpy(sizes)
+    full = payload_bits(tensor, V, accounting="full", num_unsent=tensor)
+    np.testing.assert_array_equal(full, 23 * sizes + 30 + 15 * sizes)
+
+
+def test_payload_refusals():
+    for match, arguments in (
+        ("num_entries", {"num_entries": -1}),
+        ("prob_bits", {"num_entries": 1, "prob_bits": 0}),
+        ("accounting", {"num_entries": 1, "accounting": "both"}),
+        ("header_bits", {"num_entries": 1, "header_bits": -8}),
+        ("num_unsent", {"num_entries": 1, "num_unsent": -1}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            payload_bits(vocab_size=V, **arguments)
+
+
+def num_unsent_reference(sent: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The obvious loop over the tokens of one row."""
+    out, waiting = np.zeros(len(sent), dtype=int), 0
+    for t in range(len(sent)):
+        if starts[t]:
+            waiting = 0
+        out[t] = waiting
+        waiting = 0 if sent[t] else waiting + 1
+    return out
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_unsent_tokens_are_counted_since_the_server_was_last_asked(tokens):
+    sent, starts = (np.array(column) for column in zip(*tokens, strict=True))
+    starts[0] = True
+    expected = num_unsent_reference(sent, starts)
+    np.testing.assert_array_equal(num_unsent_before(sent, starts), expected)
+    found = num_unsent_before(torch.from_numpy(sent), torch.from_numpy(starts))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_unsent_counts_by_row():
+    sent = np.array([[0, 0, 1, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(num_unsent_before(sent), [[0, 1, 2, 0], [0, 0, 0, 0]])
+
+
+def test_resync_bills_every_skipped_token_once(rng):
+    sent = (rng.uniform(size=500) < 0.3).astype(int)
+    sent[-1] = 1  # what follows the last question is never told
+    billed = np.sum(sent * num_unsent_before(sent))
+    assert billed == np.sum(1 - sent)
+
+
+# --- time and energy -----------------------------------------------------------------------------
+
+
+def token_reference(sent: bool, uplink_ms: float, round_trip_ms: float) -> tuple[float, float]:
+    """Stage by stage: what the device does, then what the server does."""
+    ms = PROFILE.t_slm_ms + PROFILE.t_uncertainty_ms
+    millijoules = PROFILE.p_slm_w * ms
+    if sent:
+        ms += uplink_ms + PROFILE.t_llm_ms + round_trip_ms
+        millijoules += PROFILE.p_tx_w * uplink_ms + PROFILE.p_llm_w * PROFILE.t_llm_ms
+        millijoules += PROFILE.p_idle_w * (PROFILE.t_llm_ms + round_trip_ms)
+    return ms, millijoules / 1e3
+
+
+def test_time_and_energy_stage_by_stage(rng):
+    sent = (rng.uniform(size=50) < 0.5).astype(float)
+    uplink = sent * rng.uniform(0, 100, size=50)
+    expected = np.array(
+        [token_reference(bool(s), t, 15.0) for s, t in zip(sent, uplink, strict=True)]
+    )
+    np.testing.assert_allclose(token_time_ms(sent, uplink, PROFILE, 15.0), expected[:, 0])
+    np.testing.assert_allclose(token_energy_j(sent, uplink, PROFILE, 15.0), expected[:, 1])
+
+
+def test_server_alone():
+    assert token_time_ms(np.ones(2), np.zeros(2), PROFILE, 15.0, True).tolist() == [30.0, 30.0]
+    energy = token_energy_j(np.ones(1), np.zeros(1), PROFILE, 15.0, True)
+    assert energy[0] == pytest.approx(30e-3 * 300.5)
+
+
+def test_energy_saved_is_at_most_the_share_skipped(rng):
+    uplink = np.full(1000, 25.0)
+    hlm = token_energy_j(np.ones(1000), uplink, PROFILE, 15.0).mean()
+    sent = (rng.uniform(size=1000) < 0.6).astype(float)
+    saved = 1 - token_energy_j(sent, sent * uplink, PROFILE, 15.0).mean() / hlm
+    assert 0 < saved <= 1 - sent.mean()
+
+
+# --- throughput ----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=30))
+def test_mean_throughput_is_never_below_throughput(times):
+    values = np.array(times)
+    # Equal but for rounding where all times are.
+    assert mean_throughput_tok_s(values) >= throughput_tok_s(values) * (1 - 1e-12)
+
+
+def test_throughputs_from_tokens_and_from_the_skip_rate(rng):
+    sent = (rng.uniform(size=4000) < 0.3).astype(float)
+    uplink = sent * rng.exponential(80.0, size=4000)
+    times = token_time_ms(sent, uplink, PROFILE, 15.0)
+    skip, of_sent = 1 - sent.mean(), times[sent == 1]
+    found = throughput_at_skip_rate_tok_s(skip, 41.0, of_sent.mean())
+    assert found == pytest.approx(throughput_tok_s(times), rel=1e-12)
+    harmonic = 1 / np.mean(1 / of_sent)
+    found = mean_throughput_at_skip_rate_tok_s(skip, 41.0, harmonic)
+    assert found == pytest.approx(mean_throughput_tok_s(times), rel=1e-12)
+    # The arithmetic mean in its place is a lower bound.
+    lower = mean_throughput_at_skip_rate_tok_s(skip, 41.0, of_sent.mean())
+    assert lower < found
+
+
+def test_throughput_refusals():
+    with pytest.raises(ValueError, match="time_ms"):
+        throughput_tok_s(np.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match="skip_rate"):
+        throughput_at_skip_rate_tok_s(1.2, 1.0, 2.0)
+    with pytest.raises(ValueError, match="sent_ms"):
+        mean_throughput_at_skip_rate_tok_s(0.2, 1.0, 0.0)
+
+
+def test_published_ceilings():
+    assert round(speedup_ceiling(0.4593), 2) == 1.85
+    assert round(speedup_ceiling(0.748, 0.026), 1) == 152.6
+
+
+@given(
+    st.floats(0, 0.99), st.floats(1e-3, 1), st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 10)
+)
+def test_nothing_passes_the_ceiling_in_mean_token_time(skip, ratio, uplink, llm, device):
+    baseline = device + uplink + llm
+    policy = device + (1 - skip) * (ratio * uplink + llm)
+    if policy > 0:
+        assert baseline / policy <= speedup_ceiling(skip, ratio) * (1 + 1e-12)
+
+
+def test_mean_throughput_passes_the_ceiling():
+    """The negative control: the other average has no ceiling."""
+    skip, sent_ms = 0.4593, 1000.0
+    gain = mean_throughput_at_skip_rate_tok_s(skip, 1.0, sent_ms) / (1e3 / sent_ms)
+    assert gain > 100 * speedup_ceiling(skip)
+
+
+def test_ceiling_refusals():
+    with pytest.raises(ValueError, match="skip_rate"):
+        speedup_ceiling(1.0)
+    with pytest.raises(ValueError, match="sent_cost_ratio"):
+        speedup_ceiling(0.5, 0.0)
+
+
+# --- profiles ------------------------------------------------------------------------------------
+
+PRESETS = sorted(path.stem for path in data_path("devices").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_say_where_each_number_is_from(name):
+    profile = load_profile(name, {})
+    entry = json.loads(data_path("devices", f"{name}.json").read_text(encoding="utf-8"))
+    numbers = {key for key, value in entry.items() if isinstance(value, int | float)}
+    assert set(entry["source"]) == numbers
+    assumed = {key for key in numbers if entry["source"][key].startswith("assumed")}
+    assert set(profile.assumed) == assumed
+    assert math.isfinite(float(token_energy_j(np.ones(1), np.ones(1), profile)[0]))
+
+
+def test_profile_refusals():
+    with pytest.raises(ValueError, match="p_tx_w"):
+        DeviceProfile(1, 1, 1, 1, -1, 1)
+    with pytest.raises(ValueError, match="'p_gpu_w'"):
+        DeviceProfile(1, 1, 1, 1, 1, 1, assumed=("p_gpu_w",))
