@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 # One BLAS thread in tests: results and times do not depend on how many cores are idle.
 TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help install quickstart test lint type bench evidence clean
+.PHONY: help install quickstart test long lint type bench evidence clean
 
 help:
 	@echo "make quickstart  install and run the main job on the embedded pair"
 	@echo "make test        run the tests (fetches 93 MB of weights once)"
-	@echo "make lint type   ruff and mypy"
+	@echo "make long        run the tests that take minutes"
+	@echo "make lint type   ruff, the layers of the imports, and mypy"
 	@echo "make bench       speed, as ratios in one run"
 	@echo "make evidence    measure data/results anew, in about an hour and a half"
 
@@ -33,9 +34,13 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest
 
+long: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m long
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 type: $(STAMP)
 	$(BIN)/mypy
@@ -53,4 +58,4 @@ evidence: $(STAMP)
 	$(BIN)/python -m paper_figs.report.findings
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

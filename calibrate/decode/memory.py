@@ -1,13 +1,15 @@
-"""How many prompts to decode together, and how the process keeps its large buffers."""
+"""How many prompts to decode together, and memory given back between the phases of a batch."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from calibrate.pairs.buffers import glibc
+from calibrate.pairs.loading import PADDING_MULTIPLE
 
 if TYPE_CHECKING:
     from calibrate.pairs.loading import LoadedPair
@@ -23,38 +25,15 @@ WORKING_SET_BYTES = 5 * 2**28
 # Arrays of one row's vocabulary that are alive at once in a step of a full trace, as float32.
 VOCABULARY_ARRAYS = 16
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_KEPT_BYTES = 2**30
-
-
-def keep_large_buffers() -> None:
-    """Let freed arrays of a step be the arrays of the next, instead of going back to the system.
-
-    A step needs a dozen arrays of batch x vocabulary, tens of megabytes each. By default glibc maps
-    every one anew, and the page faults cost several times the arithmetic. Kept are at most 1 GiB.
-    On systems without glibc nothing changes.
-    """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
 
 def release_freed_buffers() -> None:
     """Give freed arrays back to the system, wherever in the heap they lie.
 
     Called between the phases of a batch, whose arrays differ in size: what one phase has freed
-    would lie unused beside what the next one allocates.
+    would lie unused beside what the next one allocates. Without glibc nothing is done.
     """
-    if (libc := _glibc()) is not None:
+    if (libc := glibc()) is not None:
         libc.malloc_trim(0)
-
-
-def _glibc() -> Any:
-    try:
-        libc = ctypes.CDLL(None)
-        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
-    except (OSError, TypeError):
-        return None
 
 
 def automatic_batch_size(
@@ -104,7 +83,6 @@ def even_batch_size(num_prompts: int, most: int) -> int:
 def _cache_bytes(model: Any, num_positions: int) -> int:
     """Key-value cache of one context in one model."""
     from calibrate.decode.kv_cache import SPARE_POSITIONS
-    from calibrate.decode.models import PADDING_MULTIPLE
 
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -117,7 +95,7 @@ def _cache_bytes(model: Any, num_positions: int) -> int:
 
 def _prefill_bytes(model: Any, longest: int) -> int:
     """Largest activations while prompts are read, a group at a time."""
-    from calibrate.decode.models import MAX_PREFILL_TOKENS, MIN_ROWS, PADDING_MULTIPLE
+    from calibrate.decode.models import MAX_PREFILL_TOKENS, MIN_ROWS
 
     config = model.config.get_text_config()
     item = next(model.parameters()).element_size()

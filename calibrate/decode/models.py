@@ -13,15 +13,12 @@ import torch
 from calibrate.decode.kv_cache import RowCache, make_cache
 from calibrate.decode.memory import release_freed_buffers
 from calibrate.pairs.attention import recording, records
+from calibrate.pairs.loading import PADDING_MULTIPLE
 from calibrate.run.errors import UserError
 
 # Kernels for fewer rows than this round differently (a matrix-vector product is not a matrix
 # product). Batches are filled up to it, so that a token never depends on how many others run.
 MIN_ROWS = 4
-
-# Prompts are padded to a multiple of this, so that every context keeps the alignment it has
-# alone: vectorised reductions then add the same numbers in the same order.
-PADDING_MULTIPLE = 32
 
 # More tokens at once are no faster, and the activations of these are all that a prefill needs.
 MAX_PREFILL_TOKENS = 2048

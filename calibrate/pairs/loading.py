@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate.decode.memory import keep_large_buffers
+from calibrate.pairs.buffers import keep_large_buffers
 from calibrate.pairs.cache import file_sha256
 from calibrate.pairs.convert import first_line, refuse_missing_weights
 from calibrate.pairs.layers import share_without_layers
@@ -19,6 +19,9 @@ from calibrate.pairs.store import ensure_folder, source_sha256
 from calibrate.pairs.tokenizers import common_vocabulary, end_token_ids
 from calibrate.run.errors import UserError
 
+# Prompts are padded to a multiple of this, so that every context keeps the alignment it has
+# alone: vectorised reductions then add the same numbers in the same order.
+PADDING_MULTIPLE = 32
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -263,8 +266,6 @@ def longest_text(model: Any) -> int:
     Attention windows count positions of the cache, padding and all: beyond one, padding would push
     tokens out of it that are still in sight.
     """
-    from calibrate.decode.models import PADDING_MULTIPLE
-
     config = model.config.get_text_config()
     context = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)

@@ -1,0 +1,33 @@
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import hlmtheory
+
+ROOT = Path(__file__).parent.parent
+PINNED = {
+    line.partition("==")[0].lower().replace("_", "-")
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+}
+
+
+def test_there_is_one_version() -> None:
+    assert version("hlmtheory") == hlmtheory.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {hlmtheory.__version__}\n" in citation
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [name for extra in project["optional-dependencies"].values() for name in extra]
+    named = {name.partition(">=")[0] for name in (*project["dependencies"], *extras)}
+    assert named - PINNED == {"hlmtheory[quality]"}
+
+
+def test_packages_say_that_they_are_typed() -> None:
+    for package in ("hlmtheory", "calibrate", "paper_figs"):
+        assert (ROOT / package / "py.typed").is_file()
