@@ -5,60 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from calibrate.run.errors import UsageError, UserError
+from calibrate.run.records import Provenance, RunRecord, RunSettings, StageRecord
 
-SCHEMA_VERSION = 1
 PACKAGES = ("hlmtheory", "torch", "transformers", "numpy", "scipy", "statsmodels", "pyarrow")
+DEFAULT_NAME = "default"
+NAME_PATTERN = r"[A-Za-z0-9._-]+"
 # They never change a token, and a smaller batch is the way out of a full memory.
 FREE_ON_RESUME = {"batch_size", "device"}
-REQUIRED = {
-    "run.json": {"pair", "settings"},
-    "calibration.json": {"pair", "settings", "fit", "timings", "num_prompts", "num_tokens"},
-    "operating_points.json": {"operating_points", "link", "profile", "accounting", "confidence"},
-    "validation.json": {"cells", "coverage"},
-    "splits.json": {"rows", "num_splits", "num_prompts", "num_tokens", "confidence"},
-    "attenuation.json": {"rows"},
-    "quality.json": {"rows"},
-}
-STAGES = {
-    "run.json": "hlm calibrate",
-    "calibration.json": "hlm calibrate",
-    "operating_points.json": "hlm derive",
-    "validation.json": "hlm validate",
-    "splits.json": "calibrate.validate.guarantees.write_splits",
-    "attenuation.json": "calibrate.validate.attenuation.write_attenuation",
-    "quality.json": "hlm quality",
-}
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A number with its interval and unit, the shape of every figure in JSON.
-
-    `low` and `high` are None only where no interval is defined.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    unit: str = ""
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return "-"
-        body = f"{self.value:.4g}"
-        if self.low is not None and self.high is not None:
-            body += f" [{self.low:.4g}, {self.high:.4g}]"
-        return f"{body} {self.unit}".strip()
+AnyStage = TypeVar("AnyStage", bound=StageRecord)
 
 
 @contextlib.contextmanager
@@ -79,56 +46,87 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one go; NaN is refused, for it is not JSON."""
-    text = json.dumps(content, indent=1, allow_nan=False, default=_encode)
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-def _encode(value: Any) -> Any:
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"cannot write {type(value).__name__} to JSON")
+def record_path(run: Path, kind: type[StageRecord], name: str = DEFAULT_NAME) -> Path:
+    """Where a record lies: operating_points.json, or operating_points.NAME.json under a name.
+
+    Raises
+    ------
+    UsageError
+        If the name holds anything but letters, digits, '.', '_' and '-'.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(f"--name {name!r}: allowed are letters, digits, '.', '_' and '-'")
+    if name == DEFAULT_NAME:
+        return run / kind.file_name
+    stem, suffix = os.path.splitext(kind.file_name)
+    return run / f"{stem}.{name}{suffix}"
 
 
-def read_json(run: Path, name: str) -> dict[str, Any]:
+def record_names(run: Path, kind: type[StageRecord]) -> list[str]:
+    """Names under which the folder holds records of a kind, the default first."""
+    stem, suffix = os.path.splitext(kind.file_name)
+    pattern = re.compile(rf"{re.escape(stem)}\.({NAME_PATTERN}){re.escape(suffix)}")
+    found = [match[1] for path in run.glob(f"{stem}.*") if (match := pattern.fullmatch(path.name))]
+    default = [DEFAULT_NAME] if (run / kind.file_name).is_file() else []
+    return default + sorted(set(found) - {DEFAULT_NAME})
+
+
+def write_record(run: Path, record: StageRecord, name: str = DEFAULT_NAME) -> Path:
+    """Write a stage's result in one go, its schema version first; NaN is refused."""
+    path = record_path(run, type(record), name)
+    content = {"schema_version": record.schema_version, **record.model_dump(mode="json")}
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_record(run: Path, kind: type[AnyStage], name: str = DEFAULT_NAME) -> AnyStage:
     """Read one stage's result from a run folder.
 
     Raises
     ------
     UserError
-        If it is missing or broken, naming the command that writes it.
+        If it is missing, broken, of another version, or not what its stage writes; the line names
+        the file and the command that writes it.
     """
-    path = run / name
+    path = record_path(run, kind, name)
+    command = kind.made_by + ("" if name == DEFAULT_NAME else f" --name {name}")
     if not run.is_dir():
         raise UsageError(f"RUN {run}: no such folder; `hlm calibrate` makes one")
     if not path.is_file():
-        raise UserError(f"RUN {run}: {name} is missing; run `{STAGES[name]}` first")
+        raise UserError(f"RUN {run}: {path.name} is missing; run `{command}` first")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # not JSON, or not even text
-        raise UserError(f"{path} is not valid JSON; run `{STAGES[name]}` again") from None
-    missing = REQUIRED[name] - content.keys() if isinstance(content, dict) else REQUIRED[name]
-    if missing:
+        raise UserError(f"{path} is not valid JSON; run `{command}` again") from None
+    found = content.pop("schema_version", None) if isinstance(content, dict) else None
+    if found != kind.schema_version:
         raise UserError(
-            f"{path} is not what `{STAGES[name]}` writes ({min(missing)} is missing); run it again"
+            f"{path}: schema version {found}, this is {kind.schema_version}; run `{command}` again"
         )
-    return content
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path} is not what `{command}` writes ({place}: {first['msg']}); run it again"
+        ) from None
 
 
-def provenance(command: Sequence[str], *packages: str) -> dict[str, Any]:
+def provenance(command: Sequence[str], *packages: str) -> Provenance:
     """What a result says of its making: versions, revision of the checkout, command line.
 
     `packages` have a say in it beside those that always do.
     """
-    return {
-        "versions": package_versions(*packages),
-        "revision": git_revision(),
-        "command": list(command),
-    }
+    return Provenance(
+        versions=package_versions(*packages), revision=git_revision(), command=tuple(command)
+    )
 
 
 def package_versions(*packages: str) -> dict[str, str]:
@@ -159,14 +157,14 @@ def _git(folder: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def open_run(run: Path, settings: dict[str, Any], resume: bool) -> bool:
+def open_run(run: Path, settings: RunSettings, resume: bool) -> bool:
     """Prepare a run folder for calibration.
 
     Parameters
     ----------
     run : Path
         The folder; made if need be, only ever filled by one set of settings.
-    settings : dict
+    settings : RunSettings
         What decides the tokens; compared on resume.
     resume : bool
         Go on with an interrupted calibration.
@@ -186,32 +184,29 @@ def open_run(run: Path, settings: dict[str, Any], resume: bool) -> bool:
     parent = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--output-path {run}: cannot be made there; name another folder")
-    marker = run / "run.json"
+    marker = record_path(run, RunRecord)
     if not marker.is_file():
         if run.is_dir() and any(run.iterdir()):
             raise UsageError(f"--output-path {run}: not empty, and not a run; name another folder")
         return False
     try:
-        earlier = read_json(run, "run.json")
+        earlier = read_record(run, RunRecord)
     except UserError:
         raise UsageError(
             f"--output-path {run}: its run.json is broken; name another folder"
         ) from None
-    if earlier.get("complete", False):
+    if earlier.complete:
         raise UsageError(f"--output-path {run}: holds another run; name another folder")
     if not resume:
         raise UsageError(
             f"--output-path {run}: holds an interrupted run; add --resume to go on with it, "
             "or name another folder"
         )
-    different = sorted(
-        key
-        for key in (settings.keys() | earlier["settings"].keys()) - FREE_ON_RESUME
-        if settings.get(key) != earlier["settings"].get(key)
-    )
-    if different:
-        raise UsageError(
-            f"--resume: {different[0]} was {earlier['settings'].get(different[0])!r} in {run}, "
-            f"now {settings.get(different[0])!r}; a run keeps its settings"
-        )
+    before, now = earlier.settings.model_dump(), settings.model_dump()
+    for key in sorted(before.keys() - FREE_ON_RESUME):
+        if before[key] != now[key]:
+            raise UsageError(
+                f"--resume: {key} was {before[key]!r} in {run}, now {now[key]!r}; "
+                "a run keeps its settings"
+            )
     return True
