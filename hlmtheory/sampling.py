@@ -1,12 +1,13 @@
-"""Sampling by inverse CDF from given uniforms, the same for numpy and torch."""
+"""Sampling from given random numbers, by inverse CDF or by a race; numpy and torch alike."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
-from hlmtheory.domain import Array
+from hlmtheory.domain import Array, check_nonnegative
 
 
 def sample_inverse_cdf(weights: Array, uniforms: Array) -> Array:
@@ -57,15 +58,59 @@ def sample_inverse_cdf(weights: Array, uniforms: Array) -> Array:
     return block_index * block + token_index
 
 
+def _check_mass(xp: Array, total: Array) -> None:
+    if not bool(xp.all(total > 0)):
+        raise ValueError("weights has a row without positive weight; give at least one token mass")
+
+
 def _first_above(xp: Array, weights: Array, uniform: Array) -> Array:
     """Smallest index whose cumulative weight exceeds uniform * total, row by row."""
     cumulative = xp.cumulative_sum(xp.astype(weights, xp.float64), axis=-1)
     total = cumulative[:, -1:]
-    if not bool(xp.all(total > 0)):
-        raise ValueError("weights has a row without positive weight; give at least one token mass")
+    _check_mass(xp, total)
     level = xp.astype(uniform, xp.float64)[:, None] * total
     index = xp.sum(xp.astype(cumulative <= level, xp.int64), axis=-1)
     # uniform * total may round up to the total; the answer is then the last token with any mass.
     positive = xp.astype(weights > 0, xp.int64)
     last_positive = weights.shape[-1] - 1 - xp.argmax(xp.flip(positive, axis=-1), axis=-1)
     return xp.minimum(index, last_positive)
+
+
+def race_argmin(weights: Array, exponentials: Array) -> Array:
+    r"""The winner of each row's exponential race: a draw from its weights (Gumbel-max).
+
+    .. math:: \arg\min_v E_v / w_v
+
+    Two laws raced with the same exponentials give coupled draws: docs/theory.md, (41). Division
+    in float64 rounds the same everywhere, so device and server agree to the bit on equal weights.
+
+    Parameters
+    ----------
+    weights : array (B, V)
+        Non-negative weights; they need not sum to one.
+    exponentials : array (B, V)
+        Independent standard exponential variables, at least 0.
+
+    Returns
+    -------
+    integer array (B,)
+        Token indices; never one of weight zero.
+
+    Raises
+    ------
+    ValueError
+        If a row has no positive weight, or exponentials are negative or of another shape.
+    """
+    xp = array_namespace(weights, exponentials)
+    if exponentials.shape != weights.shape:
+        raise ValueError(
+            f"exponentials has shape {tuple(exponentials.shape)}: give {tuple(weights.shape)}"
+        )
+    check_nonnegative(exponentials, "exponentials")
+    weights = xp.astype(weights, xp.float64)
+    _check_mass(xp, xp.sum(weights, axis=-1))
+    runs = weights > 0
+    with np.errstate(over="ignore"):  # a tiny weight's time may exceed the largest float
+        times = xp.astype(exponentials, xp.float64) / xp.where(runs, weights, 1.0)
+    times = xp.clip(times, None, xp.finfo(xp.float64).max)
+    return xp.argmin(xp.where(runs, times, xp.inf), axis=-1)

@@ -282,6 +282,59 @@ def residual_attains_the_floor(laws: SmallLaws, signs: Signs) -> tuple[Identity,
     return (*out, Identity("(24) TV(P, y) = rho_min", sp.sympify(bias), least))
 
 
+# --- shared randomness ---------------------------------------------------------------------------
+
+
+def coupling_integrals() -> tuple[Identity, ...]:
+    r"""The integrals over the race's time tau and over the ratio w.
+
+    .. math:: \int_0^\infty e^{-\tau(1 + H)} d\tau = \frac{1}{1 + H}, \qquad
+              \int_0^\infty \tau e^{-\tau(1 + H)} d\tau = \frac{1}{(1 + H)^2}, \qquad
+              \int_u^v \frac{dw}{(X w + Y)^2} = \frac{v - u}{(X u + Y)(X v + Y)}
+
+    docs/theory.md, (41a), (41b).
+    """
+    tau, excess, w, behind, ahead, low, gap = sp.symbols("tau H w X Y u g", positive=True)
+    weight = sp.exp(-tau * (1 + excess))
+    piece = sp.integrate((behind * w + ahead) ** -2, (w, low, low + gap))
+    steps = gap / ((behind * low + ahead) * (behind * (low + gap) + ahead))
+    return (
+        Identity("(41a)", sp.integrate(weight, (tau, 0, sp.oo)), 1 / (1 + excess)),
+        Identity("(41b)", sp.integrate(tau * weight, (tau, 0, sp.oo)), (1 + excess) ** -2),
+        Identity("(41b) between two knots", piece, steps),
+    )
+
+
+def coupled_joint_law(laws: SmallLaws) -> sp.Matrix:
+    r"""P(d = i, o = v) for tokens numbered by rising y/x, which is every case after renumbering.
+
+    docs/theory.md, (41a), (41b): then Phi_v - Phi_i counts for i < v only.
+    """
+    x, y = laws.x, laws.y
+    ratios = [q / p for p, q in zip(x, y, strict=True)]
+    levels = [r * sum(x[: v + 1]) + sum(y[v + 1 :]) for v, r in enumerate(ratios)]  # 1 + H(r_v)
+    knots = list(zip([sp.Integer(0), *ratios], [sp.Integer(1), *levels], strict=True))
+    pieces = [(v - u) / (a * b) for (u, a), (v, b) in itertools.pairwise(knots)]
+    phi = list(itertools.accumulate(pieces))
+
+    def entry(i: int, v: int) -> sp.Expr:
+        if i == v:
+            return y[v] / levels[v]
+        return x[i] * y[v] * (phi[v] - phi[i]) if i < v else sp.Integer(0)
+
+    return sp.Matrix(len(x), len(x), entry)
+
+
+def coupling_keeps_both_laws(laws: SmallLaws) -> tuple[Identity, ...]:
+    """Rows of the joint law add up to x, columns to y: docs/theory.md, (41a), (41b)."""
+    joint = coupled_joint_law(laws)
+    rows = [Identity(f"(41) row {i + 1}", sum(joint.row(i)), p) for i, p in enumerate(laws.x)]
+    return (
+        *rows,
+        *(Identity(f"(41) column {v + 1}", sum(joint.col(v)), q) for v, q in enumerate(laws.y)),
+    )
+
+
 # --- uncertainty and thresholds ------------------------------------------------------------------
 
 

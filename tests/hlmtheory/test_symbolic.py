@@ -27,6 +27,7 @@ from hlmtheory.cost import (
     speedup_ceiling,
     throughput_at_skip_rate_tok_s,
 )
+from hlmtheory.coupling import joint_law
 from hlmtheory.reconcile import throughput_gain, uplink_ratio_for_gain
 from hlmtheory.risk import rejection_risk
 from hlmtheory.thresholds import linear_threshold, threshold_sensitivity
@@ -100,6 +101,7 @@ def test_closed_forms_hold():
         gap.slack,
         *symbolic.attenuated_covariances(2),
         symbolic.tail_level_step(),
+        *symbolic.coupling_integrals(),
         symbolic.gated_truncation_mixture(),
         symbolic.ergodic_rayleigh_rate().derivative_check(),
         symbolic.throughput_ratio(),
@@ -126,6 +128,30 @@ def test_negative_control_wrong_formulas_do_not_cancel():
     # A wrong factor in the variance of u_K.
     variance = symbolic.attenuated_covariances(2)[1]
     assert not symbolic.Identity("noise", variance.left, 2 * variance.right).holds()
+
+
+@pytest.mark.parametrize("vocab", SIZES)
+def test_coupled_draws_keep_both_laws(vocab):
+    """(41a), (41b): the margins are x and y, and the draws are not independent."""
+    laws = symbolic.small_laws(vocab)
+    for identity in symbolic.coupling_keeps_both_laws(laws):
+        assert identity.holds(), identity.name
+    joint = symbolic.coupled_joint_law(laws)
+    assert not symbolic.Identity("independent", joint[0, 1], laws.x[0] * laws.y[1]).holds()
+
+
+@pytest.mark.parametrize("vocab", SIZES)
+def test_joint_law_is_the_derived_one(rng, vocab):
+    laws = symbolic.small_laws(vocab)
+    derived = symbolic.coupled_joint_law(laws)
+    for _ in range(10):
+        x, y = rational_law(rng, vocab), rational_law(rng, vocab)
+        pairs = sorted(zip(x, y, strict=True), key=lambda pair: pair[1] / pair[0])
+        x, y = [p for p, _ in pairs], [q for _, q in pairs]
+        exact = derived.subs(laws.values(x, y, [0] * vocab)).evalf(20)
+        np.testing.assert_allclose(
+            joint_law(floats(x), floats(y)), np.array(exact, dtype=float), atol=EXACT
+        )
 
 
 # --- symbolic against numeric --------------------------------------------------------------------
