@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.resources import data_path
 
-Split = Literal["calibration", "validation"]
+Split: TypeAlias = Literal["calibration", "validation"]
+Order: TypeAlias = Literal["random", "file"]
+
+# Beside the seed, so that the two draws of one seed have nothing to do with each other.
+_DRAW_TAGS: dict[Split, int] = {"calibration": 1, "validation": 2}
 
 
 @dataclass(frozen=True)
@@ -85,14 +92,12 @@ def read_prompts(source: str | None) -> list[Prompt]:
         prompts = [_from_json(path, i, line) for i, line in numbered]
     if not prompts:
         raise UserError(f"--prompts {path}: the file holds no prompt; give at least one line")
-    seen: dict[str, int] = {}
-    for prompt in prompts:
-        if prompt.prompt_id in seen:
-            raise UserError(
-                f"--prompts {path}: id {prompt.prompt_id!r} occurs twice; ids must be unique, "
-                "for they key the random streams"
-            )
-        seen[prompt.prompt_id] = 1
+    (prompt_id, count), *_ = Counter(prompt.prompt_id for prompt in prompts).most_common(1)
+    if count > 1:
+        raise UserError(
+            f"--prompts {path}: id {prompt_id!r} occurs twice; ids must be unique, for they key "
+            "the random streams"
+        )
     return prompts
 
 
@@ -143,6 +148,82 @@ def _from_hub(name: str) -> list[Prompt]:
             f"--prompts {name}: no column prompt, text or question among {table.column_names}"
         )
     return [Prompt(f"row-{i:07d}", str(text), "", None) for i, text in enumerate(table[column])]
+
+
+def draw_prompts(
+    prompts: Sequence[Prompt],
+    split: Split,
+    limit: int,
+    seed: int,
+    order: Order = "random",
+    exclude: Collection[str] = (),
+) -> list[Prompt]:
+    """Prompts to calibrate or to validate on.
+
+    Drawn uniformly without replacement: a file ordered by topic would otherwise give two halves
+    that are not exchangeable. Where every prompt has a category, each gets its share of the draw,
+    rounded by largest remainder, so that both halves have the same mix.
+
+    Parameters
+    ----------
+    prompts : sequence of Prompt
+        Those of this half and, from files that are not divided, all others are drawn from.
+    split : {"calibration", "validation"}
+    limit : int
+        Prompts to draw; all if there are no more.
+    seed : int
+        At least 0. With the ids of the prompts, not the order of their lines, it decides the draw;
+        each split has draws of its own.
+    order : {"random", "file"}
+        "file" takes the first ones in the order of the file.
+    exclude : collection of str
+        `text_key` of the texts not to draw: those calibrated on.
+
+    Returns
+    -------
+    list of Prompt
+        By id, so that nothing after it depends on the order of lines; with "file" as they stand.
+
+    Raises
+    ------
+    UsageError
+        If none is left.
+    """
+    half = [prompt for prompt in prompts if prompt.split in (None, split)]
+    if not half:
+        raise UsageError(f"none of the prompts is in the {split} half; give others with --prompts")
+    fresh = [prompt for prompt in half if text_key(prompt.text) not in exclude]
+    if not fresh:
+        raise UsageError(
+            "no prompt is left to validate on: all were calibrated on; give others with --prompts"
+        )
+    if order == "file":
+        return fresh[:limit]
+    generator = np.random.default_rng([seed, _DRAW_TAGS[split]])
+    fresh.sort(key=lambda prompt: prompt.prompt_id)
+    categorised = all(prompt.category for prompt in fresh)
+    categories = [prompt.category if categorised else "" for prompt in fresh]
+    _, stratum, sizes = np.unique(categories, return_inverse=True, return_counts=True)
+    counts = _shares(sizes, min(limit, len(fresh)), generator)
+    shuffled = generator.permutation(len(fresh))
+    drawn = [shuffled[stratum[shuffled] == i][:count] for i, count in enumerate(counts)]
+    return [fresh[i] for i in np.sort(np.concatenate(drawn))]
+
+
+def _shares(sizes: np.ndarray, num: int, generator: np.random.Generator) -> np.ndarray:
+    """`num` divided in proportion to sizes (C,) by largest remainder; lots decide between ties."""
+    counts, remainders = np.divmod(num * sizes, sizes.sum())
+    order = np.lexsort((generator.permutation(len(sizes)), -remainders))
+    counts[order[: num - counts.sum()]] += 1
+    return counts
+
+
+def duplicate_texts(prompts: Sequence[Prompt]) -> list[tuple[str, ...]]:
+    """Ids of the prompts that share their text, a tuple for each text that occurs several times."""
+    ids: dict[str, list[str]] = {}
+    for prompt in prompts:
+        ids.setdefault(text_key(prompt.text), []).append(prompt.prompt_id)
+    return [tuple(group) for group in ids.values() if len(group) > 1]
 
 
 def calibration_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
