@@ -19,11 +19,11 @@ INTRODUCTION = f"""# Formats: every file of a run
 Made by `python -m calibrate.run.formats` from `calibrate/run/records.py` and the table of columns
 in `hlmtheory/steps.py`; a test fails when it is out of date.
 
-Every JSON file is one object and begins with its schema version, {VERSION}. A file of another version,
-or with a key that is not listed here, is refused. `tuple[X, ...]` is a list of X, `dict[str, X]` an
-object, `None` is null; NaN and infinity never occur. A derivation, its validation and its text
-scores are kept under a name: `operating_points.json` is the one named `default`,
-`operating_points.NAME.json` any other.
+Every JSON file is one object and begins with its schema version, {VERSION}. A file of another
+version, or with a key that is not listed here, is refused. `tuple[X, ...]` is a list of X,
+`dict[str, X]` an object, `None` is null; NaN and infinity never occur. A derivation,
+its validation and its text scores are kept under a name: `operating_points.json` is the one named
+`default`, `operating_points.NAME.json` any other.
 """
 
 AXES = ", ".join(f"`{name}`" for name in steps.Axes.__dataclass_fields__)
