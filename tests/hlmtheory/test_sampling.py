@@ -1,4 +1,4 @@
-"""Two-level inverse CDF sampling: its law, zero weights, edges, and a test that can fail."""
+"""Inverse CDF and races: their laws, zero weights, edges, and tests that can fail."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from hlmtheory.sampling import sample_inverse_cdf
+from hlmtheory.coupling import joint_law
+from hlmtheory.sampling import race_argmin, sample_inverse_cdf
 
 # Chance of a false alarm of one chi-square test; the seed is fixed, so it is spent once.
 SIGNIFICANCE = 1e-3
@@ -175,3 +177,56 @@ def test_refuses_rows_without_mass():
 def test_refuses_uniforms_of_another_shape(shape):
     with pytest.raises(ValueError, match=r"^uniforms has shape .*give \(3, 2\)"):
         sample_inverse_cdf(np.full((3, 4), 0.25), np.full(shape, 0.5))
+
+
+# --- races ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 9, 60])
+def test_a_race_draws_from_its_weights(rng, vocab):
+    weights = rng.gamma(0.5, size=vocab) * 3.0
+    weights[rng.uniform(size=vocab) < 0.3] = 0.0
+    weights[vocab // 2] = 1.0
+    rows = np.broadcast_to(weights, (40_000, vocab))
+    tokens = race_argmin(rows, rng.exponential(size=(40_000, vocab)))
+    assert (weights[tokens] > 0).all()
+    if (weights > 0).sum() > 1:
+        assert chi_square_p_value(tokens, weights / weights.sum()) > SIGNIFICANCE
+
+
+def test_two_races_with_the_same_exponentials_have_the_joint_law(rng):
+    """docs/theory.md, (41); with the server's own exponentials the same test refuses."""
+    num, vocab = 200_000, 6
+    x, y = rng.dirichlet(np.full(vocab, 0.7), size=2)
+    y[0] = 0.0
+    laws = [np.broadcast_to(law, (num, vocab)) for law in (x, y / y.sum())]
+    shared, own = rng.exponential(size=(2, num, vocab))
+    joint = joint_law(x, y / y.sum()).ravel()
+    draft = race_argmin(laws[0], shared)
+    assert chi_square_p_value(draft * vocab + race_argmin(laws[1], shared), joint) > SIGNIFICANCE
+    assert chi_square_p_value(draft * vocab + race_argmin(laws[1], own), joint) < SIGNIFICANCE
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_a_race_is_the_same_for_numpy_and_torch(rng, kind):
+    weights = rng.dirichlet(np.full(500, 0.1), size=200).astype(kind)
+    exponentials = rng.exponential(size=(200, 500)).astype(kind)
+    with_torch = race_argmin(torch.from_numpy(weights), torch.from_numpy(exponentials))
+    np.testing.assert_array_equal(with_torch.numpy(), race_argmin(weights, exponentials))
+
+
+def test_a_race_at_the_edges_of_the_floats():
+    """A time of zero wins, weight zero never does, and a time beyond all floats still may."""
+    tiny = np.nextafter(0.0, 1.0)
+    weights = np.array([[0.0, 0.5, 0.5], [0.0, 0.0, tiny], [tiny, 0.0, 1.0]])
+    exponentials = np.array([[0.0, 0.0, 1e-9], [0.0, 1.0, 3.0], [1.0, 0.0, 700.0]])
+    np.testing.assert_array_equal(race_argmin(weights, exponentials), [1, 2, 2])
+
+
+def test_a_race_refuses_what_has_no_winner():
+    with pytest.raises(ValueError, match=r"^weights .*without positive weight"):
+        race_argmin(np.array([[0.5, 0.5], [0.0, 0.0]]), np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"^exponentials has shape \(1, 3\): give \(1, 2\)"):
+        race_argmin(np.ones((1, 2)), np.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"^exponentials = -1: allowed is \[0, inf\)"):
+        race_argmin(np.ones((1, 2)), np.array([[1.0, -1.0]]))
