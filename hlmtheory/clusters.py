@@ -83,6 +83,24 @@ class RatioEstimate:
         )
 
 
+def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> RatioEstimate:
+    """Mean over tokens from each prompt's sum and number of tokens, (P,); none without tokens.
+
+    Raises
+    ------
+    ValueError
+        If no prompt has a token.
+    """
+    total = float(counts.sum())
+    if total <= 0:
+        raise ValueError("values holds no finite entry: give at least one token")
+    value = float(sums.sum() / total)
+    influence = np.where(counts > 0, (sums - value * counts) / total, np.nan)
+    error = error_terms(influence)
+    spread = error.standard_error if error.freedom else float("nan")
+    return RatioEstimate(value, spread, error.num_prompts, influence)
+
+
 def mean_over_tokens(
     values: np.ndarray, prompt_index: np.ndarray, num_prompts: int
 ) -> RatioEstimate:
@@ -94,16 +112,10 @@ def mean_over_tokens(
         If no token has a value.
     """
     known = np.isfinite(values)
-    if not known.any():
-        raise ValueError("values holds no finite entry: give at least one token")
-    sums = sum_by_prompt(np.where(known, values, 0.0), prompt_index, num_prompts)
-    counts = sum_by_prompt(known.astype(float), prompt_index, num_prompts)
-    total = float(counts.sum())
-    value = float(sums.sum() / total)
-    influence = np.where(counts > 0, (sums - value * counts) / total, np.nan)
-    error = error_terms(influence)
-    spread = error.standard_error if error.freedom else float("nan")
-    return RatioEstimate(value, spread, error.num_prompts, influence)
+    return ratio_of_sums(
+        sum_by_prompt(np.where(known, values, 0.0), prompt_index, num_prompts),
+        sum_by_prompt(known.astype(float), prompt_index, num_prompts),
+    )
 
 
 @dataclass(frozen=True)
@@ -161,30 +173,45 @@ def error_terms(influence: np.ndarray, strata: np.ndarray | None = None) -> Erro
     return ErrorTerms(terms, len(values), len(values) - len(sizes))
 
 
-def pooled_difference(first: ErrorTerms, second: ErrorTerms) -> ErrorTerms:
-    r"""Error of the difference of two independent estimates of one figure; docs/theory.md, (36).
+def prediction_error(averaged: ErrorTerms, drawn: ErrorTerms, rerun: ErrorTerms) -> ErrorTerms:
+    r"""Error of a rerun's figure less its prediction; docs/theory.md, (36).
 
-    .. math:: \mathrm{se}^2 = s^2 \Big(\frac1n + \frac1m\Big), \qquad
-              s^2 = \frac{\nu_n\, n\, \mathrm{se}_n^2 + \nu_m\, m\, \mathrm{se}_m^2}
+    .. math:: \mathrm{se}^2 = \mathrm{se}_n^2 + \frac{s^2}{m}, \qquad
+              s^2 = \frac{\nu_n\, n\, \mathrm{se}_{n,drawn}^2 + \nu_m\, m\, \mathrm{se}_m^2}
                         {\nu_n + \nu_m}
 
-    with n and m prompts and nu degrees of freedom. The terms are those of the first, then those of
-    the second.
+    se_n is the prediction's own, averaged over drafts wherever that is possible; a rerun draws each
+    draft, so the spread s of its prompts is that of the *drawn* figure, pooled over both sets: a
+    set in which a rare event did not happen would understate it. Degrees of freedom by
+    Satterthwaite's formula, at most nu_n + nu_m.
+
+    Parameters
+    ----------
+    averaged, drawn : ErrorTerms
+        Of the prediction, and of what the drafts drawn on the same n prompts give.
+    rerun : ErrorTerms
+        Of the measured figure, m prompts.
+
+    Returns
+    -------
+    ErrorTerms
+        Terms of the n averaged ones, then of s / sqrt(m): n drawn ones and m measured ones.
 
     Raises
     ------
     ValueError
-        If neither side has a degree of freedom.
+        If the prediction has no degree of freedom.
     """
-    freedom = first.freedom + second.freedom
-    if freedom == 0:
-        raise ValueError("no degree of freedom on either side: give more prompts than strata")
-    sizes = 1 / first.num_prompts + 1 / second.num_prompts
-    parts = [
-        side.terms * (side.freedom * side.num_prompts * sizes / freedom) ** 0.5
-        for side in (first, second)
-    ]
-    return ErrorTerms(np.concatenate(parts), first.num_prompts + second.num_prompts, freedom)
+    if averaged.freedom == 0:
+        raise ValueError("no degree of freedom in the prediction: give more prompts than strata")
+    most = drawn.freedom + rerun.freedom
+    scales = (drawn.freedom * drawn.num_prompts / rerun.num_prompts / most, rerun.freedom / most)
+    sampled = [side.terms * scale**0.5 for side, scale in zip((drawn, rerun), scales, strict=True)]
+    first, second = averaged.terms @ averaged.terms, sum(part @ part for part in sampled)
+    spread = first**2 / averaged.freedom + second**2 / most
+    freedom = min(most, int((first + second) ** 2 / spread)) if spread > 0 else most
+    terms = np.concatenate([averaged.terms, *sampled])
+    return ErrorTerms(terms, averaged.num_prompts + rerun.num_prompts, freedom)
 
 
 def resample_prompts(

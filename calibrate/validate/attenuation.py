@@ -1,29 +1,33 @@
 """What drawing K tokens instead of summing exactly does to the fitted line: equation (6), measured.
 
-One trace under hlm serves every K: each grid of K temperatures is a function of the same logits.
+One trace serves every K, for each grid of K temperatures is a function
+of the same logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy import stats
 
-from calibrate.decode.engine import DecodingSettings, decode
-from calibrate.decode.models import TransformerModel
-from calibrate.decode.recording import Columns
-from calibrate.decode.streams import PERTURBATION
-from calibrate.pairs.loading import LoadedPair
 from calibrate.run.errors import UsageError
-from calibrate.run.folder import Figure, provenance, write_json
-from calibrate.run.prompts import TokenizedPrompt
+from calibrate.run.figure import figure
+from calibrate.run.folder import provenance, read_record, write_record
+from calibrate.run.prompts import Prompt, TokenizedPrompt, read_prompts, tokenize_prompts
+from calibrate.run.records import (
+    AttenuationRecord,
+    AttenuationRow,
+    CalibrationRecord,
+    Figure,
+    RunRecord,
+)
+from calibrate.validate.validation import check_pair, spec_from_settings
 from hlmtheory.clusters import jackknife_correlation_interval, sum_by_prompt
-from hlmtheory.policies import make_policy
+from hlmtheory.policies import calibration_policy
 from hlmtheory.relation import Line, line_moments, line_of_totals
 from hlmtheory.uncertainty import (
     Attenuation,
@@ -35,13 +39,18 @@ from hlmtheory.uncertainty import (
     temperatures,
 )
 
-ATTENUATION_NAME = "attenuation.json"
+if TYPE_CHECKING:
+    from calibrate.decode.engine import DecodingSettings
+    from calibrate.decode.recording import Columns
+    from calibrate.pairs.registry import LoadedPair, PairSpec
+    from hlmtheory.steps import LawStep
+
 NUM_TEMPERATURES = (5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
 class AttenuationTrace:
-    """Tokens of one run under hlm, with the uncertainty of several grids.
+    """Tokens decoded losslessly, with the uncertainty of several grids.
 
     Attributes
     ----------
@@ -75,49 +84,15 @@ class AttenuationTrace:
             )
 
 
-@dataclass(frozen=True)
-class AttenuationRow:
-    """One K: the line predicted from exact u, and the one measured on drawn u_K.
-
-    Attributes
-    ----------
-    num_temperatures : int
-        K.
-    reliability : float
-        lambda_K.
-    exact_correlation : float
-        r of beta and the exact u of this grid.
-    predicted_correlation, predicted_slope : float
-        sqrt(lambda_K) r and lambda_K a.
-    measured_correlation, measured_slope : Figure
-        Of beta on u_K, with intervals clustered by prompt.
-    correlation_gap, slope_gap : Figure
-        Measured less predicted. The interval leaves out one prompt at a time in both, so that what
-        they share, the choice of prompts, cancels: it is much shorter than the one above.
-    num_tokens, num_prompts : int
-    """
-
-    num_temperatures: int
-    reliability: float
-    exact_correlation: float
-    predicted_correlation: float
-    predicted_slope: float
-    measured_correlation: Figure
-    measured_slope: Figure
-    correlation_gap: Figure
-    slope_gap: Figure
-    num_tokens: int
-    num_prompts: int
-
-
 def decode_attenuation_trace(
     pair: LoadedPair,
     prompts: Sequence[TokenizedPrompt],
     settings: DecodingSettings,
     num_temperatures: Sequence[int] = NUM_TEMPERATURES,
     theta_max: float = 2.0,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> AttenuationTrace:
-    """Decode once under hlm and record u, u_K and its variance for every K.
+    """Decode once, losslessly, and record u, u_K and its variance for every K.
 
     The grids share the perturbation uniforms of a token: grid K compares its K probabilities with
     the first K of the 128 columns. Within a grid the columns are independent, which is all that
@@ -133,33 +108,38 @@ def decode_attenuation_trace(
         K of each grid, from 2 to 128.
     theta_max : float
         Largest temperature of every grid, > 0.
+    on_step : callable, optional
+        See :func:`calibrate.decode.engine.decode`.
 
     Raises
     ------
     UsageError
         If a K is outside 2 to 128.
     """
+    from calibrate.decode.engine import decode
+    from calibrate.decode.models import TransformerModel
+    from calibrate.decode.streams import PERTURBATION
+
     most = PERTURBATION.stop - PERTURBATION.start
     for number in num_temperatures:
         if not 2 <= number <= most:
             raise UsageError(f"num_temperatures = {number}: allowed is 2 to {most}")
     grids = [temperatures(number, theta_max) for number in num_temperatures]
 
-    def observe(
-        z: torch.Tensor, draft: torch.Tensor, x: torch.Tensor, uniforms: np.ndarray
-    ) -> Columns:
-        draws = torch.from_numpy(uniforms[:, PERTURBATION]).to(z.device, z.dtype)
-        at_draft = draft[:, None]
+    def observe(step: LawStep) -> Columns:
+        at_draft = step["draft_token"][:, None]
+        draws = step.noise.perturbation
         exact, sampled, variance = [], [], []
         for grid in grids:
-            p = perturbed_probabilities(z, at_draft, grid, log_partitions(z, grid))[:, 0]  # (B, K)
+            partitions = log_partitions(step.logits, grid)
+            p = perturbed_probabilities(step.logits, at_draft, grid, partitions)[:, 0]  # (B, K)
             exact.append(1.0 - p.mean(-1))
-            sampled.append(sampled_uncertainty(p, draws[:, : len(grid.values)]))
+            sampled.append(sampled_uncertainty(p, draws[:, : p.shape[-1]].to(p.dtype)))
             variance.append(sampled_uncertainty_variance(p))
+        kinds = {"grid_exact": exact, "grid_sampled": sampled, "grid_variance": variance}
         return {
-            "grid_exact": torch.stack(exact, -1).cpu().numpy(),  # (B, G)
-            "grid_sampled": torch.stack(sampled, -1).cpu().numpy(),
-            "grid_variance": torch.stack(variance, -1).cpu().numpy(),
+            name: np.stack([one.cpu().numpy() for one in values], -1)  # (B, G)
+            for name, values in kinds.items()
         }
 
     parts: list[Columns] = []
@@ -168,9 +148,10 @@ def decode_attenuation_trace(
         TransformerModel(pair.slm, pair.vocab_size),
         TransformerModel(pair.llm, pair.vocab_size),
         prompts,
-        make_policy("hlm"),
+        calibration_policy(),
         settings,
         pair.eos_token_ids,
+        on_step,
         observer=observe,
     )
     for batch in batches:
@@ -234,7 +215,7 @@ def _row(trace: AttenuationTrace, column: int, confidence: float) -> Attenuation
         exact_correlation=float(whole.exact.correlation),
         predicted_correlation=float(whole.predicted.correlation),
         predicted_slope=float(whole.predicted.slope),
-        measured_correlation=Figure(float(whole.measured.correlation), *(interval or (None, None))),
+        measured_correlation=figure(whole.measured.correlation, *(interval or (None, None))),
         measured_slope=_jackknife(whole.measured.slope, without.measured.slope, confidence),
         correlation_gap=_jackknife(whole.correlation_gap, without.correlation_gap, confidence),
         slope_gap=_jackknife(whole.slope_gap, without.slope_gap, confidence),
@@ -267,28 +248,83 @@ def _predicted_and_measured(totals: np.ndarray) -> _Lines:
     return _Lines(exact, predicted, measured)
 
 
-def _jackknife(value: np.ndarray, left_out: np.ndarray, confidence: float) -> Figure:
+def _jackknife(value: float | np.ndarray, left_out: np.ndarray, confidence: float) -> Figure:
     """Student-t interval from the values with one prompt left out."""
+    value = float(value)
     num = len(left_out)
     if num < 3:
-        return Figure(float(value))
+        return figure(value)
     error = float(((num - 1) / num * np.sum((left_out - left_out.mean()) ** 2)) ** 0.5)
     half = float(stats.t.ppf(0.5 + confidence / 2, num - 1)) * error
-    return Figure(float(value), float(value) - half, float(value) + half)
+    return figure(value, value - half, value + half)
+
+
+@dataclass(frozen=True)
+class AttenuationPlan:
+    """What one `hlm attenuation` is to decode, checked before any model is loaded."""
+
+    run: Path
+    calibration: CalibrationRecord
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+    command: tuple[str, ...]
+
+    @property
+    def spec(self) -> PairSpec:
+        """The calibrated pair, resolved again."""
+        return spec_from_settings(self.calibration.settings)
+
+
+def prepare_attenuation(
+    run: Path, limit: int = 48, max_new_tokens: int = 32, command: Sequence[str] = ()
+) -> AttenuationPlan:
+    """Take the first `limit` prompts of the calibration itself; loads no model.
+
+    Raises
+    ------
+    UserError, UsageError
+        If the run is not calibrated, or its prompts are no longer where they were.
+    """
+    calibration = read_record(run, CalibrationRecord)
+    wanted = read_record(run, RunRecord).prompt_ids[:limit]
+    source = calibration.settings.prompts
+    found = {p.prompt_id: p for p in read_prompts(None if source == "shipped" else source)}
+    for prompt_id in wanted:
+        if prompt_id not in found:
+            raise UsageError(f"{source}: holds no prompt {prompt_id!r} any more; calibrate again")
+    prompts = tuple(found[prompt_id] for prompt_id in wanted)
+    return AttenuationPlan(run, calibration, prompts, max_new_tokens, tuple(command))
 
 
 def write_attenuation(
-    run: Path, table: Sequence[AttenuationRow], pair: dict[str, Any], command: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Write RUN/attenuation.json and return its content: a row for each K, most K last.
+    plan: AttenuationPlan,
+    pair: LoadedPair,
+    on_step: Callable[[int, int], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> AttenuationRecord:
+    """Decode, and write RUN/attenuation.json: a row for each K, most K last."""
+    from calibrate.decode.engine import DecodingSettings
+    from calibrate.decode.memory import automatic_batch_size
 
-    `pair` says which models the tokens are from; see `calibrate.fit.calibration.pair_identity`.
-    """
-    rows = sorted(table, key=lambda row: row.num_temperatures)
-    result: dict[str, Any] = {
-        "pair": pair,
-        **provenance(command),
-        "rows": [asdict(row) for row in rows],
-    }
-    write_json(run / ATTENUATION_NAME, result)
+    check_pair(plan.calibration, pair)
+    num = plan.max_new_tokens
+    prompts = tokenize_prompts(plan.prompts, pair.tokenizer, num, pair.max_context)
+    settings = DecodingSettings(
+        temperature=plan.calibration.settings.temperature,
+        max_new_tokens=num,
+        batch_size=automatic_batch_size(pair, prompts, num),
+        seed=plan.calibration.settings.seed,
+        trace="minimal",
+    )
+    if on_total is not None:
+        on_total(len(prompts) * num)
+    trace = decode_attenuation_trace(pair, prompts, settings, on_step=on_step)
+    confidence = plan.calibration.confidence
+    result = AttenuationRecord(
+        pair=plan.calibration.pair,
+        confidence=confidence,
+        provenance=provenance(plan.command),
+        rows=attenuation_table(trace, confidence),
+    )
+    write_record(plan.run, result)
     return result

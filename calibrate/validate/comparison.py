@@ -4,64 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from calibrate.derive.operating_points import policy_from_settings
-from calibrate.derive.policy_tokens import (
+from calibrate.derive.predict import (
     METRICS,
+    SOURCES,
     UNITS,
     Economics,
+    drawn_tokens,
     measured_tokens,
     metrics,
     predicted_tokens,
 )
-from calibrate.run.figure import as_figure, share_figure
-from calibrate.run.folder import Figure
+from calibrate.run.figure import as_figure, figure, number_text, share_figure
+from calibrate.run.records import (
+    Cell,
+    Coverage,
+    CoverageSummary,
+    OperatingPoint,
+    Repeats,
+    ValidationRecord,
+)
 from calibrate.run.traces import Trace
-from hlmtheory.clusters import ErrorTerms, error_terms, pooled_difference
+from hlmtheory.clusters import ErrorTerms, error_terms, prediction_error
+from hlmtheory.policies import Policy
 
 # Sums of float32 probabilities over a vocabulary, relative to figures of size one or more.
 ROUNDING = 1e-5
 
 NUM_REPEATS = 10_000
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One predicted figure against its measurement.
-
-    Attributes
-    ----------
-    policy, rule, metric : str
-    predicted : Figure
-        Interval for the *rerun's* figure: calibration and validation sampling both.
-    measured : Figure
-        With its own sampling interval, prompts taken as independent draws.
-    covered : bool or None
-        Whether the measured value lies inside the predicted interval; None where there is none.
-    """
-
-    policy: str
-    rule: str
-    metric: str
-    predicted: Figure
-    measured: Figure
-    covered: bool | None
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the policy alone fixes the figure: the prediction leaves room for rounding only.
-
-        A rerun in which a rare event did not happen has no spread either, but can miss.
-        """
-        low, high, value = self.predicted.low, self.predicted.high, self.predicted.value
-        if low is None or high is None or value is None:
-            return False
-        return high - low <= 4 * _room(value)  # both ends, and rounding itself
 
 
 @dataclass(frozen=True)
@@ -80,7 +54,7 @@ class Comparison:
     ----------
     cell : Cell
     error : ErrorTerms or None
-        Of measured less predicted: calibration prompts, then the rerun's. None without a spread.
+        Of measured less predicted; None without a spread.
     covered_unstratified : bool or None
         Whether the cell holds if prompts count as independent draws of one population.
     """
@@ -123,15 +97,12 @@ def stratum_numbers(categories: Sequence[str]) -> np.ndarray | None:
 
 
 def prediction_interval(value: float, error: ErrorTerms, confidence: float) -> tuple[float, float]:
-    r"""Interval in which a rerun on other prompts is expected to fall.
+    r"""Interval in which a rerun on other prompts is expected to fall; docs/theory.md, (36).
 
-    .. math:: \hat\theta \pm t_\nu \, s \sqrt{1/n + 1/m}
+    .. math:: \hat\theta \pm t_\nu \sqrt{\mathrm{se}_n^2 + s^2 / m}
 
-    with the pooled spread s of :func:`hlmtheory.clusters.pooled_difference` and its nu degrees of
-    freedom: docs/theory.md, (36). The spread between prompts is pooled, because a rerun in which a
-    rare event did not happen would otherwise understate it exactly where it matters. Where neither
-    side varies (a policy that always skips) the interval is the value with room for float32
-    rounding.
+    with the terms of :func:`hlmtheory.clusters.prediction_error`. Where neither side varies (a
+    policy that always skips) the interval is the value with room for float32 rounding.
     """
     quantile = float(stats.t.ppf(0.5 + confidence / 2, error.freedom))
     margin = quantile * error.standard_error + _room(value)
@@ -143,7 +114,8 @@ def _room(value: float) -> float:
 
 
 def compare(
-    point: dict[str, Any],
+    point: OperatingPoint,
+    policy: Policy,
     calibration: Trace,
     rerun: Trace,
     economics: Economics,
@@ -153,35 +125,47 @@ def compare(
 
     Parameters
     ----------
-    point : dict
-        An entry of operating_points.json; its predictions are what is held against the rerun.
+    point : OperatingPoint
+        Its predictions are what is held against the rerun.
+    policy : Policy
+        The point's.
     calibration : Trace
-        That the predictions were made from: their sampling error is taken from it.
+        That the predictions were made from: their sampling error is taken from it, and with that
+        of the drafts it drew the rerun's.
     rerun : Trace
         Of the rerun under that point.
     economics : Economics
         The one the predictions were made with.
     confidence : float
     """
-    policy = policy_from_settings(
-        point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
+    averaged, drawn, measured = (
+        metrics(tokens, economics)
+        for tokens in (
+            predicted_tokens(calibration, policy),
+            drawn_tokens(calibration, policy),
+            measured_tokens(rerun, policy),
+        )
     )
-    predicted = metrics(predicted_tokens(calibration, policy, economics.vocab_size), economics)
-    measured = metrics(measured_tokens(rerun, policy), economics)
     strata = common_strata(calibration.categories, rerun.categories)
     out = []
     for metric in METRICS:
-        value, found = float(point["predicted"][metric]["value"]), measured[metric]
-        influence = (predicted[metric].influence, found.influence)
+        value, found = point.predicted[metric].value, measured[metric]
+        if value is None:
+            raise ValueError(f"{point.key}: no prediction of {metric} to hold a rerun against")
+        influence = (averaged[metric].influence, drawn[metric].influence, found.influence)
         error = difference_error(*influence, strata)
         low, high, covered = _judge(value, found.value, error, confidence)
         cell = Cell(
-            point["policy"],
-            point["rule"],
-            metric,
-            Figure(value, low, high, UNITS[metric]),
-            as_figure(found, UNITS[metric], confidence),
-            covered,
+            policy=point.policy,
+            rule=point.rule,
+            metric=metric,
+            source=SOURCES[metric],
+            predicted=figure(value, low, high, UNITS[metric]),
+            measured=as_figure(found, UNITS[metric], confidence),
+            covered=covered,
+            # The prediction leaves room for rounding only, at both ends. A rerun in which a rare
+            # event did not happen has no spread either, but can miss.
+            fixed=low is not None and high is not None and high - low <= 4 * _room(value),
         )
         plain = _judge(value, found.value, difference_error(*influence, None), confidence)
         out.append(Comparison(cell, error, plain[2]))
@@ -189,12 +173,13 @@ def compare(
 
 
 def difference_error(
-    calibration: np.ndarray, rerun: np.ndarray, strata: Strata | None
+    averaged: np.ndarray, drawn: np.ndarray, rerun: np.ndarray, strata: Strata | None
 ) -> ErrorTerms | None:
-    """Error of measured less predicted; None where one prompt a side leaves no spread."""
-    first = error_terms(calibration, strata.calibration if strata else None)
-    second = error_terms(rerun, strata.rerun if strata else None)
-    return pooled_difference(first, second) if first.freedom + second.freedom else None
+    """Error of measured less predicted from all influences; None where one prompt has no spread."""
+    of_calibration = strata.calibration if strata else None
+    first, second = (error_terms(influence, of_calibration) for influence in (averaged, drawn))
+    third = error_terms(rerun, strata.rerun if strata else None)
+    return prediction_error(first, second, third) if first.freedom and second.freedom else None
 
 
 def _judge(
@@ -206,7 +191,7 @@ def _judge(
     return low, high, bool(low <= measured <= high)
 
 
-def coverage(comparisons: Sequence[Comparison], confidence: float) -> dict[str, Any]:
+def coverage(comparisons: Sequence[Comparison], confidence: float) -> CoverageSummary:
     """Covered cells out of all, and how many should be if the predictions hold.
 
     `tested` leaves out the figures that a policy fixes by itself, whose comparison is arithmetic.
@@ -215,21 +200,23 @@ def coverage(comparisons: Sequence[Comparison], confidence: float) -> dict[str, 
     tested cells with prompts taken as independent draws of one population.
     """
     tested = [one for one in comparisons if not one.cell.fixed]
-    free = [one.cell.covered for one in tested]
-    return {
-        **_share([one.cell.covered for one in comparisons], confidence),
-        "tested": _share(free, confidence) | {"if_predictions_hold": repeats(tested, confidence)},
-        "unstratified": _share([one.covered_unstratified for one in tested], confidence),
-    }
+    everything = _share([one.cell.covered for one in comparisons], confidence)
+    return CoverageSummary(
+        **dict(everything),
+        tested=_share([one.cell.covered for one in tested], confidence),
+        if_predictions_hold=repeats(tested, confidence),
+        unstratified=_share([one.covered_unstratified for one in tested], confidence),
+    )
 
 
-def _share(covered: Sequence[bool | None], confidence: float) -> dict[str, Any]:
+def _share(covered: Sequence[bool | None], confidence: float) -> Coverage:
     judged = [one for one in covered if one is not None]
-    share = share_figure(sum(judged), len(judged), confidence)
-    return {"covered": sum(judged), "total": len(judged), "share": asdict(share)}
+    held = sum(judged)
+    share = share_figure(held, len(judged), confidence)
+    return Coverage(covered=held, total=len(judged), share=share)
 
 
-def repeats(tested: Sequence[Comparison], confidence: float, seed: int = 0) -> dict[str, Any]:
+def repeats(tested: Sequence[Comparison], confidence: float, seed: int = 0) -> Repeats | None:
     r"""What counts of covered cells to expect of predictions that hold; docs/theory.md, (36).
 
     .. math:: D_g = \sum_i z_i\, e_{ig}, \qquad z_i \sim N(0, 1)
@@ -240,63 +227,72 @@ def repeats(tested: Sequence[Comparison], confidence: float, seed: int = 0) -> d
 
     Returns
     -------
-    dict
+    Repeats or None
         Over the repeats: mean share of covered cells, the interval that holds `confidence` of the
         shares, the probability of at most and of at least as many as were covered, and of an error
-        as many standard errors wide as the widest (`widest_error`) in any cell.
+        as many standard errors wide as the widest (`widest_error`) in any cell. None without a
+        spread.
     """
-    judged = [one for one in tested if one.error is not None and one.error.standard_error > 0]
-    errors = [one.error for one in judged if one.error is not None]
-    if not judged or len({len(error.terms) for error in errors}) != 1:
-        return {}
-    terms = np.column_stack([error.terms for error in errors])  # (P, G)
-    spread = np.array([error.standard_error for error in errors])
-    cells = [one.cell for one in judged]
-    reach = np.array([float(cell.predicted.high or 0) - float(cell.predicted.value or 0)
-                      for cell in cells])  # fmt: skip
-    off = np.array([float(cell.measured.value or 0) - float(cell.predicted.value or 0)
-                    for cell in cells])  # fmt: skip
+    judged = [
+        (one.cell, one.error)
+        for one in tested
+        if one.error is not None and one.error.standard_error > 0
+    ]
+    if not judged or len({len(error.terms) for _, error in judged}) != 1:
+        return None
+    terms = np.column_stack([error.terms for _, error in judged])  # (P, G)
+    spread = np.array([error.standard_error for _, error in judged])
+    predicted, high, measured = (
+        np.array(values, dtype=float)
+        for values in zip(
+            *((c.predicted.value, c.predicted.high, c.measured.value) for c, _ in judged),
+            strict=True,
+        )
+    )
     normal = np.random.default_rng(seed).standard_normal((NUM_REPEATS, len(terms)))
     drawn = np.abs(normal @ terms)
-    counts = np.sum(drawn <= reach, axis=1)
-    covered = sum(bool(cell.covered) for cell in cells)
-    widest = float(np.max(np.abs(off) / spread))
-    low, high = np.quantile(counts / len(cells), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {
-        "num_repeats": NUM_REPEATS,
-        "share": asdict(Figure(float(counts.mean() / len(cells)), float(low), float(high))),
-        "probability_of_at_most": float(np.mean(counts <= covered)),
-        "probability_of_at_least": float(np.mean(counts >= covered)),
-        "widest_error": widest,
-        "probability_of_as_wide": float(np.mean(np.max(drawn / spread, axis=1) >= widest)),
-    }
-
-
-def coverage_text(validation: dict[str, Any]) -> str:
-    """What validation.json says of its coverage, in sentences."""
-    summary = validation["coverage"]
-    tested = summary["tested"]
-    text = (
-        f"{summary['covered']} of {summary['total']} measured figures fall inside their "
-        f"{validation['confidence']:.0%} prediction intervals; of the {tested['total']} "
-        f"that a policy does not fix by itself, {tested['covered']}"
+    counts = np.sum(drawn <= high - predicted, axis=1)
+    covered = sum(bool(cell.covered) for cell, _ in judged)
+    widest = float(np.max(np.abs(measured - predicted) / spread))
+    shares = counts / len(judged)
+    ends = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Repeats(
+        num_repeats=NUM_REPEATS,
+        share=figure(float(shares.mean()), *ends),
+        probability_of_at_most=float(np.mean(counts <= covered)),
+        probability_of_at_least=float(np.mean(counts >= covered)),
+        widest_error=widest,
+        probability_of_as_wide=float(np.mean(np.max(drawn / spread, axis=1) >= widest)),
     )
-    hold = tested.get("if_predictions_hold")
+
+
+def coverage_text(validation: ValidationRecord) -> str:
+    """What validation.json says of its coverage, in sentences."""
+    summary, confidence = validation.coverage, validation.confidence
+    tested, hold = summary.tested, summary.if_predictions_hold
+    text = (
+        f"{summary.covered} of {summary.total} measured figures fall inside their "
+        f"{confidence:.0%} prediction intervals; of the {tested.total} "
+        f"that a policy does not fix by itself, {tested.covered}"
+    )
     if hold:
-        low, high = (100 * hold["share"][end] for end in ("low", "high"))
+        low, high = (_percent(end) for end in (hold.share.low, hold.share.high))
         text += (
-            f" = {100 * tested['covered'] / tested['total']:.1f} %. They share prompts: "
-            f"predictions that hold would cover {low:.0f} to {high:.0f} % of them in "
-            f"{100 * validation['confidence']:g} of 100 repeats, "
-            f"and as few with probability {hold['probability_of_at_most']:.2g}; "
-            f"the widest error, {hold['widest_error']:.2g} standard errors, is matched with "
-            f"probability {hold['probability_of_as_wide']:.2g}"
+            f" = {100 * tested.covered / tested.total:.1f} %. They share prompts: "
+            f"predictions that hold would cover {low} to {high} % of them in "
+            f"{100 * confidence:g} of 100 repeats, "
+            f"and as few with probability {number_text(hold.probability_of_at_most, 2)}; "
+            f"the widest error, {number_text(hold.widest_error, 2)} standard errors, is matched "
+            f"with probability {number_text(hold.probability_of_as_wide, 2)}"
         )
-    if validation.get("strata"):
-        plain = summary["unstratified"]
+    if validation.strata:
+        plain = summary.unstratified
         text += (
             ". Intervals take prompts by category, of which both sets have the same mix; "
-            f"taken as independent draws, {plain['covered']} of {plain['total']} would be "
-            "inside"
+            f"taken as independent draws, {plain.covered} of {plain.total} would be inside"
         )
     return f"{text}."
+
+
+def _percent(share: float | None) -> str:
+    return number_text(None if share is None else 100 * share, decimals=0)

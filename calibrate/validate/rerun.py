@@ -1,26 +1,22 @@
-"""`hlm validate`: run the whole pipeline again at the derived settings.
+"""Reruns: the whole pipeline decoded again under a policy, each kept by what it ran.
 
-The prompts are fresh, the seed is fresh, and the tokens are decoded by the policy itself, not
-replayed from the calibration trace. calibrate.validate.comparison holds them against the
-predictions: what is compared is the theory, for device, link and model times are those of the
-predictions.
+A file is named by a hash of everything that decides its tokens. So reruns of other settings, seeds
+or prompts lie beside one another, none replaces another, and one that is there is not made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibrate.derive.operating_points import policy_from_settings
-from calibrate.derive.policy_tokens import measured_tokens
-from calibrate.run.figure import as_figure
-from calibrate.run.folder import Figure
-from calibrate.run.prompts import TokenizedPrompt
-from calibrate.run.traces import Trace, write_shard
-from hlmtheory.clusters import mean_over_tokens
+from calibrate.run.prompts import Prompt, TokenizedPrompt, text_key
+from calibrate.run.records import OperatingPoint
+from calibrate.run.traces import write_shard
 from hlmtheory.policies import Policy
 
 if TYPE_CHECKING:
@@ -30,6 +26,51 @@ if TYPE_CHECKING:
 OnStep = Callable[[int, int], None]
 
 
+def rerun_identity(
+    point: OperatingPoint,
+    source: str | None,
+    prompts: Sequence[Prompt],
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> dict[str, Any]:
+    """Everything that decides the tokens of a rerun, beside the run's own pair.
+
+    Parameters
+    ----------
+    point : OperatingPoint
+    source : str or None
+        FILE.py:NAME of somebody's own policy; the hash of its text counts, not its place.
+    prompts : sequence of Prompt
+        Their ids key the random numbers, so both ids and texts count.
+    seed, max_new_tokens : int
+    temperature : float
+    """
+    return {
+        "policy": point.policy,
+        "source": None if source is None else _source_identity(source),
+        "settings": point.settings,
+        "threshold": point.uncertainty_threshold.value,
+        "score": point.score,
+        "seed": seed,
+        "prompt_keys": {prompt.prompt_id: text_key(prompt.text) for prompt in prompts},
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+    }
+
+
+def rerun_path(run: Path, identity: Mapping[str, Any]) -> Path:
+    """RUN/reruns/POLICY-HASH.parquet."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return run / "reruns" / f"{identity['policy']}-{digest}.parquet"
+
+
+def _source_identity(source: str) -> str:
+    path, _, name = source.rpartition(":")
+    return f"{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}:{name}"
+
+
 def decode_policies(
     pair: LoadedPair,
     prompts: Sequence[TokenizedPrompt],
@@ -37,7 +78,7 @@ def decode_policies(
     settings: DecodingSettings,
     on_step: OnStep | None = None,
     on_batch: Callable[[int, int, str], None] | None = None,
-) -> dict[str, list[DecodedBatch]]:
+) -> Iterator[tuple[str, list[DecodedBatch]]]:
     """Decode the same prompts under every policy: batch by batch, so that prompts are read once.
 
     Parameters
@@ -50,6 +91,11 @@ def decode_policies(
         See :func:`calibrate.decode.engine.decode`.
     on_batch : callable, optional
         Told the number of this batch of one policy, how many there are in all, and its label.
+
+    Yields
+    ------
+    label, batches
+        Of each policy as soon as its last batch is done.
     """
     from calibrate.decode.engine import batches_by_length, decode
     from calibrate.decode.models import TransformerModel
@@ -65,11 +111,12 @@ def decode_policies(
             if on_batch is not None:
                 on_batch(number, len(batches) * len(policies), label)
             decoded[label] += decode(slm, llm, batch, policy, settings, pair.eos_token_ids, on_step)
-    return decoded
+            if len(decoded[label]) == len(batches):
+                yield label, decoded.pop(label)
 
 
-def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, Any]) -> None:
-    """Keep the batches of one policy in one file."""
+def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: Mapping[str, Any]) -> None:
+    """Keep the batches of one policy in one file; what a header says of columns is theirs."""
     prompt_ids: list[str] = []
     categories: list[str] = []
     parts: dict[str, list[np.ndarray]] = {}
@@ -80,18 +127,4 @@ def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: dict[str, An
         prompt_ids += batch.prompt_ids
         categories += batch.categories
     columns = {name: np.concatenate(values) for name, values in parts.items()}
-    write_shard(path, columns, prompt_ids, header, categories)
-
-
-def entries_per_sent_token(point: dict[str, Any], trace: Trace, confidence: float) -> Figure:
-    """Probabilities sent with a token that is sent, measured; none where nothing is sent."""
-    policy = policy_from_settings(
-        point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
-    )
-    tokens = measured_tokens(trace, policy)
-    sent = np.where(tokens.skipped < 0.5, tokens.num_entries, np.nan)
-    if point["policy"] in ("slm", "llm") or not np.isfinite(sent).any():
-        return Figure(None)
-    return as_figure(
-        mean_over_tokens(sent, tokens.prompt_index, tokens.num_prompts), "", confidence
-    )
+    write_shard(path, columns, prompt_ids, header, batches[0].axes, categories)

@@ -1,126 +1,260 @@
-"""`hlm validate`: plan the reruns of a derived run, carry them out, write the comparison."""
+"""`hlm validate`: plan the reruns of a derivation, carry them out, write the comparison.
+
+The prompts are fresh, the seed is fresh, and the tokens are decoded by the policy itself, not
+replayed from the calibration trace. What is compared is the theory, for device, link and model
+times are those of the predictions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from calibrate.run.errors import UsageError, UserError
-from calibrate.run.folder import provenance, read_json, write_json
-from calibrate.run.prompts import Prompt, read_prompts, tokenize_prompts, validation_prompts
-from calibrate.run.traces import shard_paths
+from calibrate.run.folder import provenance, read_record, record_path, write_record
+from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
+from calibrate.run.records import (
+    CalibrationRecord,
+    DerivationRecord,
+    Figure,
+    Infeasible,
+    OperatingPoint,
+    RerunInfo,
+    RunRecord,
+    RunSettings,
+    ValidationRecord,
+)
+from calibrate.run.traces import read_trace, shard_paths
+from calibrate.validate.rerun import decode_policies, keep_rerun, rerun_identity, rerun_path
 
 if TYPE_CHECKING:
+    from calibrate.derive.predict import Economics, PolicyTokens
     from calibrate.pairs.registry import LoadedPair, PairSpec
+    from hlmtheory.policies import Policy
 
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """Reruns to make, checked before any model is loaded."""
+    """What one `hlm validate` is to compare, checked before any model is loaded.
+
+    Attributes
+    ----------
+    run : Path
+    name : str
+        Of the derivation, and so of the validation.
+    derivation, calibration : records
+    points : tuple of OperatingPoint
+        Feasible ones: those asked for and those validated before, as they are derived.
+    infeasible : tuple of Infeasible
+    prompts : tuple of Prompt
+    order, seed, batch_size
+        As asked for.
+    command : tuple of str
+    """
 
     run: Path
-    spec: PairSpec
-    dtype: str
-    points: tuple[dict[str, Any], ...]
-    infeasible: tuple[dict[str, Any], ...]
+    name: str
+    derivation: DerivationRecord
+    calibration: CalibrationRecord
+    points: tuple[OperatingPoint, ...]
+    infeasible: tuple[Infeasible, ...]
     prompts: tuple[Prompt, ...]
-    derived: dict[str, Any]
-    calibration: dict[str, Any]
+    order: Literal["random", "file"]
     seed: int
     batch_size: int | None
-    needs_attention: bool
     command: tuple[str, ...]
+
+    @property
+    def spec(self) -> PairSpec:
+        """The calibrated pair, resolved again."""
+        return spec_from_settings(self.calibration.settings)
+
+    @cached_property
+    def policies(self) -> dict[str, Policy]:
+        """Of every point, by its key."""
+        return {point.key: self.derivation.policy_of(point) for point in self.points}
+
+    def identity(self, point: OperatingPoint) -> dict[str, Any]:
+        """What a rerun of the point is kept by."""
+        settings = self.calibration.settings
+        sources = {policy.name: policy.source for policy in self.derivation.policies}
+        return rerun_identity(
+            point, sources[point.policy], self.prompts, self.seed, settings.max_new_tokens,
+            settings.temperature,
+        )  # fmt: skip
+
+    def path(self, point: OperatingPoint) -> Path:
+        """Where a rerun of the point lies or will lie; points that decide alike share one."""
+        return rerun_path(self.run, self.identity(point))
+
+    @property
+    def missing(self) -> dict[Path, OperatingPoint]:
+        """A point for each rerun that is still to be decoded."""
+        paths = {self.path(point): point for point in self.points}
+        return {path: point for path, point in paths.items() if not path.is_file()}
 
 
 def prepare_validation(
     run: Path,
-    policies: tuple[str, ...] | None = None,
-    rules: tuple[str, ...] | None = None,
-    points: tuple[str, ...] | None = None,
+    name: str = "default",
+    policies: Sequence[str] | None = None,
+    rules: Sequence[str] | None = None,
+    points: Sequence[str] | None = None,
     prompts_source: str | None = None,
+    order: Literal["random", "file"] = "random",
     limit: int = 64,
     seed: int | None = None,
     batch_size: int | None = None,
-    command: list[str] | None = None,
+    replace: bool = False,
+    command: Sequence[str] = (),
 ) -> ValidationPlan:
     """Choose operating points and prompts; loads no model.
+
+    What was validated before under this name stays in: the plan holds those points too.
 
     Raises
     ------
     UserError, UsageError
-        If the run is not derived, nothing derived matches, or no fresh prompt is left. Points that
-        are infeasible are a result: they are listed, not rerun.
+        If the run is not derived, nothing derived matches, no fresh prompt is left, or the stored
+        validation is of another seed, other prompts or settings derived anew since, and `replace`
+        is not given. Points that are infeasible are a result: they are listed, not rerun.
     """
-    derived = read_json(run, "operating_points.json")
-    calibration = read_json(run, "calibration.json")
-    info = read_json(run, "run.json")
+    derivation = read_record(run, DerivationRecord, name)
+    calibration = read_record(run, CalibrationRecord)
+    calibrated = read_record(run, RunRecord)
     if not shard_paths(run):
         raise UserError(
             f"{run}: holds no trace shard, which predictions are made from; calibrate again"
         )
-    settings = info["settings"]
-    names = {f"{point['policy']}/{point['rule']}" for point in derived["operating_points"]}
-    for name in points or ():
-        if name not in names:
-            raise UsageError(f"--point {name}: not derived; derived are {', '.join(sorted(names))}")
+    chosen = _chosen_points(derivation, policies, rules, points)
+    settings = calibration.settings
+    source = prompts_source or (None if settings.prompts == "shipped" else settings.prompts)
+    seed = settings.seed + 1 if seed is None else seed
+    prompts = draw_prompts(
+        read_prompts(source), "validation", limit, seed, order, set(calibrated.prompt_keys)
+    )
+    plan = ValidationPlan(
+        run=run,
+        name=name,
+        derivation=derivation,
+        calibration=calibration,
+        points=tuple(point for point in chosen if point.feasible),
+        infeasible=tuple(
+            Infeasible(policy=point.policy, rule=point.rule, reason=point.reason)
+            for point in chosen
+            if not point.feasible
+        ),
+        prompts=tuple(prompts),
+        order=order,
+        seed=seed,
+        batch_size=batch_size,
+        command=tuple(command),
+    )
+    if replace or not record_path(run, ValidationRecord, name).is_file():
+        return plan
+    return _with_earlier(plan, read_record(run, ValidationRecord, name))
+
+
+def _chosen_points(
+    derivation: DerivationRecord,
+    policies: Sequence[str] | None,
+    rules: Sequence[str] | None,
+    points: Sequence[str] | None,
+) -> list[OperatingPoint]:
+    derived = derivation.operating_points
+    known = ", ".join(sorted(point.key for point in derived))
+    for option, wanted, there in (
+        ("--policy", policies, {point.policy for point in derived}),
+        ("--rule", rules, {point.rule for point in derived}),
+        ("--point", points, {point.key for point in derived}),
+    ):
+        for lacking in sorted(set(wanted or ()) - there):
+            raise UsageError(
+                f"{option} {lacking}: not derived, `hlm derive` makes it; derived are {known}"
+            )
     chosen = [
         point
-        for point in derived["operating_points"]
-        if (policies is None or point["policy"] in policies)
-        and (rules is None or point["rule"] in (*rules, "none"))
-        and (points is None or f"{point['policy']}/{point['rule']}" in points)
+        for point in derived
+        if (policies is None or point.policy in policies)
+        and (rules is None or point.rule in (*rules, "none"))
+        and (points is None or point.key in points)
     ]
     if not chosen:
-        known = sorted({(p["policy"], p["rule"]) for p in derived["operating_points"]})
         raise UsageError(
-            "no derived operating point matches --policy, --rule and --point; derived are "
-            + ", ".join(f"{policy}/{rule}" for policy, rule in known)
+            f"no derived operating point matches --policy, --rule and --point; derived are {known}"
         )
-    for option, wanted, key in (("--policy", policies, "policy"), ("--rule", rules, "rule")):
-        missing = set(wanted or ()) - {point[key] for point in derived["operating_points"]}
-        if missing:
-            raise UsageError(f"{option} {min(missing)}: not derived; run `hlm derive` with it")
-    feasible = [point for point in chosen if point["feasible"]]
-    source = prompts_source
-    if source is None and settings["prompts"] != "shipped":
-        source = settings["prompts"]
-    prompts = validation_prompts(read_prompts(source), limit, set(info.get("prompt_keys", ())))
-    return ValidationPlan(
-        run=run,
-        spec=spec_from_settings(settings),
-        dtype=calibration["pair"]["dtype"],
-        points=tuple(feasible),
-        infeasible=tuple(point for point in chosen if not point["feasible"]),
-        prompts=tuple(prompts),
-        derived=derived,
-        calibration=calibration,
-        seed=settings["seed"] + 1 if seed is None else seed,
-        batch_size=batch_size,
-        needs_attention=any("importance" in point["settings"] for point in feasible),
-        command=tuple(command or ()),
+    return chosen
+
+
+def _with_earlier(plan: ValidationPlan, earlier: ValidationRecord) -> ValidationPlan:
+    """The plan with the points that were validated before, or a reason why they cannot stay."""
+    file = record_path(plan.run, ValidationRecord, plan.name).name
+    way_out = "--replace writes it anew, and keeps every rerun"
+    ids = {prompt.prompt_id for prompt in plan.prompts}
+    if earlier.seed != plan.seed:
+        raise UsageError(f"--seed {plan.seed}: {file} is of seed {earlier.seed}; {way_out}")
+    if set(earlier.prompt_ids) != ids:
+        raise UsageError(
+            f"--limit, --prompts, --order: {file} is of {len(earlier.prompt_ids)} prompts, these "
+            f"are {len(ids)}, {len(ids & set(earlier.prompt_ids))} of them the same; {way_out}"
+        )
+    derived = {point.key: point for point in plan.derivation.operating_points}
+    kept = {point.key: point for point in plan.points}
+    for rerun in earlier.reruns:
+        key = f"{rerun.policy}/{rerun.rule}"
+        point = derived.get(key)
+        if point is None or not point.feasible or plan.path(point).name != rerun.file:
+            raise UsageError(
+                f"{file} judged {key} at {rerun.file}, which is not what is derived now; {way_out}"
+            )
+        kept[key] = point
+    infeasible = {(one.policy, one.rule): one for one in (*earlier.infeasible, *plan.infeasible)}
+    return replace(
+        plan,
+        points=tuple(point for key, point in derived.items() if key in kept),
+        infeasible=tuple(infeasible.values()),
     )
 
 
-def spec_from_settings(settings: dict[str, Any]) -> PairSpec:
+def spec_from_settings(settings: RunSettings) -> PairSpec:
     """The pair that run.json names, resolved again."""
     from calibrate.pairs.registry import REGISTRY, resolve_pair
 
-    if settings["pair"] in REGISTRY:
-        return REGISTRY[settings["pair"]]
-    given = settings["given"]
-    return resolve_pair(None, given["slm"], given["llm"], given["drop_layers"])
+    if settings.pair in REGISTRY:
+        return REGISTRY[settings.pair]
+    given = settings.given
+    return resolve_pair(None, given.slm, given.llm, given.drop_layers)
 
 
-def run_validation(
+def check_pair(calibration: CalibrationRecord, pair: LoadedPair) -> None:
+    """Refuse another pair than the one that was calibrated.
+
+    Raises
+    ------
+    UserError
+    """
+    for side, now in (("slm", pair.slm_identity), ("llm", pair.llm_identity)):
+        before = getattr(calibration.pair, side)
+        if before.sha256 != now.sha256 or before.drop_layers != tuple(now.drop_layers):
+            raise UserError(
+                f"the {side} is not the calibrated one ({before.label}, hash "
+                f"{str(before.sha256)[:12]}; now {str(now.sha256)[:12]}); calibrate again"
+            )
+
+
+def decode_missing(
     plan: ValidationPlan,
     pair: LoadedPair,
     on_step: Callable[[int, int], None] | None = None,
     on_total: Callable[[int], None] | None = None,
     on_point: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Rerun every planned point and write validation.json.
+) -> None:
+    """Decode every rerun of the plan that is not there yet; each is kept as soon as it is done.
 
     Raises
     ------
@@ -129,131 +263,112 @@ def run_validation(
     """
     from calibrate.decode.engine import DecodingSettings
     from calibrate.decode.memory import automatic_batch_size
-    from calibrate.derive.operating_points import policy_from_settings
-    from calibrate.fit.calibration import pair_identity
-    from calibrate.validate.rerun import decode_policies, keep_rerun
 
-    identity = pair_identity(pair)
-    for side in ("slm", "llm"):
-        before, now = plan.calibration["pair"][side], identity[side]
-        if before["sha256"] != now["sha256"] or before["drop_layers"] != list(now["drop_layers"]):
-            raise UserError(
-                f"the {side} is not the calibrated one ({before['label']}, hash "
-                f"{str(before['sha256'])[:12]}; now {str(now['sha256'])[:12]}); calibrate again"
-            )
-    calibrated = plan.calibration["settings"]
-    max_new_tokens = calibrated["max_new_tokens"]
+    check_pair(plan.calibration, pair)
+    max_new_tokens = plan.calibration.settings.max_new_tokens
     prompts = tokenize_prompts(plan.prompts, pair.tokenizer, max_new_tokens, pair.max_context)
     settings = DecodingSettings(
-        temperature=calibrated["temperature"],
+        temperature=plan.calibration.settings.temperature,
         max_new_tokens=max_new_tokens,
         batch_size=plan.batch_size or automatic_batch_size(pair, prompts, max_new_tokens, 2),
         seed=plan.seed,
         trace="minimal",
     )
-    derived = plan.derived
-    policies = {
-        f"{point['policy']} {point['rule']}": policy_from_settings(
-            point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
-        )
-        for point in plan.points
-    }
+    missing = {point.key: (path, point) for path, point in plan.missing.items()}
     if on_total is not None:
-        on_total(len(policies) * len(prompts) * settings.max_new_tokens)
+        on_total(len(missing) * len(prompts) * max_new_tokens)
 
     def on_batch(number: int, total: int, label: str) -> None:
         if on_point is not None:
             on_point(f"validating {number}/{total}: {label}")
 
-    decoded = decode_policies(pair, prompts, policies, settings, on_step, on_batch)
-    header: dict[str, Any] = {
-        "pair": identity,
-        "seed": plan.seed,
-        **provenance(plan.command),
-    }
-    # Nothing is written before everything is decoded: the folder holds the reruns of one seed, and
-    # what was made of the earlier ones goes first.
-    stale = [plan.run / "validation.json", plan.run / "quality.json"]
-    for path in (*stale, *(plan.run / "reruns").glob("*.parquet")):
-        path.unlink(missing_ok=True)
-    for point, batches in zip(plan.points, decoded.values(), strict=True):
-        keep_rerun(rerun_path(plan.run, point), batches, header | {"operating_point": point})
-    header["infeasible"] = [
-        {key: point[key] for key in ("policy", "rule", "reason")} for point in plan.infeasible
-    ]
-    return compare_reruns(plan.run, plan.points, derived, header)
+    made = provenance(plan.command).model_dump(mode="json")
+    policies = {key: plan.policies[key] for key in missing}
+    for key, batches in decode_policies(pair, prompts, policies, settings, on_step, on_batch):
+        path, point = missing[key]
+        keep_rerun(path, batches, {**plan.identity(point), "provenance": made})
 
 
-def rerun_path(run: Path, point: dict[str, Any]) -> Path:
-    """Where the rerun of an operating point is kept."""
-    return run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
+def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
+    """Hold the plan's reruns on disk against the predictions; write the validation.
 
-
-def compare_reruns(
-    run: Path, points: Sequence[dict[str, Any]], derived: dict[str, Any], header: dict[str, Any]
-) -> dict[str, Any]:
-    """Hold the reruns on disk against the predictions and write validation.json; decodes nothing.
-
-    Parameters
-    ----------
-    run : Path
-    points : sequence of dict
-        Entries of operating_points.json that have a rerun.
-    derived : dict
-        operating_points.json.
-    header : dict
-        Provenance, kept in front of the comparison.
+    Decodes nothing.
     """
-    from calibrate.derive.policy_tokens import Economics
-    from calibrate.derive.presets import link_from_dict, profile_from_dict
-    from calibrate.run.traces import read_trace
+    from calibrate.derive.predict import measured_tokens
+    from calibrate.derive.presets import economics_of
     from calibrate.validate.comparison import Comparison, common_strata, compare, coverage
-    from calibrate.validate.context_shift import REFERENCE, context_shift
-    from calibrate.validate.rerun import entries_per_sent_token
+    from calibrate.validate.context_shift import context_shift, is_reference
 
-    economics = Economics(
-        link_from_dict(derived["link"]),
-        profile_from_dict(derived["profile"]),
-        derived["pair"]["vocab_size"],
-        derived["accounting"],
-    )
-    confidence = derived["confidence"]
-    calibration = read_trace(shard_paths(run))
+    derivation, confidence = plan.derivation, plan.derivation.confidence
+    economics = economics_of(derivation)
+    calibration = read_trace(shard_paths(plan.run))
     compared: list[Comparison] = []
-    categories: list[str] = []
-    payload, shifts, num_tokens, num_prompts = [], [], 0, 0
-    labels = {(point["policy"], point["rule"]): point for point in points}
-    reference = None
-    if REFERENCE in labels:
-        reference = read_trace([rerun_path(run, labels[REFERENCE])])
-    for point in points:
-        trace = read_trace([rerun_path(run, point)])
-        num_tokens += trace.num_tokens
-        num_prompts = max(num_prompts, trace.num_prompts)
-        categories = trace.categories
-        compared += compare(point, calibration, trace, economics, confidence)
+    reruns, shifts = [], []
+    follows = [point for point in plan.points if is_reference(plan.policies[point.key])]
+    reference = read_trace([plan.path(follows[0])]) if follows else None
+    for point in plan.points:
+        policy = plan.policies[point.key]
+        trace = read_trace([plan.path(point)])
+        compared += compare(point, policy, calibration, trace, economics, confidence)
         if reference is not None:
-            shift = context_shift(point, calibration, trace, reference, confidence)
-            shifts += [] if shift is None else [asdict(shift)]
-        entries = entries_per_sent_token(point, trace, confidence)
-        payload.append(
-            {
-                "policy": point["policy"],
-                "rule": point["rule"],
-                "entries_per_sent_token": asdict(entries),
-            }
-        )
-    result: dict[str, Any] = {
-        **header,
-        "confidence": confidence,
-        "num_prompts": num_prompts,
-        "num_calibration_prompts": derived["num_prompts"],
-        "num_tokens": num_tokens,
-        "strata": "category" if common_strata(calibration.categories, categories) else None,
-        "payload": payload,
-        "context_shift": shifts,
-        "cells": [asdict(one.cell) for one in compared],
-        "coverage": coverage(compared, confidence),
-    }
-    write_json(run / "validation.json", result)
+            shift = context_shift(point, policy, calibration, trace, reference, confidence)
+            shifts += [] if shift is None else [shift]
+        tokens = measured_tokens(trace, policy)
+        reruns.append(_rerun_info(point, plan.path(point).name, tokens, economics, derivation))
+    strata = common_strata(calibration.categories, [prompt.category for prompt in plan.prompts])
+    result = ValidationRecord(
+        derivation=plan.name,
+        provenance=provenance(plan.command),
+        pair=derivation.pair,
+        seed=plan.seed,
+        order=plan.order,
+        prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
+        confidence=confidence,
+        num_prompts=len(plan.prompts),
+        num_calibration_prompts=derivation.num_prompts,
+        num_tokens=sum(rerun.num_tokens for rerun in reruns),
+        strata="category" if strata else None,
+        reruns=tuple(reruns),
+        infeasible=plan.infeasible,
+        context_shift=tuple(shifts),
+        cells=tuple(one.cell for one in compared),
+        coverage=coverage(compared, confidence),
+    )
+    write_record(plan.run, result, plan.name)
     return result
+
+
+def _rerun_info(
+    point: OperatingPoint,
+    file: str,
+    tokens: PolicyTokens,
+    economics: Economics,
+    derivation: DerivationRecord,
+) -> RerunInfo:
+    """What figures show of a rerun beside its cells."""
+    from calibrate.derive.curves import size_distribution, throughput_curves
+    from calibrate.run.figure import as_figure
+    from hlmtheory.clusters import mean_over_tokens
+
+    sent = tokens.skip < 0.5
+    entries = Figure(value=None)
+    if tokens.policy.role == "both" and sent.any():
+        estimate = mean_over_tokens(
+            np.where(sent, tokens.entries, np.nan), tokens.prompt_index, tokens.num_prompts
+        )
+        entries = as_figure(estimate, "", derivation.confidence)
+    sweep = derivation.snr
+    throughput = None
+    if sweep is not None:
+        throughput = throughput_curves(tokens, economics, sweep.snr_db, derivation.confidence)
+    return RerunInfo(
+        policy=point.policy,
+        rule=point.rule,
+        file=file,
+        num_tokens=len(tokens.skip),
+        entries_per_sent_token=entries,
+        throughput=throughput,
+        sizes=size_distribution(tokens.entries[sent])
+        if tokens.policy.entries_vary and sent.any()
+        else None,
+    )
