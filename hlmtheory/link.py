@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Protocol
 
-from array_api_compat import array_namespace, device
+import numpy as np
+from array_api_compat import array_namespace, device, is_torch_array
 
 from hlmtheory.channel import (
-    as_array,
     capacity_bps,
     ergodic_rayleigh_rate_bps,
-    float_if_floats,
     linear_snr,
     outage_probability,
 )
@@ -44,32 +44,28 @@ class Link(Protocol):
         ...
 
 
-def _check_channel(bandwidth_hz: float, snr_db: float, round_trip_ms: float) -> None:
-    check_positive(bandwidth_hz, "bandwidth_hz")
-    check_nonnegative(round_trip_ms, "round_trip_ms")
-    linear_snr(snr_db=snr_db)
+@dataclass(frozen=True)
+class _Channel:
+    bandwidth_hz: float
+    snr_db: float
 
-
-def _constant_time_ms(bits: Array, uniforms: Array, rate_bps: float) -> Array:
-    """A link without randomness still takes its uniforms: they fix the shape of the answer."""
-    check_nonnegative(bits, "bits")
-    check_unit_interval(uniforms, "uniforms")
-    return 1e3 * bits / rate_bps + 0 * uniforms
+    def _check(self, round_trip_ms: float) -> None:
+        check_positive(self.bandwidth_hz, "bandwidth_hz")
+        check_nonnegative(round_trip_ms, "round_trip_ms")
+        linear_snr(snr_db=self.snr_db)
 
 
 @dataclass(frozen=True)
-class AwgnLink:
+class AwgnLink(_Channel):
     """Constant rate W log2(1 + SNR); docs/theory.md, (26).
 
     Assumption: capacity is reached and the channel never changes.
     """
 
-    bandwidth_hz: float
-    snr_db: float
     round_trip_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_channel(self.bandwidth_hz, self.snr_db, self.round_trip_ms)
+        self._check(self.round_trip_ms)
 
     @property
     def rate_bps(self) -> float:
@@ -82,41 +78,26 @@ class AwgnLink:
         return 1e3 * bits / self.rate_bps
 
     def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
-        """The mean, whatever the uniforms: nothing is random here."""
-        return _constant_time_ms(bits, uniforms, self.rate_bps)
+        """The mean, whatever the uniforms, which only fix the shape: nothing is random here."""
+        check_unit_interval(uniforms, "uniforms")
+        return self.uplink_time_ms(bits) + 0 * uniforms
 
 
 @dataclass(frozen=True)
-class ErgodicRayleighLink:
+class ErgodicRayleighLink(AwgnLink):
     """Rate averaged over fading; docs/theory.md, (26). `snr_db` is the mean SNR.
 
     Assumption: each payload spans so many fades that its rate is the ergodic one.
     """
-
-    bandwidth_hz: float
-    snr_db: float
-    round_trip_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_channel(self.bandwidth_hz, self.snr_db, self.round_trip_ms)
 
     @property
     def rate_bps(self) -> float:
         """Bits per second."""
         return float(ergodic_rayleigh_rate_bps(self.bandwidth_hz, snr_db=self.snr_db))
 
-    def uplink_time_ms(self, bits: Array) -> Array:
-        """Bits over ergodic rate."""
-        check_nonnegative(bits, "bits")
-        return 1e3 * bits / self.rate_bps
-
-    def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
-        """The mean, whatever the uniforms: the payload itself averages over the fades."""
-        return _constant_time_ms(bits, uniforms, self.rate_bps)
-
 
 @dataclass(frozen=True)
-class RayleighOutageLink:
+class RayleighOutageLink(_Channel):
     r"""Fixed rate over Rayleigh blocks; a payload whose block is in outage is sent again.
 
     .. math:: E[T] = \frac{B}{R\,(1 - p_{out}(R))}, \qquad
@@ -130,13 +111,11 @@ class RayleighOutageLink:
     to send again is free.
     """
 
-    bandwidth_hz: float
-    snr_db: float
     rate_bps: float
     round_trip_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_channel(self.bandwidth_hz, self.snr_db, self.round_trip_ms)
+        self._check(self.round_trip_ms)
         check_positive(self.rate_bps, "rate_bps")
         if self.outage >= LARGEST_UNIFORM:
             raise ValueError(
@@ -158,13 +137,11 @@ class RayleighOutageLink:
         """One number of transmissions for each uniform, by inverting the geometric law."""
         check_nonnegative(bits, "bits")
         check_unit_interval(uniforms, "uniforms")
-        values = as_array(uniforms)
-        xp = array_namespace(values)
-        num_sent = xp.ones_like(values)
-        if self.outage > 0:
-            log_rest = xp.log1p(-xp.clip(values, 0.0, LARGEST_UNIFORM))
-            num_sent = num_sent + xp.floor(log_rest / math.log(self.outage))
-        return float_if_floats(1e3 * bits / self.rate_bps * num_sent, bits, uniforms)
+        if self.outage == 0:
+            return 1e3 * bits / self.rate_bps + 0 * uniforms
+        xp = array_namespace(uniforms) if hasattr(uniforms, "shape") else np
+        log_rest = xp.log1p(-xp.clip(uniforms, 0.0, LARGEST_UNIFORM))
+        return 1e3 * bits / self.rate_bps * (1.0 + xp.floor(log_rest / math.log(self.outage)))
 
 
 @dataclass(frozen=True)
@@ -197,95 +174,71 @@ class TraceLink:
         object.__setattr__(self, "rates_bps", tuple(float(rate) for rate in self.rates_bps))
         if not any(rate > 0 for rate in self.rates_bps):
             raise ValueError("rates_bps holds no positive rate: give at least one, in bits/s")
-        for rate in self.rates_bps:
-            check_nonnegative(rate, "rates_bps")
+        check_nonnegative(np.array(self.rates_bps), "rates_bps")
         check_nonnegative(self.round_trip_ms, "round_trip_ms")
         check_positive(self.sample_interval_ms, "sample_interval_ms")
 
     def uplink_time_ms(self, bits: Array) -> Array:
         """Mean over a uniformly random start; one pass of the trace for each distinct payload."""
         check_nonnegative(bits, "bits")
-        values = as_array(bits)
-        xp = array_namespace(values)
-        flat = xp.reshape(values, (-1,))
-        distinct, inverse = xp.unique_inverse(flat)
-        carried = _CarriedBits(self, values)
-        means = xp.stack([carried.mean_time_ms(payload) for payload in distinct])
-        out = xp.astype(means, values.dtype) if xp.isdtype(values.dtype, "real floating") else means
-        return float_if_floats(xp.reshape(out[xp.reshape(inverse, (-1,))], values.shape), bits)
+        distinct, inverse = np.unique(_on_host(bits), return_inverse=True)
+        means = np.array([self._mean_time_ms(payload) for payload in distinct])
+        return _like(means[inverse], bits)
 
     def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
         """Time from the moment uniform * trace length, for each payload."""
         check_nonnegative(bits, "bits")
         check_unit_interval(uniforms, "uniforms")
-        starts = as_array(uniforms)
-        xp = array_namespace(starts)
-        payloads, starts = xp.broadcast_arrays(bits + 0 * starts, starts)
-        carried = _CarriedBits(self, starts)
         # A start at the very end of the trace is the start of the next round.
-        fraction = xp.where(starts < 1, starts, xp.zeros_like(starts))
-        times = carried.time_ms(
-            xp.reshape(fraction * carried.period_ms, (-1,)), xp.reshape(payloads, (-1,))
-        )
-        return float_if_floats(xp.reshape(times, starts.shape), bits, uniforms)
+        starts = _on_host(uniforms) % 1.0 * self._edges_ms[-1]
+        return _like(self._time_ms(starts, _on_host(bits)), bits, uniforms)
 
+    @cached_property
+    def _edges_ms(self) -> np.ndarray:
+        """Where each rate begins and the last one ends, (n + 1,)."""
+        return self.sample_interval_ms * np.arange(len(self.rates_bps) + 1)
 
-class _CarriedBits:
-    """F(t) of a trace and its inverse, as arrays of the caller's kind."""
+    @cached_property
+    def _bits_at_edge(self) -> np.ndarray:
+        """F at the edges, (n + 1,)."""
+        return np.cumsum([0.0, *self.rates_bps]) * (1e-3 * self.sample_interval_ms)
 
-    def __init__(self, link: TraceLink, like: Array) -> None:
-        self.xp: Any = array_namespace(like)
-        xp = self.xp
-        place = {"dtype": xp.float64, "device": device(like)}
-        self.interval_ms = link.sample_interval_ms
-        self.rates = xp.asarray(link.rates_bps, **place) * 1e-3  # bits per ms, (n,)
-        self.period_ms = link.sample_interval_ms * len(link.rates_bps)
-        self.edges_ms = xp.arange(len(link.rates_bps) + 1, **place) * self.interval_ms
-        zero = xp.zeros((1,), **place)
-        summed = xp.cumulative_sum(self.rates * self.interval_ms)
-        self.bits_at_edge = xp.concat([zero, summed])  # F at the edges, (n + 1,)
-        self.total_bits = float(self.bits_at_edge[-1])
+    def _moment_ms(self, level: np.ndarray) -> np.ndarray:
+        """First moment at which F reaches a level in (0, F(P)]: before a gap, not behind it."""
+        # Of equal levels np.interp takes the last one; backwards that is the first.
+        moment: np.ndarray = np.interp(-level, -self._bits_at_edge[::-1], self._edges_ms[::-1])
+        return moment
 
-    def level(self, start_ms: Array) -> Array:
-        """F(s) for s in [0, P)."""
-        xp = self.xp
-        slot = xp.astype(xp.floor(start_ms / self.interval_ms), xp.int64)
-        slot = xp.clip(slot, 0, self.rates.shape[0] - 1)
-        inside_ms = start_ms - self.edges_ms[slot]
-        return self.bits_at_edge[slot] + self.rates[slot] * inside_ms
-
-    def moment_ms(self, level: Array) -> Array:
-        """First moment at which F reaches a level in (0, F(P)]."""
-        xp = self.xp
-        upper = xp.searchsorted(self.bits_at_edge, level, side="left")
-        slot = xp.clip(upper - 1, 0, self.rates.shape[0] - 1)
-        rate = self.rates[slot]
-        missing = level - self.bits_at_edge[slot]
-        return self.edges_ms[slot] + missing / xp.where(rate > 0, rate, xp.ones_like(rate))
-
-    def time_ms(self, start_ms: Array, bits: Array) -> Array:
-        """Upload time of payloads (M,) that begin at `start_ms` (M,)."""
-        xp = self.xp
-        payload = xp.astype(bits, xp.float64)
+    def _time_ms(self, start_ms: np.ndarray, bits: np.ndarray | float) -> np.ndarray:
+        """Upload time of payloads that begin at `start_ms` in [0, P)."""
+        total = self._bits_at_edge[-1]
         # Whole rounds first; what is left lies in (0, total], so that its end is a first moment.
-        rounds = xp.clip(xp.ceil(payload / self.total_bits) - 1.0, 0.0, None)
-        rest = payload - rounds * self.total_bits
-        level = self.level(start_ms) + rest
-        over = level > self.total_bits
-        rounds = xp.where(over, rounds + 1.0, rounds)
-        level = xp.where(over, level - self.total_bits, level)
-        times = rounds * self.period_ms + self.moment_ms(level) - start_ms
-        return xp.where(payload > 0, xp.clip(times, 0.0, None), xp.zeros_like(times))
+        rounds = np.clip(np.ceil(bits / total) - 1.0, 0.0, None)
+        level = np.interp(start_ms, self._edges_ms, self._bits_at_edge) + bits - rounds * total
+        over = level > total
+        moment = self._moment_ms(np.where(over, level - total, level))
+        times = (rounds + over) * self._edges_ms[-1] + moment - start_ms
+        return np.where(bits > 0, np.clip(times, 0.0, None), 0.0)
 
-    def mean_time_ms(self, bits: Array) -> Array:
+    def _mean_time_ms(self, bits: float) -> float:
         """Exact mean over uniform starts: the midpoint rule between the breaks of a line."""
-        xp = self.xp
-        payload = xp.astype(bits, xp.float64)
-        rest = xp.remainder(payload, xp.full_like(payload, self.total_bits))
-        ends = self.bits_at_edge - rest
-        ends = xp.where(ends <= 0, ends + self.total_bits, ends)
-        breaks = xp.sort(xp.concat([self.edges_ms, self.moment_ms(ends)]))
-        middles = (breaks[1:] + breaks[:-1]) / 2
-        widths = breaks[1:] - breaks[:-1]
-        times = self.time_ms(middles, payload + 0 * middles)
-        return xp.sum(times * widths) / self.period_ms
+        ends = self._bits_at_edge - bits % self._bits_at_edge[-1]
+        ends = np.where(ends <= 0, ends + self._bits_at_edge[-1], ends)
+        breaks = np.sort(np.concatenate([self._edges_ms, self._moment_ms(ends)]))
+        times = self._time_ms((breaks[1:] + breaks[:-1]) / 2, bits)
+        return float(np.sum(times * np.diff(breaks)) / self._edges_ms[-1])
+
+
+def _on_host(values: Array) -> np.ndarray:
+    """Floats or an array of any kind as float64 in numpy: a trace is a table, looked up here."""
+    return np.asarray(values.cpu() if is_torch_array(values) else values, dtype=np.float64)
+
+
+def _like(times: np.ndarray, *given: Array) -> Array:
+    """Times as what was given is: a float, or an array of its kind, precision and place."""
+    arrays = [value for value in given if hasattr(value, "shape")]
+    if not arrays:
+        return float(times)
+    first, xp = arrays[0], array_namespace(*arrays)
+    dtype = first.dtype if xp.isdtype(first.dtype, "real floating") else xp.float64
+    return xp.asarray(times, dtype=dtype, device=device(first))

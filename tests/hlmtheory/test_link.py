@@ -21,7 +21,6 @@ from hlmtheory.channel import (
     ergodic_rayleigh_rate_bps,
     linear_snr,
     mean_inverse_rate_s_per_bit,
-    outage_gain,
     outage_probability,
     scaled_exponential_integral,
 )
@@ -77,10 +76,10 @@ def test_snr_must_come_in_exactly_one_scale():
 
 
 def test_exponential_integral_against_many_digits():
-    a = np.concatenate([np.logspace(-12, 4, 90), np.linspace(1.9, 2.1, 21)])
+    a = np.concatenate([np.logspace(-12, 4, 90), np.linspace(99, 101, 21)])
     with mpmath.workdps(40):
         exact = np.array([float(mpmath.exp(mpmath.mpf(v)) * mpmath.e1(mpmath.mpf(v))) for v in a])
-    # The series loses up to a digit and a half below a = 2, the fraction none above.
+    # On both sides of where the asymptotic sum takes over from scipy's function.
     np.testing.assert_allclose(scaled_exponential_integral(a), exact, rtol=1e-14)
     assert scaled_exponential_integral(1e12) == pytest.approx(1e-12)
 
@@ -116,19 +115,18 @@ def test_outage_is_the_share_of_weak_fades(rng):
         p = outage_probability(rate, 1e6, snr=10.0)
         seen = np.mean(capacities < rate)
         assert abs(seen - p) < 4 * math.sqrt(p * (1 - p) / len(gain))
-        assert capacity_bps(1e6, 10.0 * outage_gain(rate, 1e6, snr=10.0)) == pytest.approx(rate)
+        weakest = -math.log1p(-p)  # the gain that carries just this rate
+        assert capacity_bps(1e6, 10.0 * weakest) == pytest.approx(rate)
 
 
-def test_floats_mix_with_arrays_of_either_kind():
+def test_floats_mix_with_arrays():
     rates, ratios = np.array([1e5, 1e6]), np.array([1.0, 10.0])
-    for build in (np.asarray, torch.from_numpy):
-        by_rate = outage_probability(build(rates), 1e6, snr=10.0)
-        by_snr = outage_probability(1e6, 1e6, snr=build(ratios))
-        both = outage_probability(build(rates), 1e6, snr_db=build(10 * np.log10(ratios)))
-        assert type(by_rate) is type(by_snr) is type(both) is type(build(rates))
-        assert float(by_rate[1]) == pytest.approx(float(by_snr[1]), rel=1e-14)
-        assert float(both[1]) == pytest.approx(float(by_rate[1]), rel=1e-12)
-    assert isinstance(outage_probability(1e6, 1e6, snr=10.0), float)
+    by_rate = outage_probability(rates, 1e6, snr=10.0)
+    by_snr = outage_probability(1e6, 1e6, snr=ratios)
+    both = outage_probability(rates, 1e6, snr_db=10 * np.log10(ratios))
+    assert by_rate[1] == pytest.approx(by_snr[1], rel=1e-14)
+    assert both[1] == pytest.approx(by_rate[1], rel=1e-12)
+    assert outage_probability(1e6, 1e6, snr=10.0) == pytest.approx(by_rate[1], rel=1e-14)
 
 
 def test_best_fixed_rate_beats_its_neighbours():

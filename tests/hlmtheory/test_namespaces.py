@@ -97,16 +97,13 @@ FUNCTIONS: dict[str, Call] = {
     "attention_entropy": lambda a: F.attention_entropy(a["row"]),
     "attention_sink": lambda a: F.attention_sink(a["attention"]),
     "bias_lower_bound": lambda a: F.bias_lower_bound(a["x"], a["y"], a["sigma"]),
-    "capacity_bps": lambda a: F.capacity_bps(1e6, snr_db=20 * a["u"] - 10),
     "context_attention": lambda a: F.context_attention(a["attention"], a["mask"]),
     "draft_from_sent_rejection": lambda a: F.draft_from_sent_rejection(a["x"], a["y"], a["size"]),
     "entropy": lambda a: F.entropy(a["x"]),
-    "ergodic_rayleigh_rate_bps": lambda a: F.ergodic_rayleigh_rate_bps(1e6, snr=a["u"] + 0.01),
     "exact_uncertainty": lambda a: F.exact_uncertainty(a["logits"], a["tokens"], THETAS),
     "expected_rejection": lambda a: F.expected_rejection(a["x"], a["y"]),
     "largest": lambda a: F.largest(a["x"], 30),
     "linear_rejection": lambda a: F.linear_rejection(a["u"], 0.82, -0.06),
-    "linear_snr": lambda a: F.linear_snr(snr_db=20 * a["u"] - 10),
     "log_partitions": lambda a: F.log_partitions(a["logits"], THETAS),
     "margin": lambda a: F.margin(a["x"]),
     "mean_throughput_at_skip_rate_tok_s": lambda a: F.mean_throughput_at_skip_rate_tok_s(
@@ -118,9 +115,6 @@ FUNCTIONS: dict[str, Call] = {
     "num_unsent_before": lambda a: F.num_unsent_before(a["x"] > 0.01, a["x"] > 0.05),
     "online_bound_denominator": lambda a: F.online_bound_denominator(a["draft_prob"], a["u"]),
     "online_truncation_size": lambda a: F.online_truncation_size(a["x"], a["draft_prob"], a["u"]),
-    "optimal_payload": lambda a: F.optimal_payload(a["x"], 200).bias_bound.tolist(),
-    "outage_gain": lambda a: F.outage_gain(1e6 * (a["u"] + 0.1), 1e6, snr_db=10.0),
-    "outage_probability": lambda a: F.outage_probability(1e6 * (a["u"] + 0.1), 1e6, snr_db=10.0),
     "output_bias": lambda a: [
         F.output_bias(rule, a["x"], a["y"], a["sigma"], a["size"]) for rule in RULES
     ],
@@ -134,12 +128,9 @@ FUNCTIONS: dict[str, Call] = {
         a["logits"], a["tokens"], THETAS
     ),
     "poisson_binomial_cdf": lambda a: F.poisson_binomial_cdf(a["p"], 7),
-    "probability_codes": lambda a: F.probability_codes(F.largest(a["x"], 30)[0], 8),
     "put_along_last_axis": lambda a: F.put_along_last_axis(
         a["x"], a["tokens"][:, :1], a["u"][:, None]
     ),
-    "quantised_deviation_at": lambda a: F.quantised_deviation_at(a["x"], [1, 30, VOCAB], 8),
-    "quantised_distribution": lambda a: F.quantised_distribution(a["x"], a["size"], 8),
     "reference_law_bias": lambda a: F.reference_law_bias(a["x"], a["y"], a["reference"]),
     "rejection_probability": lambda a: F.rejection_probability(a["draft_prob"], a["target_prob"]),
     "rejection_risk": lambda a: F.rejection_risk(a["x"], a["y"], a["sigma"]),
@@ -147,9 +138,6 @@ FUNCTIONS: dict[str, Call] = {
     "sample_inverse_cdf": lambda a: F.sample_inverse_cdf(a["x"], a["two_uniforms"]),
     "sampled_uncertainty": lambda a: F.sampled_uncertainty(a["p"], a["uniforms"]),
     "sampled_uncertainty_variance": lambda a: F.sampled_uncertainty_variance(a["p"]),
-    "scaled_exponential_integral": lambda a: F.scaled_exponential_integral(
-        20 * a["draft_prob"] ** 3 + 0.01
-    ),
     "tail_deviation": lambda a: F.tail_deviation(a["x"]),
     "tail_deviation_at": lambda a: F.tail_deviation_at(a["x"], [1, 30, VOCAB]),
     "tail_level": lambda a: F.tail_level(a["u"], a["size"], VOCAB),
