@@ -16,7 +16,7 @@ from hlmtheory.cost import payload_bits, speedup_ceiling
 from hlmtheory.published import Implied, PublishedNumber, PublishedTable, imply
 from hlmtheory.reconcile import (
     AVERAGINGS,
-    compared_pair,
+    ComparedPair,
     device_time_ms,
     pair_sent_ratio,
     throughput_gain,
@@ -69,33 +69,17 @@ def _row(
     consistent: bool | None = None,
     unit: str | None = None,
 ) -> AuditRow:
+    meets = implied.meets(number) if consistent is None else consistent
     return AuditRow(
-        system,
-        quantity,
-        number.value,
-        implied.value,
-        explanation,
-        implied.meets(number) if consistent is None else consistent,
-        implied.low if math.isfinite(implied.low) else None,
-        implied.high if math.isfinite(implied.high) else None,
-        number.unit if unit is None else unit,
-        number.mark,
-    )
+        system, quantity, number.value, implied.value, explanation, meets, *implied.bounds,
+        number.unit if unit is None else unit, number.mark,
+    )  # fmt: skip
 
 
 def audit(published: Sequence[PublishedNumber]) -> tuple[AuditRow, ...]:
     """Every published number against the theory, one row for each comparison.
 
-    docs/theory.md, section 10.
-
-    Parameters
-    ----------
-    published : sequence of PublishedNumber
-        Those of data/published.json.
-
-    Returns
-    -------
-    tuple of AuditRow
+    docs/theory.md, section 10. `published` are the numbers of data/published.json.
 
     Raises
     ------
@@ -103,13 +87,8 @@ def audit(published: Sequence[PublishedNumber]) -> tuple[AuditRow, ...]:
         If a number is missing or given twice.
     """
     numbers = PublishedTable(published)
-    return (
-        *_threshold_rows(numbers),
-        *_payload_rows(numbers),
-        *_u_hlm_rows(numbers),
-        *_cu_hlm_rows(numbers),
-        *_ui_hlm_rows(numbers),
-    )
+    systems = (_threshold_rows, _payload_rows, _u_hlm_rows, _cu_hlm_rows, _ui_hlm_rows)
+    return tuple(row for rows in systems for row in rows(numbers))
 
 
 def _threshold_rows(numbers: PublishedTable) -> list[AuditRow]:
@@ -271,7 +250,7 @@ def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
 
 
 def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
-    pair = compared_pair(numbers)
+    pair = ComparedPair.of(numbers)
     headline = numbers("UI-HLM", "throughput_tok_s")
     headline_saved = numbers("UI-HLM", "energy_saved")
     other_gain = numbers("U-HLM", "throughput_ratio")
@@ -288,8 +267,8 @@ def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
         return float(throughput_gain(values[0], r, averaging="mean-of-throughputs"))
 
     skip = imply(skip_rate_at, pair.skip, pair.saved, pair.higher_saved)
-    line = imply(between, *pair.numbers()[1:], headline_saved)
-    gain = imply(gain_here, *pair.numbers())
+    line = imply(between, *pair[1:], headline_saved)
+    gain = imply(gain_here, *pair)
     rows = [
         _row(
             "U-HLM in UI-HLM", "energy saved against HLM (ceiling: the skip rate)", pair.saved,
@@ -306,7 +285,7 @@ def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
         ),
     ]  # fmt: skip
     for averaging in AVERAGINGS:
-        r = imply(lambda *values, kind=averaging: pair_sent_ratio(kind, *values), *pair.numbers())
+        r = imply(lambda *values, kind=averaging: pair_sent_ratio(kind, *values), *pair)
         slm = device_time_ms(pair.speed.value, pair.skip.value, r.value, averaging)
         # Nobody publishes U-HLM's skip rate here; these are the least and largest it can be.
         least, most = pair.saved.value, pair.saved.value / pair.higher_saved.value

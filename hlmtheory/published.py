@@ -20,23 +20,10 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class PublishedNumber:
-    """One number of one paper.
+    """One number of one paper (U-HLM, CU-HLM or UI-HLM), its quantity unique within the paper.
 
-    Attributes
-    ----------
-    paper : str
-        U-HLM, CU-HLM or UI-HLM.
-    quantity : str
-        Its name, unique within the paper.
-    value : float
-    rounding : float
-        Half a unit of the last digit given; 0 for counts and exact values.
-    unit : str
-        Empty for shares and ratios.
-    mark : str
-        One of MARKS.
-    source : str
-        Where it is stated.
+    `rounding` is half a unit of the last digit given, 0 for counts and exact values; `unit` is
+    empty for shares and ratios; `mark` is one of MARKS, and `source` says where it is stated.
     """
 
     paper: str
@@ -89,7 +76,14 @@ class Implied:
     low: float
     high: float
 
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """Both ends, None where rounding leaves none."""
+        low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
+        return low, high
+
     def meets(self, number: PublishedNumber) -> bool:
+        """Whether this interval and the number's have a point in common."""
         margin = TOLERANCE * max(1.0, abs(number.value))
         return self.low <= number.high + margin and number.low <= self.high + margin
 

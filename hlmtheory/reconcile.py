@@ -14,14 +14,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
 from hlmtheory.cost import speedup_ceiling
 from hlmtheory.domain import check_nonnegative, check_positive, check_unit_interval
-from hlmtheory.published import PublishedNumber, PublishedTable, imply
+from hlmtheory.published import Implied, PublishedNumber, PublishedTable, imply
 
 Averaging: TypeAlias = Literal["ratio-of-means", "mean-of-throughputs"]
 AVERAGINGS: tuple[Averaging, ...] = get_args(Averaging)
@@ -100,12 +100,7 @@ def uplink_ratio_for_gain(
 
     a = 1 + l, u = 1 + e, s = u + l, which is unique since the gain rises with q.
 
-    Parameters
-    ----------
-    gain : float array (...) or float
-        G > 0.
-    skip_rate, llm_ratio, payload_ratio, averaging, uncertainty_ratio
-        As for :func:`throughput_gain`.
+    with G > 0 the gain and all else as for :func:`throughput_gain`.
 
     Returns
     -------
@@ -115,12 +110,8 @@ def uplink_ratio_for_gain(
     """
     _check(averaging, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
     check_positive(gain, "gain")
-    g, p, le, c, e = np.broadcast_arrays(
-        *(
-            np.asarray(v, dtype=np.float64)
-            for v in (gain, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
-        )
-    )
+    given = (gain, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
+    g, p, le, c, e = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in given))
     a, u = 1.0 + le, 1.0 + e
     s = u + le
     if averaging == "ratio-of-means":
@@ -139,7 +130,6 @@ def uplink_ratio_for_gain(
     other = np.divide(root - middle, 2.0 * leading, out=np.zeros_like(g), where=solvable)
     q = np.where(rising, direct, other)
     out = np.where((constant <= 0) & (rising | solvable), q, np.nan)
-    given = (gain, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
     return float(out) if all(isinstance(v, int | float) for v in given) else out
 
 
@@ -154,20 +144,9 @@ def sent_ratio_for_step(
     .. math:: \kappa = \frac{1 + p' r}{1 + p r} \;\Rightarrow\; r = \frac{\kappa - 1}{p' - \kappa p}
               \quad \text{(mean-of-throughputs)}
 
-    docs/theory.md, section 10: two policies of one setting, the same payload for each sent token.
-
-    Parameters
-    ----------
-    step : float
-        kappa >= 1, throughput of the policy that skips more over the other's.
-    skip_rate, higher_skip_rate : float
-        p < p' in [0, 1].
-    averaging : {"ratio-of-means", "mean-of-throughputs"}
-
-    Returns
-    -------
-    float
-        r >= 0; NaN where even a free device could not reach the step.
+    docs/theory.md, section 10: two policies of one setting, the same payload for each sent token,
+    with kappa >= 1 the throughput of the one that skips more, p' > p, over the other's. NaN where
+    even a free device could not reach the step.
     """
     _check(averaging, skip_rate, 0.0, 1.0, 0.0)
     check_unit_interval(higher_skip_rate, "higher_skip_rate")
@@ -237,16 +216,21 @@ class Reconciliation:
     payload_ratio: float
     t_slm: float
     t_llm: float
-    t_up: float | None
-    t_up_low: float | None
-    t_up_high: float | None
-    ratio_of_means: float | None
-    unit: str
-    reason: str
+    t_up: float | None = None
+    t_up_low: float | None = None
+    t_up_high: float | None = None
+    ratio_of_means: float | None = None
+    unit: str = "t_slm"
+    reason: str = ""
+
+    def solved(self, t_up: Implied, ratio_of_means: Values) -> Reconciliation:
+        """With its solution."""
+        low, high = t_up.bounds
+        means = float(ratio_of_means)
+        return replace(self, t_up=t_up.value, t_up_low=low, t_up_high=high, ratio_of_means=means)
 
 
-@dataclass(frozen=True)
-class ComparedPair:
+class ComparedPair(NamedTuple):
     """U-HLM and UI-HLM as compared in UI-HLM's paper."""
 
     skip: PublishedNumber
@@ -255,18 +239,13 @@ class ComparedPair:
     speed: PublishedNumber
     higher_speed: PublishedNumber
 
-    def numbers(self) -> tuple[PublishedNumber, ...]:
-        return self.skip, self.saved, self.higher_saved, self.speed, self.higher_speed
-
-
-def compared_pair(numbers: PublishedTable) -> ComparedPair:
-    return ComparedPair(
-        numbers("U-HLM", "skip_rate"),
-        numbers("UI-HLM", "baseline_energy_saved"),
-        numbers("UI-HLM", "compared_energy_saved"),
-        numbers("UI-HLM", "baseline_throughput_tok_s"),
-        numbers("UI-HLM", "compared_throughput_tok_s"),
-    )
+    @classmethod
+    def of(cls, numbers: PublishedTable) -> ComparedPair:
+        """The five among the published numbers."""
+        systems = ("baseline", "compared")
+        saved = [numbers("UI-HLM", f"{system}_energy_saved") for system in systems]
+        speed = [numbers("UI-HLM", f"{system}_throughput_tok_s") for system in systems]
+        return cls(numbers("U-HLM", "skip_rate"), *saved, *speed)
 
 
 def pair_sent_ratio(
@@ -282,66 +261,48 @@ def reconciliations(
     """Which (t_slm, t_up, t_llm) make each paper's throughput come out, under both averagings.
 
     docs/theory.md, section 10. U-HLM and CU-HLM publish ratios, so times are in multiples of t_slm;
-    UI-HLM publishes token/s, so they are in ms.
-
-    Parameters
-    ----------
-    published : sequence of PublishedNumber
-    llm_ratios : sequence of float
-        t_llm / t_slm to solve at, >= 0: each set of figures leaves a line of solutions.
+    UI-HLM publishes token/s, so they are in ms. Each set of figures leaves a line of solutions,
+    which is solved at the given t_llm / t_slm >= 0.
     """
     numbers = PublishedTable(published)
-    skip, gain = numbers("U-HLM", "skip_rate"), numbers("U-HLM", "throughput_ratio")
-    own_skip, own_gain = numbers("CU-HLM", "skip_rate"), numbers("CU-HLM", "throughput_ratio")
+    u_hlm = (numbers("U-HLM", "throughput_ratio"), numbers("U-HLM", "skip_rate"))
+    cu_hlm = (numbers("CU-HLM", "throughput_ratio"), numbers("CU-HLM", "skip_rate"))
     compression = numbers("CU-HLM", "vocabulary_compression")
-    k, vocab = numbers("CU-HLM", "num_entries"), numbers("CU-HLM", "vocab_size")
-    pair = compared_pair(numbers)
+    k, vocab = numbers("CU-HLM", "num_entries"), numbers("CU-HLM", "vocab_size").value
+    best = f"CU-HLM at k* = {k.value:g}"
     out: list[Reconciliation] = []
     for averaging, llm in itertools.product(AVERAGINGS, llm_ratios):
         out += [
-            _solve("U-HLM", (gain, skip), lambda _: 1.0, averaging, llm),
-            _solve("CU-HLM", (own_gain, own_skip, compression), lambda c: 1 - c, averaging, llm),
-            _solve(
-                f"CU-HLM at k* = {k.value:g}", (own_gain, own_skip, k), lambda n: n / vocab.value,
-                averaging, llm,
-            ),
-            _solve_pair(pair, averaging, llm),
-        ]  # fmt: skip
+            _solve("U-HLM", u_hlm, lambda: 1.0, averaging, llm),
+            _solve("CU-HLM", (*cu_hlm, compression), lambda c: 1.0 - c, averaging, llm),
+            _solve(best, (*cu_hlm, k), lambda n: n / vocab, averaging, llm),
+            _solve_pair(ComparedPair.of(numbers), averaging, llm),
+        ]
     return tuple(sorted(out, key=lambda entry: entry.system))
 
 
 def _solve(
     system: str,
     given: tuple[PublishedNumber, ...],
-    payload_ratio: Callable[[float], float],
+    payload_ratio: Callable[..., float],
     averaging: Averaging,
     llm: float,
 ) -> Reconciliation:
     """The line of q over l of one published speed-up, at one l."""
 
-    def ratio_at(values: Sequence[float]) -> float:
-        return payload_ratio(values[-1]) if len(given) > 2 else 1.0
+    def uplink(gain: float, p: float, *payload: float) -> float:
+        return float(uplink_ratio_for_gain(gain, p, llm, payload_ratio(*payload), averaging))
 
-    def uplink(*values: float) -> float:
-        return float(uplink_ratio_for_gain(values[0], values[1], llm, ratio_at(values), averaging))
-
-    values = [n.value for n in given]
-    target, c = f"{values[0]:g}x HLM's throughput", ratio_at(values)
+    gain, p, *payload = (number.value for number in given)
+    c = payload_ratio(*payload)
+    entry = Reconciliation(system, f"{gain:g}x HLM's throughput", averaging, c, 1.0, llm)
     solved = imply(uplink, *given)
-    if not math.isfinite(solved.value):
-        least = float(throughput_gain(values[1], 0.0, llm, c, averaging))
-        if least > values[0]:
-            reason = f"t_llm alone gives {least:.3g}x already: t_llm must be less"
-        else:
-            reason = f"above the ceiling {speedup_ceiling(values[1], c):.4g}x"
-        return Reconciliation(
-            system, target, averaging, c, 1.0, llm, None, None, None, None, "t_slm", reason
-        )
-    means = float(throughput_gain(values[1], solved.value, llm, c))
-    return Reconciliation(
-        system, target, averaging, c, 1.0, llm, solved.value, solved.low,
-        solved.high if math.isfinite(solved.high) else None, means, "t_slm", "",
-    )  # fmt: skip
+    if math.isfinite(solved.value):
+        return entry.solved(solved, throughput_gain(p, solved.value, llm, c))
+    least = float(throughput_gain(p, 0.0, llm, c, averaging))
+    if least > gain:
+        return replace(entry, reason=f"t_llm alone gives {least:.3g}x already: t_llm must be less")
+    return replace(entry, reason=f"above the ceiling {speedup_ceiling(p, c):.4g}x")
 
 
 def _solve_pair(pair: ComparedPair, averaging: Averaging, llm: float) -> Reconciliation:
@@ -351,18 +312,13 @@ def _solve_pair(pair: ComparedPair, averaging: Averaging, llm: float) -> Reconci
         r = pair_sent_ratio(averaging, *values)
         return (r - llm) * device_time_ms(values[3], values[0], r, averaging)
 
-    values = [n.value for n in pair.numbers()]
-    r = pair_sent_ratio(averaging, *values)
+    r = pair_sent_ratio(averaging, *(number.value for number in pair))
     slm = device_time_ms(pair.speed.value, pair.skip.value, r, averaging)
     target = f"{pair.speed.value:g} and {pair.higher_speed.value:g} token/s"
-    solved = imply(sent_ms, *pair.numbers())
+    entry = Reconciliation("UI-HLM", target, averaging, 1.0, slm, llm * slm, unit="ms")
+    solved = imply(sent_ms, *pair)
     if solved.value < 0:
-        return Reconciliation(
-            "UI-HLM", target, averaging, 1.0, slm, llm * slm, None, None, None, None, "ms",
-            f"t_up + t_llm = {r * slm:,.0f} ms in all: t_llm must be less",
-        )  # fmt: skip
-    means = float(throughput_gain(pair.skip.value, r))
-    return Reconciliation(
-        "UI-HLM", target, averaging, 1.0, slm, llm * slm, solved.value, max(solved.low, 0.0),
-        solved.high if math.isfinite(solved.high) else None, means, "ms", "",
-    )  # fmt: skip
+        reason = f"t_up + t_llm = {r * slm:,.0f} ms in all: t_llm must be less"
+        return replace(entry, reason=reason)
+    solved = replace(solved, low=max(solved.low, 0.0))
+    return entry.solved(solved, throughput_gain(pair.skip.value, r))
