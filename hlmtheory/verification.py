@@ -8,7 +8,7 @@ output law of a whole policy at one step (`output_law`) is built from the very s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar
 
 from array_api_compat import array_namespace
 
@@ -29,11 +29,9 @@ class FullDistribution:
     docs/theory.md, (1), (2), (12).
     """
 
-    name: str = "full"
-    drafts_from_sent: bool = False
-    truncates: bool = False
+    drafts_from_sent: ClassVar[bool] = False
 
-    def reference_law(self, x: Array, size: Array | None) -> Array:
+    def reference_law(self, x: Array, size: Array | int | None) -> Array:
         """The law the server verifies against: x itself."""
         return x
 
@@ -42,12 +40,8 @@ class FullDistribution:
         return 1.0 - rejection_probability(draft_prob, target_prob)
 
     def resample_weights(self, reference: Array, y: Array, skipped: Array) -> Array:
-        """max(y - x, 0), not normalised."""
+        """max(y - x, 0), not normalised; `skipped` is sigma x."""
         return array_namespace(y).clip(y - reference, 0.0, None)
-
-    def num_entries(self, vocab_size: int, size: Array, skip_set_size: Array) -> Array:
-        """Probabilities sent with a draft: all V."""
-        return 0 * skip_set_size + vocab_size
 
 
 @dataclass(frozen=True)
@@ -57,18 +51,11 @@ class TruncatedDistribution(FullDistribution):
     docs/theory.md, (17), (21); CU-HLM (arXiv 2505.11788). k = V recovers the full rule.
     """
 
-    name: str = "truncated"
-    truncates: bool = True
-
-    def reference_law(self, x: Array, size: Array | None) -> Array:
+    def reference_law(self, x: Array, size: Array | int | None) -> Array:
         """The truncated law, `size` entries of each row."""
         if size is None:
             raise ValueError("size is None: a truncating rule needs the number of entries sent")
         return truncated_distribution(x, size)
-
-    def num_entries(self, vocab_size: int, size: Array, skip_set_size: Array) -> Array:
-        """Probabilities sent with a draft: k."""
-        return 0 * skip_set_size + size
 
 
 @dataclass(frozen=True)
@@ -78,61 +65,11 @@ class DraftFromSent(TruncatedDistribution):
     docs/theory.md, (23).
     """
 
-    name: str = "draft-from-sent"
-    drafts_from_sent: bool = True
-
-
-@dataclass(frozen=True)
-class ResidualVerification(FullDistribution):
-    """Send the probabilities of the skip set only; the server samples what is missing from y.
-
-    .. math:: \\mathrm{norm}(\\max(y - \\sigma x, 0))
-
-    docs/theory.md, (24): TV(output, y) equals the lower bound of the gate, with |S| entries sent.
-    The draft itself is not sent, and never accepted.
-    """
-
-    name: str = "residual"
-
-    def acceptance(self, draft_prob: Array, target_prob: Array) -> Array:
-        """Zero: the server always samples."""
-        return 0 * draft_prob
-
-    def resample_weights(self, reference: Array, y: Array, skipped: Array) -> Array:
-        """max(y - sigma x, 0), not normalised; `skipped` is sigma x."""
-        return array_namespace(y).clip(y - skipped, 0.0, None)
-
-    def num_entries(self, vocab_size: int, size: Array, skip_set_size: Array) -> Array:
-        """Probabilities sent: one for each token of the skip set."""
-        return skip_set_size
-
-
-@dataclass(frozen=True)
-class AskAndSample(FullDistribution):
-    """Send nothing; the server samples from y. The naive baseline, biased: docs/theory.md, (25)."""
-
-    name: str = "ask"
-
-    def acceptance(self, draft_prob: Array, target_prob: Array) -> Array:
-        """Zero: the server always samples."""
-        return 0 * draft_prob
-
-    def resample_weights(self, reference: Array, y: Array, skipped: Array) -> Array:
-        """Y itself."""
-        return y
-
-    def num_entries(self, vocab_size: int, size: Array, skip_set_size: Array) -> Array:
-        """Nothing is sent."""
-        return 0 * skip_set_size
-
-
-AnyRule: TypeAlias = (
-    FullDistribution | TruncatedDistribution | DraftFromSent | ResidualVerification | AskAndSample
-)
+    drafts_from_sent: ClassVar[bool] = True
 
 
 def output_law(
-    rule: AnyRule, x: Array, y: Array, skip_probability: Array, size: Array | None = None
+    rule: FullDistribution, x: Array, y: Array, skip_probability: Array, size: Array | None = None
 ) -> Array:
     r"""Exact law of the emitted token at one step, for any gate and rule.
 
@@ -183,7 +120,7 @@ def output_law(
 
 
 def output_bias(
-    rule: AnyRule, x: Array, y: Array, skip_probability: Array, size: Array | None = None
+    rule: FullDistribution, x: Array, y: Array, skip_probability: Array, size: Array | None = None
 ) -> Array:
     """TV(output law, y) of one step: the exact price of a policy; see :func:`output_law`."""
     return total_variation(output_law(rule, x, y, skip_probability, size), y)
@@ -214,16 +151,3 @@ def bias_lower_bound(x: Array, y: Array, skip_probability: Array) -> Array:
     check_unit_interval(skip_probability, "skip_probability")
     xp = array_namespace(x, y)
     return xp.sum(xp.clip(skip_probability * x - y, 0.0, None), axis=-1)
-
-
-__all__ = [
-    "AnyRule",
-    "AskAndSample",
-    "DraftFromSent",
-    "FullDistribution",
-    "ResidualVerification",
-    "TruncatedDistribution",
-    "bias_lower_bound",
-    "output_bias",
-    "output_law",
-]

@@ -1,0 +1,61 @@
+"""Ask and sample: send nothing, the server samples its own law; the naive baseline, biased."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from array_api_compat import array_namespace
+
+from hlmtheory.domain import Array
+from hlmtheory.policies.base import GatedPolicy
+from hlmtheory.steps import Skip, Step, candidates
+from hlmtheory.verification import FullDistribution
+
+
+@dataclass(frozen=True)
+class AskAndSample(FullDistribution):
+    """Send nothing; the server samples from y: docs/theory.md, (25)."""
+
+    def acceptance(self, draft_prob: Array, target_prob: Array) -> Array:
+        """Zero: the server always samples."""
+        return 0 * draft_prob
+
+    def resample_weights(self, reference: Array, y: Array, skipped: Array) -> Array:
+        """Y itself."""
+        return y
+
+
+@dataclass(frozen=True)
+class Asking(GatedPolicy):
+    r"""Output law sigma x + (1 - m) y with m the skipped mass.
+
+    .. math:: \mathrm{TV} = \sum_v (\sigma_v x_v - m y_v)_+ \ge \rho, \quad
+              m = \sum_v \sigma_v x_v
+    """
+
+    name: ClassVar[str] = "ask-llm"
+    label: ClassVar[str] = "ask and sample"
+    color: ClassVar[str] = "#56b4e9"
+    dashes: ClassVar[tuple[float, ...]] = (4, 1, 4, 3)
+    marker: ClassVar[str] = "X"
+    draft_sent: ClassVar[bool] = False
+
+    @property
+    def rule(self) -> FullDistribution:
+        """Sample the server's law."""
+        return AskAndSample()
+
+    def entries(self, step: Step, skip: Skip) -> Array:
+        """Nothing."""
+        return 0 * skip.beyond
+
+    def bias(self, step: Step, skip: Skip) -> Array:
+        """The sum above; a skipped draft beyond the head counts with its rejection probability."""
+        x, y, _ = candidates(step)
+        xp = array_namespace(x)
+        m = skip.mass(step)[:, None]
+        sigma_x = skip.candidates * x[:, : skip.width]
+        excess = xp.clip(sigma_x - m * y[:, : skip.width], 0.0, None)
+        total = xp.sum(excess, axis=-1) + skip.beyond * step["rejection_prob"]
+        return xp.where(skip.whole, skip.risk(step), total)

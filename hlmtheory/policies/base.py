@@ -1,0 +1,356 @@
+"""What a policy is: how it decides, what it sends, how the server answers, and what that costs.
+
+A policy is one class in one file. The defaults here are those of a policy that decides by a score
+and verifies with the whole of x; a file says only what is its own. Everything is a function of a
+step, so the engine and a prediction run the very same code: live, a step knows both laws; recorded,
+it knows the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_type_hints
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from hlmtheory.domain import Array
+from hlmtheory.order import put_along_last_axis
+from hlmtheory.sampling import sample_inverse_cdf
+from hlmtheory.scores import Atoms, ExactUncertainty, Score
+from hlmtheory.steps import HEAD_SIZE, Axes, LawStep, Skip, Step, candidates, no_skip
+from hlmtheory.verification import FullDistribution, output_bias
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy does in each of B contexts, (B,) each.
+
+    Attributes
+    ----------
+    skip : array
+        Probability that the draft is emitted without the server.
+    risk : array
+        Rejection risk of the skipped drafts; docs/theory.md, (11).
+    bias : array
+        TV between the law of the output and the server's; NaN where a recorded step cannot tell.
+    entries : array
+        Probabilities sent, 0 where nothing is.
+    """
+
+    skip: Array
+    risk: Array
+    bias: Array
+    entries: Array
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens emitted (B,), and which drafts the server accepted or would have, bool (B,)."""
+
+    output: Array
+    accepted: Array
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a calibration knows, for policies that derive settings of their own from it.
+
+    Attributes
+    ----------
+    slope, intercept : float
+        The fitted line of beta on u.
+    step : Step
+        The recorded steps of the calibration.
+    """
+
+    slope: float
+    intercept: float
+    step: Step
+
+
+@dataclass(frozen=True)
+class DeriveOptions:
+    """Options of a derivation that are about single policies.
+
+    Attributes
+    ----------
+    thetas : tuple of float
+        Tolerances of the truncation bound.
+    eta : float
+        Its sharpness.
+    importances : tuple of dict
+        variant, k, gamma each.
+    draft_from_sent : bool
+        Whether truncating policies are derived with drafts from the sent law too.
+    """
+
+    thetas: tuple[float, ...] = (0.1,)
+    eta: float = 1.0
+    importances: tuple[dict[str, Any], ...] = ()
+    draft_from_sent: bool = False
+
+
+class Memory:
+    """What a policy remembers of the steps before, row by row; nothing, unless it says so."""
+
+    def update(self, step: Step) -> dict[str, Array]:
+        """Columns that the policy reads beside the step's own, and the state moved on."""
+        return {}
+
+    def keep(self, rows: Any) -> None:
+        """Keep only these rows, in this order."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy without a gate: every draft is verified with the whole of x.
+
+    Attributes
+    ----------
+    name, label : str
+        On the command line, and in figures.
+    color, dashes, marker : str, tuple of float, str
+        Its line and marker: Matplotlib's on-off pattern, empty for a solid line.
+    paper : str or None
+        The published system that it is.
+    role : {"both", "device", "server"}
+        Who decodes.
+    gated : bool
+        Whether it has a threshold to derive.
+    follows_server : bool
+        Whether its outputs have the server's law in every context.
+    draft_sent : bool
+        Whether the server learns the draft; only `full` accounting counts it.
+    needs_attention, entries_vary, in_quickstart : bool
+        Whether it looks at attention; whether its size differs from token to token; whether
+        `hlm quickstart` reruns it.
+    """
+
+    name: ClassVar[str] = ""
+    label: ClassVar[str] = ""
+    color: ClassVar[str] = "#6b6b6b"
+    dashes: ClassVar[tuple[float, ...]] = (1, 3)
+    marker: ClassVar[str] = ">"
+    paper: ClassVar[str | None] = None
+    role: ClassVar[Literal["both", "device", "server"]] = "both"
+    gated: ClassVar[bool] = False
+    follows_server: ClassVar[bool] = False
+    draft_sent: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = False
+    entries_vary: ClassVar[bool] = False
+    in_quickstart: ClassVar[bool] = False
+
+    @property
+    def rule(self) -> FullDistribution:
+        """What the server verifies against, and what it draws instead."""
+        return FullDistribution()
+
+    # Settings: what a derivation stores, and builds again.
+
+    @classmethod
+    def variants(cls, fitted: Fitted, options: DeriveOptions) -> list[tuple[str, dict[str, Any]]]:
+        """Settings to derive: (label, fields without threshold and score); the first label ""."""
+        return [("", {})]
+
+    def settings(self) -> dict[str, Any]:
+        """The policy's own fields, JSON-able; threshold and score are told apart from them."""
+        values = asdict(self)
+        return {key: values[key] for key in values if key not in ("threshold", "score")}
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], **gate: Any) -> Self:
+        """The policy of some settings.
+
+        Raises
+        ------
+        ValueError
+            If a setting is unknown or missing, or its value is not allowed.
+        """
+        known = {one.name for one in fields(cls)}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise ValueError(f"policy {cls.name}: unknown setting {unknown[0]!r}")
+        hints = get_type_hints(cls)
+        values = {
+            key: hints[key](**value) if is_dataclass(hints[key]) else value
+            for key, value in settings.items()
+        }
+        try:
+            return cls(**values, **gate)
+        except TypeError as error:
+            raise ValueError(f"policy {cls.name}: {error}") from None
+
+    @property
+    def remark(self) -> str:
+        """What is degenerate about the settings; empty otherwise."""
+        return ""
+
+    # Deciding and sending: functions of a step, live or recorded.
+
+    def memory(self) -> Memory:
+        """State of a batch of answers."""
+        return Memory()
+
+    def num_candidates(self, vocab_size: int) -> int:
+        """How many of the likeliest tokens a live step must look at."""
+        return HEAD_SIZE
+
+    def skip_probability(self, step: Step) -> Skip:
+        """Sigma: which drafts are emitted without the server."""
+        return no_skip(step)
+
+    def skips(self, step: Step) -> Array:
+        """Bool (B,): whether the drawn draft is."""
+        return no_skip(step).whole
+
+    def size(self, step: Step) -> Array | int | None:
+        """Entries of a truncated law; None where nothing is truncated."""
+        return None
+
+    def entries(self, step: Step, skip: Skip) -> Array:
+        """Probabilities sent with a draft that is sent, (B,): all of x."""
+        return 0 * skip.beyond + step.axes.vocab_size
+
+    def bias(self, step: Step, skip: Skip) -> Array:
+        """TV between the output's law and the server's, (B,): rho, for full verification (12)."""
+        return skip.risk(step)
+
+    def outcome(self, step: Step) -> Outcome:
+        """What the policy does, averaged over the draft wherever the head decides."""
+        skip = self.skip_probability(step)
+        mass = skip.mass(step)
+        entries = (1.0 - mass) * self.entries(step, skip)
+        return Outcome(mass, skip.risk(step), self.bias(step, skip), entries)
+
+    def drawn(self, step: Step) -> Outcome:
+        """What it does with the very draft that was drawn; the bias stays that of the law."""
+        skip = self.skip_probability(step)
+        skipped = array_namespace(skip.beyond).astype(self.skips(step), skip.beyond.dtype)
+        entries = (1.0 - skipped) * self.entries(step, skip)
+        return Outcome(skipped, skipped * step["rejection_prob"], self.bias(step, skip), entries)
+
+    # Drawing: live steps only.
+
+    def draft(self, step: LawStep) -> Array:
+        """The device's draft, (B,)."""
+        return sample_inverse_cdf(step.x, step.noise.draft)
+
+    def answer(self, step: LawStep) -> Answer:
+        """The tokens emitted: skipped and accepted drafts, and what the server draws instead."""
+        xp = array_namespace(step.x)
+        draft, skipped, size = step["draft_token"], self.skips(step), self.size(step)
+        reference = self.rule.reference_law(step.x, size)
+        acceptance = self.rule.acceptance(step.at(reference, draft), step["target_prob"])
+        accepted = step.noise.accept < acceptance
+        asks = xp.nonzero(~(skipped | accepted))[0]
+        output = xp.asarray(draft, copy=True)
+        if len(asks):
+            taken = self._skipped_mass(step)
+            weights = self.rule.resample_weights(reference[asks], step.y[asks], taken[asks])
+            # No residual mass: rounding sent a draft here that x = y would have accepted.
+            empty = xp.sum(weights, axis=-1, keepdims=True) <= 0
+            weights = xp.where(empty, step.y[asks], weights)
+            output[asks] = sample_inverse_cdf(weights, step.noise.resample[asks])
+        return Answer(output, accepted)
+
+    def _skipped_mass(self, step: LawStep) -> Array:
+        """sigma x over the vocabulary, (B, V)."""
+        skip = self.skip_probability(step)
+        x, _, _ = candidates(step)
+        xp = array_namespace(step.x)
+        mass = xp.astype(skip.candidates * x[:, : skip.width], step.x.dtype)
+        tokens = step["candidate_token"][:, : skip.width]
+        return put_along_last_axis(xp.zeros_like(step.x), tokens, mass)
+
+
+@dataclass(frozen=True)
+class GatedPolicy(Policy):
+    """A policy that skips a draft whose score is at most a threshold.
+
+    Attributes
+    ----------
+    threshold : float
+        Values above the score's upper bound are read as that bound: everything is skipped.
+    score : Score
+        What is compared with it.
+    """
+
+    gated: ClassVar[bool] = True
+
+    threshold: float = field(kw_only=True)
+    score: Score = field(default_factory=ExactUncertainty, kw_only=True)
+
+    def __post_init__(self) -> None:
+        threshold, score = self.threshold, self.score
+        if threshold is None or not np.isfinite(threshold) or threshold < score.low:
+            raise ValueError(
+                f"threshold = {threshold}: policy {self.name} needs one in "
+                f"[{score.low:g}, {score.high:g}], as its score {score.name} has"
+            )
+        object.__setattr__(self, "threshold", min(float(threshold), score.high))
+
+    def with_threshold(self, threshold: float) -> Self:
+        """The same policy at another threshold."""
+        return replace(self, threshold=threshold)
+
+    def num_candidates(self, vocab_size: int) -> int:
+        """As many as the score asks for."""
+        return self.score.num_candidates(self.threshold, vocab_size)
+
+    def skip_probability(self, step: Step) -> Skip:
+        """The score's."""
+        return self.score.skip_probability(step, self.threshold)
+
+    def skips(self, step: Step) -> Array:
+        """The score's."""
+        return self.score.skips(step, self.threshold)
+
+    def atoms(self, step: Step) -> Atoms:
+        """Pieces of the draft's probability with the score that the gate sees; see Score.atoms."""
+        return self.score.atoms(step)
+
+
+class TruncatingPolicy(GatedPolicy):
+    """A gated policy that sends a truncation of x; its bias is exact live and bounded recorded.
+
+    Recorded, the bias is the gate's plus the truncation's at the policy's size, which the grid of
+    `truncation_bias` gives: at most their sum, and nearly it; docs/theory.md, (23).
+    """
+
+    def truncation_bias(self, step: Step, size: Array | int) -> Array:
+        """Exact bias of truncation alone, from the recorded grid, linear in log k in between."""
+        grid = np.log(np.array(step.axes.truncation_bias_sizes, dtype=float))
+        values = step["truncation_bias"]
+        if len(grid) == 1:
+            return values[:, 0]
+        target = np.log(np.clip(np.broadcast_to(size, values.shape[:1]), 1, None))
+        upper = np.clip(np.searchsorted(grid, target), 1, len(grid) - 1)
+        weight = np.clip((target - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
+        rows = np.arange(len(values))
+        return (1 - weight) * values[rows, upper - 1] + weight * values[rows, upper]
+
+    def bias(self, step: Step, skip: Skip) -> Array:
+        """Of gate and truncation together; TV(x, y) where everything is skipped."""
+        size = self.size(step)
+        if isinstance(step, LawStep):
+            return output_bias(self.rule, step.x, step.y, skip.over_vocabulary(step), size)
+        rho = skip.risk(step)
+        if self.rule.drafts_from_sent or size is None:
+            return rho
+        both = np.minimum(rho + self.truncation_bias(step, size), 1.0)
+        return np.where(skip.whole, rho, both)
+
+
+__all__ = [
+    "Answer",
+    "Axes",
+    "DeriveOptions",
+    "Fitted",
+    "GatedPolicy",
+    "Memory",
+    "Outcome",
+    "Policy",
+    "TruncatingPolicy",
+]

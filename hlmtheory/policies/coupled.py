@@ -1,0 +1,73 @@
+"""Coupled draws: device and server share their randomness, and nothing is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from array_api_compat import array_namespace
+
+from hlmtheory.coupling import coupled_output_bias, coupling_columns
+from hlmtheory.domain import Array
+from hlmtheory.policies.base import Answer, GatedPolicy
+from hlmtheory.sampling import race_argmin
+from hlmtheory.steps import LawStep, Skip, Step, candidates
+
+
+@dataclass(frozen=True)
+class Coupled(GatedPolicy):
+    """A skipped draft stands; else the server's own draw under the same noise.
+
+    docs/theory.md, (41). Both draw by a race of shared exponentials. Its bias is 0 if nothing
+    skips, and for a gate that skips for sure or not at all never below rho.
+    """
+
+    name: ClassVar[str] = "coupled"
+    label: ClassVar[str] = "coupled draws"
+    color: ClassVar[str] = "#7a4b00"
+    dashes: ClassVar[tuple[float, ...]] = (2, 1)
+    marker: ClassVar[str] = "h"
+    draft_sent: ClassVar[bool] = False
+    in_quickstart: ClassVar[bool] = True
+
+    def entries(self, step: Step, skip: Skip) -> Array:
+        """Nothing."""
+        return 0 * skip.beyond
+
+    def bias(self, step: Step, skip: Skip) -> Array:
+        """Exact on the candidates; a skipped draft beyond the head counts in full.
+
+        NaN where something is skipped and the coupling was not recorded.
+        """
+        x, y, _ = (column[:, : skip.width] for column in candidates(step))
+        xp = array_namespace(x)
+        if isinstance(step, LawStep):
+            agreement, race = self._columns(step, skip)
+        else:
+            agreement, race = (step[f"head_{name}"] for name in ("agreement", "race"))
+        agreement, race = agreement[:, : skip.width], race[:, : skip.width]
+        bias = coupled_output_bias(x, y, agreement, race, skip.candidates)
+        return xp.where(skip.whole, skip.risk(step), xp.astype(bias, x.dtype) + skip.beyond)
+
+    def _columns(self, step: LawStep, skip: Skip) -> tuple[Array, Array]:
+        """The coupling's columns of the contexts that skip something; others are not read."""
+        xp = array_namespace(step.x)
+        tokens = step["candidate_token"][:, : skip.width]
+        out = [xp.full_like(skip.candidates, float("nan")) for _ in range(2)]
+        rows = xp.nonzero(xp.any(skip.candidates > 0, axis=-1))[0]
+        if len(rows):
+            found = coupling_columns(step.x[rows], step.y[rows], tokens[rows])
+            for column, values in zip(out, found, strict=True):
+                column[rows] = xp.astype(values, column.dtype)
+        return out[0], out[1]
+
+    def draft(self, step: LawStep) -> Array:
+        """The device's winner of the race."""
+        return race_argmin(step.x, step.noise.races())
+
+    def answer(self, step: LawStep) -> Answer:
+        """Skipped drafts, and the server's winner elsewhere; accepted where both are one."""
+        xp = array_namespace(step.x)
+        own = race_argmin(step.y, step.noise.races())
+        draft = step["draft_token"]
+        return Answer(xp.where(self.skips(step), draft, own), own == draft)

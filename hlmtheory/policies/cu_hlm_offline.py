@@ -1,0 +1,118 @@
+"""CU-HLM (arXiv 2505.11788), one size for all tokens: the k likeliest of x, a uniform tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from hlmtheory.domain import Array
+from hlmtheory.head import tail_level
+from hlmtheory.policies.base import DeriveOptions, Fitted, TruncatingPolicy
+from hlmtheory.relation import linear_rejection
+from hlmtheory.sampling import sample_inverse_cdf
+from hlmtheory.steps import LawStep, Skip, Step
+from hlmtheory.truncation import offline_truncation, online_bound_denominator
+from hlmtheory.verification import DraftFromSent, FullDistribution, TruncatedDistribution
+
+
+@dataclass(frozen=True)
+class FixedTruncation(TruncatingPolicy):
+    """Send k probabilities with every draft; docs/theory.md, (17), (20).
+
+    Attributes
+    ----------
+    num_entries : int
+        k >= 1.
+    tolerance : float or None
+        That the mean of bound (19) was to meet, and
+    tolerance_met : bool
+        whether any recorded size meets it.
+    draft_from_sent : bool
+        Draw the drafts from the sent law too: no bias from truncation; (23).
+    """
+
+    name: ClassVar[str] = "cu-hlm-offline"
+    label: ClassVar[str] = "CU-HLM, offline k"
+    color: ClassVar[str] = "#e69f00"
+    dashes: ClassVar[tuple[float, ...]] = (6, 2, 1, 2)
+    marker: ClassVar[str] = "D"
+    paper: ClassVar[str | None] = "CU-HLM"
+    in_quickstart: ClassVar[bool] = True
+
+    num_entries: int
+    tolerance: float | None = None
+    tolerance_met: bool = True
+    draft_from_sent: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_entries < 1:
+            raise ValueError(f"num_entries = {self.num_entries}: allowed is >= 1")
+
+    @property
+    def rule(self) -> FullDistribution:
+        """Verify against the truncation."""
+        return DraftFromSent() if self.draft_from_sent else TruncatedDistribution()
+
+    @property
+    def remark(self) -> str:
+        """Whether the tolerance was met."""
+        if self.tolerance_met or self.tolerance is None:
+            return ""
+        return (
+            f"no stored size meets theta = {self.tolerance:g}: k = {self.num_entries}, the largest"
+        )
+
+    @classmethod
+    def variants(cls, fitted: Fitted, options: DeriveOptions) -> list[tuple[str, dict[str, Any]]]:
+        """The smallest size of each tolerance; drafts from the sent law for the first of them."""
+        step = fitted.step
+        if "tail_deviation" not in step:
+            return []
+        beta = linear_rejection(step["uncertainty"], fitted.slope, fitted.intercept)
+        bound = online_bound_denominator(step["draft_prob"], beta, options.eta)
+        out: list[tuple[str, dict[str, Any]]] = []
+        for number, theta in enumerate(options.thetas):
+            chosen = offline_truncation(
+                step["tail_deviation"] / bound[:, None], step.axes.truncation_sizes, theta
+            )
+            settings = {
+                "num_entries": chosen.num_entries,
+                "tolerance": theta,
+                "tolerance_met": chosen.feasible,
+            }
+            out.append((f"@theta-{theta:g}" if number else "", settings))
+        if options.draft_from_sent:
+            out.append(("@draft-from-sent", out[0][1] | {"draft_from_sent": True}))
+        return out
+
+    def size(self, step: Step) -> int:
+        """k, at most V."""
+        return min(self.num_entries, step.axes.vocab_size)
+
+    def entries(self, step: Step, skip: Skip) -> Array:
+        """k."""
+        return 0 * skip.beyond + self.size(step)
+
+    def draft(self, step: LawStep) -> Array:
+        """From x, or from what is sent."""
+        law = self.rule.reference_law(step.x, self.size(step)) if self.draft_from_sent else step.x
+        return sample_inverse_cdf(law, step.noise.draft)
+
+    def outcome(self, step: Step) -> Any:
+        """As ever, with the law that drafts come from in the place of x."""
+        return super().outcome(self._from_sent(step))
+
+    def _from_sent(self, step: Step) -> Step:
+        kind = "candidate_prob" if step.has_laws else "head_prob"
+        x = step[kind]
+        k = self.size(step)
+        if not self.draft_from_sent or k >= x.shape[-1]:
+            return step
+        xp = array_namespace(x)
+        level = tail_level(xp.sum(x[:, :k], axis=-1), k, step.axes.vocab_size)[:, None]
+        kept = xp.asarray(np.arange(x.shape[-1]) < k)
+        return step.with_columns({kind: xp.where(kept, x, level)})

@@ -1,0 +1,33 @@
+"""The server model alone: it streams its own draws, and nothing is sent up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hlmtheory.domain import Array
+from hlmtheory.policies.base import Answer, Policy
+from hlmtheory.sampling import sample_inverse_cdf
+from hlmtheory.steps import LawStep, Skip, Step
+
+
+@dataclass(frozen=True)
+class ServerAlone(Policy):
+    """The output has the server's law; the device's draft is drawn beside it and not used."""
+
+    name: ClassVar[str] = "llm"
+    label: ClassVar[str] = "server alone"
+    color: ClassVar[str] = "#000000"
+    dashes: ClassVar[tuple[float, ...]] = (10, 3)
+    marker: ClassVar[str] = "^"
+    role: ClassVar[Literal["both", "device", "server"]] = "server"
+    follows_server: ClassVar[bool] = True
+    draft_sent: ClassVar[bool] = False
+
+    def entries(self, step: Step, skip: Skip) -> Array:
+        """Nothing."""
+        return 0 * skip.beyond
+
+    def answer(self, step: LawStep) -> Answer:
+        """A draw from y."""
+        return Answer(sample_inverse_cdf(step.y, step.noise.resample), self.skips(step))

@@ -1,0 +1,474 @@
+"""A step: everything that a policy reads of one next-token decision, live or recorded.
+
+One record serves both. While decoding, a :class:`LawStep` works its columns out of the two laws
+when they are asked for; in a trace the same columns lie stored, and :class:`Step` reads them.
+Policies are functions of columns, so a prediction is the policy itself run on recorded steps.
+
+Of the vocabulary a trace keeps the *head*: the HEAD_SIZE likeliest candidates in falling order,
+with x, y and u of each. Exact uncertainty falls with the logit, so a gate's skip set is a prefix of
+the vocabulary in that order, and as long as the head's last candidate is above the threshold the
+head says everything. Where it is not (thresholds near 1), tokens beyond it are represented by the draft
+that was drawn; see :class:`Skip`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from hlmtheory.acceptance import rejection_probability, total_variation
+from hlmtheory.coupling import coupling_columns
+from hlmtheory.domain import Array, check_positive
+from hlmtheory.order import largest, put_along_last_axis
+from hlmtheory.truncation import tail_deviation_at
+from hlmtheory.truncation_bias import truncation_bias_at
+from hlmtheory.uncertainty import (
+    Temperatures,
+    entropy,
+    log_partitions,
+    perturbed_probabilities,
+    sampled_uncertainty,
+    sampled_uncertainty_variance,
+    temperatures,
+)
+
+HEAD_SIZE = 32
+"""Candidates of each step that a trace keeps."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the columns of a step mean: stored with them, and read from there.
+
+    Attributes
+    ----------
+    vocab_size : int
+        V, tokens of the shared vocabulary.
+    temperature : float
+        Of both sampled laws.
+    thetas : tuple of float
+        Perturbation temperatures of the uncertainty.
+    truncation_sizes, truncation_bias_sizes : tuple of int
+        k of the columns `tail_deviation` and `truncation_bias`, at most V.
+    attention_sizes : tuple of int
+        k of the column `topk_attention`.
+    """
+
+    vocab_size: int
+    temperature: float = 1.0
+    thetas: tuple[float, ...] = temperatures().values
+    truncation_sizes: tuple[int, ...] = (
+        1, 2, 3, 4, 6, 8, 12, 16, 24, 30, 48, 64, 96, 128, 256, 512, 832, 1024, 2048, 4096, 8192,
+    )  # fmt: skip
+    truncation_bias_sizes: tuple[int, ...] = (1, 4, 16, 30, 64, 256, 1024, 4096)
+    attention_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+
+    def __post_init__(self) -> None:
+        check_positive(float(self.temperature), "temperature")
+        for name in ("thetas", "truncation_sizes", "truncation_bias_sizes", "attention_sizes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("truncation_sizes", "truncation_bias_sizes"):
+            cut = (min(size, self.vocab_size) for size in getattr(self, name))
+            object.__setattr__(self, name, tuple(dict.fromkeys(cut)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of these axes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Axes:
+        """Axes from their JSON object; every field is needed, none may be unknown."""
+        names = {one.name for one in fields(cls)}
+        if names != entry.keys():
+            odd = min(names ^ entry.keys())
+            raise ValueError(f"axes: {odd} is {'missing' if odd in names else 'unknown'}")
+        return cls(**entry)
+
+
+class Noise(Protocol):
+    """Random numbers of one step of a batch; a pure function of seed, prompt and step."""
+
+    draft: Array
+    """Uniforms (B, 2) of the draft."""
+    accept: Array
+    """Uniforms (B,) of the acceptance."""
+    resample: Array
+    """Uniforms (B, 2) of the server's own draw."""
+    perturbation: Array
+    """Uniforms (B, K) of the sampled uncertainty."""
+
+    def races(self) -> Array:
+        """Standard exponentials (B, V) that device and server share."""
+        ...
+
+
+class Step:
+    """Columns of B contexts, (B, ...) each, with their axes.
+
+    Parameters
+    ----------
+    axes : Axes
+    columns : mapping of str to array (N, ...)
+    rows : slice or integer array
+        Which of the N rows are this step's.
+    """
+
+    has_laws = False
+
+    def __init__(self, axes: Axes, columns: Mapping[str, Array], rows: Any = slice(None)) -> None:
+        self.axes = axes
+        self._columns = columns
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> Array:
+        """One column; floats of a recorded step come in float64."""
+        if name not in self._columns:
+            raise ValueError(f"column {name!r} is not recorded in this step")
+        values = self._columns[name][self._rows]
+        if isinstance(values, np.ndarray) and values.dtype == np.float32:
+            return values.astype(np.float64)
+        return values
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def with_columns(self, columns: Mapping[str, Array]) -> Step:
+        """The same step with further columns, (B, ...) each."""
+        own = {name: self[name] for name in self._columns}
+        return Step(self.axes, own | dict(columns))
+
+
+class LawStep(Step):
+    """A live step: the device's logits and both laws, its columns worked out when asked for.
+
+    Parameters
+    ----------
+    axes : Axes
+    logits : array (B, V)
+        z of the device model, before any temperature.
+    x, y : array (B, V)
+        The laws that device and server sample from.
+    noise : Noise, optional
+        Needed by `uncertainty_sampled` and by policies that draw.
+    head_size : int
+        Candidates to look at: as many as a policy's gate may skip, at least HEAD_SIZE.
+    columns : mapping, optional
+        Columns known beforehand, such as those of attention.
+    """
+
+    has_laws = True
+
+    def __init__(
+        self,
+        axes: Axes,
+        logits: Array,
+        x: Array,
+        y: Array,
+        noise: Noise | None = None,
+        head_size: int = HEAD_SIZE,
+        columns: Mapping[str, Array] | None = None,
+    ) -> None:
+        super().__init__(axes, dict(columns or {}))
+        self.logits, self.x, self.y, self._noise = logits, x, y, noise
+        self.head_size = min(max(head_size, HEAD_SIZE), logits.shape[-1])
+
+    @property
+    def noise(self) -> Noise:
+        """The random numbers of this step."""
+        if self._noise is None:
+            raise ValueError("noise is None: this step was made without random numbers")
+        return self._noise
+
+    def __getitem__(self, name: str) -> Array:
+        """One column, worked out once."""
+        known: dict[str, Array] = self._columns  # type: ignore[assignment]
+        if name not in known:
+            column = COLUMNS.get(name)
+            if column is None or column.compute is None:
+                raise ValueError(f"column {name!r} cannot be worked out of the laws alone")
+            known[name] = column.compute(self)
+        return known[name]
+
+    def __contains__(self, name: str) -> bool:
+        column = COLUMNS.get(name)
+        return name in self._columns or (column is not None and column.compute is not None)
+
+    def with_columns(self, columns: Mapping[str, Array]) -> LawStep:
+        """The same step with further columns: the draft, the output, what a policy remembers."""
+        own = dict(self._columns) | dict(columns)
+        return LawStep(self.axes, self.logits, self.x, self.y, self._noise, self.head_size, own)
+
+    def drafted(self, tokens: Array) -> LawStep:
+        """The same step with its draft."""
+        return self.with_columns({"draft_token": tokens})
+
+    def at(self, law: Array, tokens: Array) -> Array:
+        """Entries of a law (B, V) at one token a row, (B,)."""
+        return array_namespace(law).take_along_axis(law, tokens[:, None], axis=-1)[:, 0]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a step.
+
+    Attributes
+    ----------
+    text : str
+        What it is.
+    axis : str
+        Name of the axis of its second dimension; empty for one number a token.
+    compute : callable or None
+        From a live step; None for what the engine or a policy decides.
+    """
+
+    text: str
+    axis: str = ""
+    compute: Callable[[LawStep], Array] | None = field(default=None, repr=False)
+
+
+def _thetas(step: LawStep) -> Temperatures:
+    return Temperatures(step.axes.thetas)
+
+
+def _head(name: str) -> Callable[[LawStep], Array]:
+    """The first HEAD_SIZE entries of a candidate column."""
+    return lambda step: step[name][:, :HEAD_SIZE]
+
+
+def _at_candidates(law: Callable[[LawStep], Array]) -> Callable[[LawStep], Array]:
+    return lambda step: array_namespace(step.x).take_along_axis(
+        law(step), step["candidate_token"], axis=-1
+    )
+
+
+def _candidate_and_draft(step: LawStep) -> Array:
+    """p_k of the candidates and of the draft behind them, (B, M + 1, K): one formula for both."""
+    xp = array_namespace(step.logits)
+    tokens = xp.concat([step["candidate_token"], step["draft_token"][:, None]], axis=-1)
+    return perturbed_probabilities(step.logits, tokens, _thetas(step), step["log_partitions"])
+
+
+def _uncertainties(step: LawStep) -> Array:
+    xp = array_namespace(step.logits)
+    return xp.clip(1.0 - xp.mean(step["candidate_and_draft_perturbed"], axis=-1), 0.0, 1.0)
+
+
+def _draft_rank(step: LawStep) -> Array:
+    xp = array_namespace(step.logits)
+    same = step["candidate_token"][:, :HEAD_SIZE] == step["draft_token"][:, None]
+    place = xp.argmax(xp.astype(same, xp.int32), axis=-1)
+    return xp.where(xp.any(same, axis=-1), place, xp.full_like(place, -1))
+
+
+def _output_uncertainty(step: LawStep) -> Array:
+    xp = array_namespace(step.logits)
+    p = perturbed_probabilities(
+        step.logits, step["output_token"][:, None], _thetas(step), step["log_partitions"]
+    )
+    return xp.clip(1.0 - xp.mean(p[:, 0], axis=-1), 0.0, 1.0)
+
+
+def _draws(step: LawStep) -> Array:
+    p = step["candidate_and_draft_perturbed"][:, -1]
+    xp = array_namespace(p)
+    return sampled_uncertainty(p, xp.astype(step.noise.perturbation[:, : p.shape[-1]], p.dtype))
+
+
+COLUMNS: dict[str, Column] = {
+    "prompt_id": Column("prompt that the token answers"),
+    "step": Column("place of the token in its answer, from 0"),
+    "draft_token": Column("token that the device drew"),
+    "output_token": Column("token that was emitted"),
+    "draft_prob": Column(
+        "x of the draft", compute=lambda step: step.at(step.x, step["draft_token"])
+    ),
+    "target_prob": Column(
+        "y of the draft", compute=lambda step: step.at(step.y, step["draft_token"])
+    ),
+    "rejection_prob": Column(
+        "beta of the draft, max(0, 1 - y/x)",
+        compute=lambda step: rejection_probability(step["draft_prob"], step["target_prob"]),
+    ),
+    "draft_rank": Column("place of the draft in the head, -1 beyond it", compute=_draft_rank),
+    "uncertainty": Column(
+        "exact uncertainty u of the draft",
+        compute=lambda step: step["candidate_and_draft_uncertainty"][:, -1],
+    ),
+    "uncertainty_sampled": Column("u_K of the draft, from K drawn tokens", compute=_draws),
+    "uncertainty_variance": Column(
+        "variance of u_K given the draft",
+        compute=lambda step: sampled_uncertainty_variance(
+            step["candidate_and_draft_perturbed"][:, -1]
+        ),
+    ),
+    "entropy": Column("entropy of x (nat)", compute=lambda step: entropy(step.x)),
+    "max_prob": Column("largest entry of x", compute=lambda step: step["candidate_prob"][:, 0]),
+    "margin": Column(
+        "difference of the two largest entries of x",
+        compute=lambda step: step["candidate_prob"][:, 0] - step["candidate_prob"][:, 1],
+    ),
+    "max_logit": Column(
+        "largest logit of the device, before any temperature",
+        compute=lambda step: array_namespace(step.logits).max(step.logits, axis=-1),
+    ),
+    "tv_distance": Column(
+        "total variation between x and y", compute=lambda step: total_variation(step.x, step.y)
+    ),
+    "log_partitions": Column(
+        "log of sum exp((z - max z)/theta) at every perturbation temperature",
+        "thetas",
+        lambda step: log_partitions(step.logits, _thetas(step)),
+    ),
+    "head_prob": Column("x of the head, falling", "head", _head("candidate_prob")),
+    "head_target_prob": Column("y of the head", "head", _head("candidate_target_prob")),
+    "head_uncertainty": Column("exact u of the head", "head", _head("candidate_uncertainty")),
+    "head_agreement": Column(
+        "P(device and server both draw it) under shared noise; NaN where not recorded",
+        "head",
+        lambda step: coupling_columns(step.x, step.y, step["candidate_token"][:, :HEAD_SIZE])[0],
+    ),
+    "head_race": Column(
+        "Phi at y/x of the head, docs/theory.md (41); NaN where not recorded",
+        "head",
+        lambda step: coupling_columns(step.x, step.y, step["candidate_token"][:, :HEAD_SIZE])[1],
+    ),
+    "output_prob": Column(
+        "x of the output", compute=lambda step: step.at(step.x, step["output_token"])
+    ),
+    "output_target_prob": Column(
+        "y of the output", compute=lambda step: step.at(step.y, step["output_token"])
+    ),
+    "output_uncertainty": Column("exact u of the output", compute=_output_uncertainty),
+    "tail_deviation": Column(
+        "N(k), L1 distance between x and its truncation",
+        "truncation_sizes",
+        lambda step: tail_deviation_at(step.x, step.axes.truncation_sizes),
+    ),
+    "truncation_bias": Column(
+        "exact bias of verifying against the truncation; NaN where not recorded",
+        "truncation_bias_sizes",
+        lambda step: truncation_bias_at(step.x, step.y, step.axes.truncation_bias_sizes),
+    ),
+    "attention_sink": Column("attention on the first position"),
+    "attention_entropy": Column("entropy of the attention row without its sink (nat)"),
+    "context_attention": Column("attention on tokens other than the newest and the sink"),
+    "num_attended": Column("positions of the attention row"),
+    "topk_attention": Column("mean of the k largest attention weights", "attention_sizes"),
+    "skipped": Column("whether the draft was emitted without the server"),
+    "accepted": Column("whether the server accepted the draft, had it been sent"),
+    "policy_skip_prob": Column("probability that the policy skips here, over the draft"),
+    "policy_risk": Column("rejection risk rho of the policy here, over the draft"),
+    "policy_bias": Column("total variation between the policy's output law and y"),
+    "policy_entries": Column("probabilities sent with this draft, 0 where it was skipped"),
+    # Of a live step only: candidates are the head, or more where a gate may skip more.
+    "candidate_token": Column("", compute=lambda step: largest(step.logits, step.head_size)[1]),
+    "candidate_prob": Column("", compute=_at_candidates(lambda step: step.x)),
+    "candidate_target_prob": Column("", compute=_at_candidates(lambda step: step.y)),
+    "candidate_and_draft_perturbed": Column("", compute=_candidate_and_draft),
+    "candidate_and_draft_uncertainty": Column("", compute=_uncertainties),
+    "candidate_uncertainty": Column(
+        "", compute=lambda step: step["candidate_and_draft_uncertainty"][:, :-1]
+    ),
+}
+"""Every column of a step. Those without a text are of live steps only and never stored."""
+
+
+def candidates(step: Step) -> tuple[Array, Array, Array]:
+    """x, y and u of the candidates that a gate may look at, (B, M) each."""
+    kind = "candidate" if step.has_laws else "head"
+    return step[f"{kind}_prob"], step[f"{kind}_target_prob"], step[f"{kind}_uncertainty"]
+
+
+@dataclass(frozen=True)
+class Skip:
+    r"""Which drafts a gate emits unverified: sigma, on the candidates and beyond them.
+
+    Attributes
+    ----------
+    candidates : array (B, M)
+        sigma of the first M candidates, M at most the head's; 0 from there to its end.
+    whole : bool array (B,)
+        sigma = 1 on the whole vocabulary.
+    beyond : array (B,)
+        sigma of the drawn draft where it lies beyond the head, else 0: an unbiased stand-in for
+        the mass that the gate skips there. Where the head decides, it is 0.
+    """
+
+    candidates: Array
+    whole: Array
+    beyond: Array
+
+    def mass(self, step: Step) -> Array:
+        r"""P(skip), :math:`\sum_v \sigma_v x_v`, (B,)."""
+        x, _, _ = candidates(step)
+        return self._total(self.candidates * x[:, : self.width], self.beyond, 1.0)
+
+    def risk(self, step: Step) -> Array:
+        r"""Rejection risk :math:`\rho = \sum_v \sigma_v (x_v - y_v)_+`, (B,): (11)."""
+        x, y, _ = candidates(step)
+        xp = array_namespace(x)
+        excess = xp.clip(x - y, 0.0, None)[:, : self.width]
+        rest = self.beyond * step["rejection_prob"]
+        return self._total(self.candidates * excess, rest, step["tv_distance"])
+
+    def floor(self, step: Step) -> Array:
+        r"""Least bias of any scheme with this gate, :math:`\sum_v (\sigma_v x_v - y_v)_+`: (13)."""
+        x, y, _ = candidates(step)
+        xp = array_namespace(x)
+        excess = xp.clip(self.candidates * x[:, : self.width] - y[:, : self.width], 0.0, None)
+        rest = self.beyond * step["rejection_prob"]
+        return self._total(excess, rest, step["tv_distance"])
+
+    def count(self, step: Step) -> Array:
+        """Number of tokens with sigma > 0, (B,): a draft beyond the head stands for 1/x_d."""
+        xp = array_namespace(self.candidates)
+        inside = xp.astype(self.candidates > 0, self.candidates.dtype)
+        rest = self.beyond / xp.clip(step["draft_prob"], 1e-12, None)
+        return self._total(inside, rest, float(step.axes.vocab_size))
+
+    def over_vocabulary(self, step: LawStep) -> Array:
+        """Sigma of every token, (B, V)."""
+        xp = array_namespace(step.x)
+        tokens = step["candidate_token"][:, : self.width]
+        values = xp.astype(self.candidates, step.x.dtype)
+        sigma = put_along_last_axis(xp.zeros_like(step.x), tokens, values)
+        return xp.where(self.whole[:, None], xp.ones_like(sigma), sigma)
+
+    @property
+    def width(self) -> int:
+        """M."""
+        return int(self.candidates.shape[-1])
+
+    def _total(self, pieces: Array, rest: Array, whole: Array | float) -> Array:
+        xp = array_namespace(pieces)
+        total = xp.sum(pieces, axis=-1) + rest
+        return xp.where(self.whole, 0 * total + whole, total)
+
+
+def no_skip(step: Step) -> Skip:
+    """Sigma = 0."""
+    x, _, _ = candidates(step)
+    return Skip(0 * x[:, :1], x[:, 0] < 0, 0 * x[:, 0])
+
+
+def whole_skip(step: Step, whole: Array | None = None) -> Skip:
+    """Sigma = 1 in the contexts `whole`, bool (B,), or in all; 0 in the others."""
+    none = no_skip(step)
+    return Skip(none.candidates, ~none.whole if whole is None else whole, none.beyond)
+
+
+def used_width(sigma: Array) -> int:
+    """Columns of sigma (B, M) up to the last that is above 0 anywhere; at least one."""
+    xp = array_namespace(sigma)
+    used = xp.nonzero(xp.any(sigma > 0, axis=0))[0]
+    return int(used[-1]) + 1 if len(used) else 1
+
+
+def arange_like(step: Step) -> Array:
+    """0..B-1 where the step's arrays lie."""
+    x, _, _ = candidates(step)
+    return array_namespace(x).arange(x.shape[0], device=device(x))
