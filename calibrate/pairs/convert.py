@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calibrate.pairs.cache import Progress, check_room
-from calibrate.pairs.gguf_file import GgufLayout, read_layout
 from calibrate.pairs.quiet import quiet
 from calibrate.run.errors import UserError
 
@@ -16,6 +15,50 @@ from calibrate.run.errors import UserError
 # transformers 5.23 builds a plain GPT-2 splitter for them, which cuts blanks before a digit
 # differently: a blank line and a numbered list would reach the model in tokens it never saw.
 _SINGLE_DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell"})
+
+
+class GgufHeader(NamedTuple):
+    """What conversion needs to know of a .gguf file; entries that it lacks are None."""
+
+    num_elements: int
+    architecture: str | None
+    pre_tokenizer: str | None
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a .gguf file and map its weights, so that a file cut off is noticed.
+
+    Raises
+    ------
+    UserError
+        The file is not GGUF, cut off or damaged.
+    """
+    from gguf import GGUFReader
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start != b"GGUF":
+            raise UserError(
+                f"{path} is not a GGUF file: it begins with {start!r}, not b'GGUF'; give a .gguf "
+                "file, a model folder or a hub id"
+            )
+        reader = GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise UserError(
+            f"{path} is cut off or damaged at its {path.stat().st_size} bytes "
+            f"({first_line(error)}); download it again"
+        ) from error
+    if reader.byte_order != "I":
+        raise UserError(f"{path} has another byte order than this machine: convert it again")
+    architecture, pre_tokenizer = (
+        None if (field := reader.get_field(key)) is None else field.contents()
+        for key in ("general.architecture", "tokenizer.ggml.pre")
+    )
+    num_elements = sum(tensor.n_elements for tensor in reader.tensors)
+    return GgufHeader(num_elements, architecture, pre_tokenizer)
 
 
 def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None) -> None:
@@ -26,9 +69,9 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
     UserError
         The file is no GGUF, cut off, of a kind transformers does not know, or lacks weights.
     """
-    layout = read_layout(gguf)
-    check_room(2 * layout.num_elements, label)
-    num_bytes = 2 * layout.num_elements
+    header = read_header(gguf)
+    num_bytes = 2 * header.num_elements
+    check_room(num_bytes, label)
 
     def report(done: int) -> None:
         if progress is not None:
@@ -55,11 +98,12 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
     except Exception as error:  # tokenizers raises just that
         raise UserError(
             f"transformers cannot read {label} (architecture "
-            f"{layout.metadata.get('general.architecture', 'unknown')!r}): {first_line(error)}; "
+            f"{header.architecture!r}): {first_line(error)}; "
             "give a folder or hub id with safetensors weights instead"
         ) from error
     refuse_missing_weights(info, label)
-    _mend_splitter(tokenizer, layout)
+    if header.pre_tokenizer in _SINGLE_DIGIT_SPLITS:
+        _split_digits(tokenizer)
     try:
         with quiet():
             model.save_pretrained(folder)
@@ -112,9 +156,7 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def _mend_splitter(tokenizer: Any, layout: GgufLayout) -> None:
-    if layout.metadata.get("tokenizer.ggml.pre") not in _SINGLE_DIGIT_SPLITS:
-        return
+def _split_digits(tokenizer: Any) -> None:
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

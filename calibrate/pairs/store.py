@@ -13,7 +13,6 @@ from calibrate.pairs.cache import (
     fill,
     is_whole,
 )
-from calibrate.pairs.gguf_file import read_layout
 from calibrate.pairs.sources import (
     GgufFile,
     HubFile,
@@ -70,7 +69,6 @@ def ensure_folder(model: ModelSpec, progress: Progress | None = None) -> Path:
         case HubRepo():
             return fetch.fetch_repo(source, label, progress)
         case GgufFile(path):
-            read_layout(path)  # a damaged file is refused before anything is written
 
             def make(scratch: Path) -> None:
                 convert.convert_gguf(path, scratch / "model", label, progress)
