@@ -7,11 +7,10 @@ thresholds. What they say of risk and bias is taken as it is; what they cost is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from hlmtheory.cost import (
     DeviceProfile,
@@ -20,14 +19,12 @@ from hlmtheory.cost import (
     token_energy_j,
     token_time_ms,
 )
-from hlmtheory.domain import Array, check_finite, check_nonnegative, check_unit_interval
+from hlmtheory.domain import check_nonnegative, check_unit_interval
 from hlmtheory.link import Link
 
 Objective: TypeAlias = Literal["throughput", "mean-throughput", "energy"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 """1/E[token time], E[1/token time], or energy of a token; the first two are maximised."""
-
-PARETO_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -233,21 +230,13 @@ def best_choice(
     if allowed:
         return min(allowed, key=lambda choice: (choice.loss(objective), choice.total_bias))
     least = min(choices, key=lambda choice: choice.total_bias)
-    nan = float("nan")
+    unknown = {field.name: float("nan") for field in fields(Choice) if field.type == "float"}
     return replace(
         least,
+        **unknown,
         policy="",
         rule="",
         num_entries=None,
-        uncertainty_threshold=nan,
-        skip_rate=nan,
-        risk=nan,
-        total_bias=nan,
-        uplink_bits_per_token=nan,
-        token_time_ms=nan,
-        throughput_tok_s=nan,
-        mean_throughput_tok_s=nan,
-        energy_j_per_token=nan,
         feasible=False,
         reason=(
             f"no point keeps the budget {alpha:g}: the least biased is {least.policy} at u_th = "
@@ -256,60 +245,7 @@ def best_choice(
     )
 
 
-def pareto_choices(
-    curves: Sequence[PolicyCurve],
-    link: Link,
-    profile: DeviceProfile,
-    objective: Objective = "throughput",
-) -> tuple[Choice, ...]:
-    """The points that no other beats in both bias and objective, by rising bias.
-
-    docs/theory.md, (30). For every budget the choice of :func:`best_choice` is one of them: the
-    last whose bias is within it.
-
-    Parameters are those of :func:`best_choice`.
-    """
-    _check_objective(objective)
-    choices = _all_choices(curves, link, profile)
-    points = np.array([[choice.total_bias, choice.loss(objective)] for choice in choices])
-    front = [choice for choice, kept in zip(choices, pareto_front(points), strict=True) if kept]
-    return tuple(sorted(front, key=lambda choice: (choice.total_bias, choice.loss(objective))))
-
-
 def _all_choices(curves: Sequence[PolicyCurve], link: Link, profile: DeviceProfile) -> list[Choice]:
     if not curves:
         raise ValueError("curves is empty: give at least one")
     return [choice for curve in curves for choice in curve_choices(curve, link, profile)]
-
-
-def pareto_front(points: Array) -> Array:
-    """Which points no other point dominates; every column is something to minimise.
-
-    A point dominates another if it is nowhere above and somewhere below it, so equal points stay
-    together, on the front or off it.
-
-    Parameters
-    ----------
-    points : array (N, M)
-        Finite.
-
-    Returns
-    -------
-    bool array (N,)
-
-    Raises
-    ------
-    ValueError
-        If `points` has another number of axes or holds NaN.
-    """
-    if points.ndim != 2:
-        raise ValueError(f"points has shape {tuple(points.shape)}: allowed is (N, M)")
-    check_finite(points, "points")
-    xp = array_namespace(points)
-    kept = []
-    for first in range(0, points.shape[0], PARETO_CHUNK):
-        some = points[first : first + PARETO_CHUNK]
-        nowhere_above = xp.all(points[None, :, :] <= some[:, None, :], axis=-1)  # (chunk, N)
-        somewhere_below = xp.any(points[None, :, :] < some[:, None, :], axis=-1)
-        kept.append(~xp.any(nowhere_above & somewhere_below, axis=-1))
-    return xp.concat(kept) if kept else xp.zeros((0,), dtype=xp.bool)

@@ -146,10 +146,3 @@ def weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> f
     dx, dy = x - np.sum(share * x), y - np.sum(share * y)
     scale = np.sqrt(np.sum(share * dx * dx) * np.sum(share * dy * dy))
     return float(np.sum(share * dx * dy) / scale) if scale > 0 else float("nan")
-
-
-def rejection_frequency(draft_prob: np.ndarray, target_prob: np.ndarray) -> float:
-    """Delta = P(y_d < x_d): the share of drafts open to rejection; docs/theory.md, (9)."""
-    check_unit_interval(draft_prob, "draft_prob")
-    check_unit_interval(target_prob, "target_prob")
-    return float(np.mean(np.asarray(target_prob) < np.asarray(draft_prob)))

@@ -1,4 +1,4 @@
-"""Rejection risk: what skipping costs, the curve of skips against it, and its intervals.
+"""Rejection risk: what skipping costs, and the sums by prompt that every figure of it follows from.
 
 Two weightings of prompts of different lengths, n prompts with T_i tokens:
 
@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from array_api_compat import array_namespace
 
-from hlmtheory.clusters import resample_prompts, sum_by_prompt
+from hlmtheory.clusters import RatioEstimate, bootstrap_totals, ratio_of_sums
 from hlmtheory.domain import (
     Array,
     check_distribution,
@@ -27,10 +27,11 @@ from hlmtheory.domain import (
     check_same_shape,
     check_unit_interval,
 )
-from hlmtheory.relation import linear_rejection
 
 Weighting = Literal["tokens", "prompts"]
 MAX_GRID = 1000
+ROUNDING = 1e-3
+"""By how much single precision may leave a prompt's mass off its number of tokens, relatively."""
 
 
 def rejection_risk(x: Array, y: Array, skip_probability: Array) -> Array:
@@ -71,17 +72,131 @@ def rejection_risk(x: Array, y: Array, skip_probability: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class SkipAtoms:
+    r"""Pieces of the drafts' probability with the score that a gate sees if they are drawn.
+
+    A drawn draft is one piece of mass 1. Averaging over the draft, a context has a piece of mass
+    x_v for each candidate v, and
+
+    .. math:: \rho_t(u) = \sum_v x_{t,v}\, \beta_{t,v}\, 1\{s_{t,v} \le u\}
+                        = E_{d \sim x_t}[\beta_d\, 1\{s_d \le u\}]
+
+    stands where beta_t 1{s_t <= u} stood. It lies in [0, 1], does not fall in u and has the same
+    mean, so the risk is the same and so is all that (33) to (35) ask of losses; it is what the
+    draws scatter around, so its intervals are never wider.
+
+    Attributes
+    ----------
+    score : float array (J,)
+        A piece is skipped when score <= threshold. Rising: pieces are put in this order, and those
+        without mass are dropped.
+    mass, rejection : float array (J,)
+        Its probability; mass x beta of it.
+    prompt_index : int array (J,)
+        Prompt of each piece, in [0, P).
+    num_tokens : float array (P,)
+        Tokens of each prompt, which its masses sum to.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, a score is not finite, rejection leaves [0, mass], a prompt index is out
+        of range, a prompt's mass is not its number of tokens, or there is no piece.
+    """
+
+    score: np.ndarray
+    mass: np.ndarray
+    rejection: np.ndarray
+    prompt_index: np.ndarray
+    num_tokens: np.ndarray
+
+    def __post_init__(self) -> None:
+        parts = {
+            "score": np.asarray(self.score, dtype=float),
+            "mass": np.asarray(self.mass, dtype=float),
+            "rejection": np.asarray(self.rejection, dtype=float),
+            "prompt_index": np.asarray(self.prompt_index),
+        }
+        shapes = {values.shape for values in parts.values()}
+        if len(shapes) > 1 or parts["score"].ndim != 1:
+            given = ", ".join(f"{name} {values.shape}" for name, values in parts.items())
+            raise ValueError(f"{given}: give one entry a piece in each, (J,)")
+        check_finite(parts["score"], "score")
+        check_nonnegative(parts["mass"], "mass")
+        if not parts["mass"].any():
+            raise ValueError("score is empty: give at least one token")
+        check_nonnegative(parts["rejection"], "rejection")
+        if np.any(parts["rejection"] > parts["mass"] * (1 + 1e-6)):
+            raise ValueError("rejection is above mass somewhere: give mass x beta, beta in [0, 1]")
+        index, num_tokens = parts["prompt_index"], np.asarray(self.num_tokens, dtype=float)
+        if index.min() < 0 or index.max() >= len(num_tokens):
+            raise ValueError(
+                f"prompt_index spans {index.min()}..{index.max()}: allowed is 0 to "
+                f"num_prompts - 1 = {len(num_tokens) - 1}"
+            )
+        total = np.bincount(index, weights=parts["mass"], minlength=len(num_tokens))
+        if np.any(np.abs(total - num_tokens) > ROUNDING * np.maximum(num_tokens, 1.0)):
+            worst = int(np.argmax(np.abs(total - num_tokens)))
+            raise ValueError(
+                f"mass of prompt {worst} sums to {total[worst]:.6g}: allowed is its number of "
+                f"tokens, {num_tokens[worst]:g}; give the mass beyond the candidates as well"
+            )
+        if not parts["mass"].all():
+            parts = {name: values[parts["mass"] > 0] for name, values in parts.items()}
+        if np.any(np.diff(parts["score"]) < 0):
+            order = np.argsort(parts["score"], kind="stable")
+            parts = {name: values[order] for name, values in parts.items()}
+        for name, values in {**parts, "num_tokens": num_tokens}.items():
+            object.__setattr__(self, name, values)
+
+    @classmethod
+    def of_drafts(
+        cls,
+        score: np.ndarray,
+        rejection_prob: np.ndarray,
+        prompt_index: np.ndarray,
+        num_prompts: int,
+    ) -> SkipAtoms:
+        """The drafts that were drawn, (N,): one piece of mass 1 a token, with its beta."""
+        check_unit_interval(np.asarray(rejection_prob), "rejection_prob")
+        num_tokens = np.bincount(prompt_index, minlength=num_prompts)[:num_prompts]
+        return cls(score, np.ones(np.shape(score)), rejection_prob, prompt_index, num_tokens)
+
+    @property
+    def num_prompts(self) -> int:
+        """P, prompts without tokens included."""
+        return len(self.num_tokens)
+
+    def ends(self) -> np.ndarray:
+        """Pieces up to and with each distinct score, (M,): where a rising threshold may stop."""
+        return np.flatnonzero(np.append(np.diff(self.score) > 0, True)) + 1
+
+    def quantiles(self, most: int = MAX_GRID) -> np.ndarray:
+        """The distinct scores, rising; beyond `most` of them, as many quantiles of the mass.
+
+        A gate `score <= threshold` only changes where the threshold passes a score. The last one
+        skips everything.
+        """
+        distinct = self.score[self.ends() - 1]
+        if len(distinct) <= most:
+            return np.asarray(distinct)
+        below = np.cumsum(self.mass)
+        levels = np.arange(1, most + 1) * below[-1] / most
+        return np.unique(self.score[np.minimum(np.searchsorted(below, levels), len(below) - 1)])
+
+
+@dataclass(frozen=True)
 class SkipRiskSums:
-    """Per-prompt sums from which every figure of a threshold gate follows, resamples included.
+    """Sums from which every figure of a threshold gate follows; a row is a prompt or a resample.
 
     Attributes
     ----------
     thresholds : float array (G,)
         Rising.
     skipped, rejected : float array (P, G)
-        Number of skipped tokens of each prompt, and the sum of their rejection probabilities.
+        Number of skipped tokens of each row, and the sum of their rejection probabilities.
     num_tokens : float array (P,)
-        Tokens of each prompt.
+        Tokens of each row.
     """
 
     thresholds: np.ndarray
@@ -89,353 +204,93 @@ class SkipRiskSums:
     rejected: np.ndarray
     num_tokens: np.ndarray
 
+    def rates(self) -> tuple[np.ndarray, np.ndarray]:
+        r"""Skip rate and risk of each row, (P, G) in [0, 1], 0 of a row without tokens.
 
-def threshold_grid(score: np.ndarray, most: int = MAX_GRID) -> np.ndarray:
-    """The scores that occur, rising, thinned to at most `most` quantiles of the tokens.
+        .. math:: p_i(u) = \frac1{T_i} \sum_t 1\{s_t \le u\}, \qquad
+                  L_i(u) = \frac1{T_i} \sum_t \beta_t 1\{s_t \le u\}
 
-    A gate `score <= threshold` only changes where the threshold passes a score.
-    """
-    values = np.asarray(score)
-    check_finite(values, "score")
-    if values.size == 0:
-        raise ValueError("score is empty: give at least one token")
-    distinct = np.unique(values)
-    if len(distinct) <= most:
-        return distinct
-    levels = np.linspace(0, 1, most)
-    return np.unique(np.quantile(values, levels, method="inverted_cdf"))
+        The second is the loss of (33) where rows are prompts.
+        """
+        lengths = np.maximum(self.num_tokens, 1.0)[:, None]
+        return np.minimum(self.skipped / lengths, 1.0), np.minimum(self.rejected / lengths, 1.0)
+
+    def curve(self, weighting: Weighting = "tokens") -> tuple[np.ndarray, np.ndarray]:
+        r"""Skip rate and rejection risk at every threshold, (G,), under either weighting.
+
+        .. math:: p(u) = \frac1N \sum_t 1\{s_t \le u\}, \qquad
+                  \hat R(u) = \frac1N \sum_t \beta_t 1\{s_t \le u\}
+
+        by tokens; by prompts, the means of :meth:`rates` over prompts with tokens. docs/theory.md,
+        (11), (15): among gates that see the same features none skips more at any risk than the one
+        whose score is E[beta | features] (Neyman-Pearson), so scores compare by this curve.
+        """
+        if weighting == "tokens":
+            total = self.num_tokens.sum()
+            return self.skipped.sum(axis=0) / total, self.rejected.sum(axis=0) / total
+        if weighting != "prompts":
+            raise ValueError(f"weighting = {weighting!r}: allowed are 'tokens', 'prompts'")
+        used = self.num_tokens > 0
+        skip_rate, risk = (rates[used].mean(axis=0) for rates in self.rates())
+        return skip_rate, risk
+
+    def estimates(self) -> tuple[list[RatioEstimate], list[RatioEstimate]]:
+        """Skip rate and risk over tokens at every threshold, with errors clustered by prompt."""
+        return (
+            [ratio_of_sums(sums, self.num_tokens) for sums in self.skipped.T],
+            [ratio_of_sums(sums, self.num_tokens) for sums in self.rejected.T],
+        )
+
+    def resampled(self, counts: np.ndarray) -> SkipRiskSums:
+        """The same sums with a row for each resample of prompts, from their counts (R, P)."""
+        skipped, rejected, num_tokens = (
+            bootstrap_totals(sums, counts)
+            for sums in (self.skipped, self.rejected, self.num_tokens[:, None])
+        )
+        return SkipRiskSums(self.thresholds, skipped, rejected, num_tokens[:, 0])
 
 
-def skip_risk_sums(
-    score: np.ndarray,
-    rejection_prob: np.ndarray,
-    prompt_index: np.ndarray,
-    num_prompts: int,
-    thresholds: np.ndarray | None = None,
-) -> SkipRiskSums:
+def skip_risk_sums(atoms: SkipAtoms, thresholds: np.ndarray | None = None) -> SkipRiskSums:
     """Sums by prompt of skipped tokens and of their rejection probability at every threshold.
 
     Parameters
     ----------
-    score : float array (N,)
-        What the gate compares with the threshold: a token is skipped when score <= threshold.
-    rejection_prob : float array (N,)
-        beta in [0, 1].
-    prompt_index : int array (N,)
-        Prompt of each token, in [0, num_prompts).
-    num_prompts : int
+    atoms : SkipAtoms
     thresholds : float array (G,), optional
-        Rising; by default :func:`threshold_grid`.
+        Rising; by default :meth:`SkipAtoms.quantiles`.
 
     Raises
     ------
     ValueError
-        If lengths differ, a score is not finite, a beta leaves [0, 1], a prompt index is out of
-        range, or thresholds do not rise.
+        If thresholds fall somewhere.
     """
-    values, beta, index = np.asarray(score), np.asarray(rejection_prob), np.asarray(prompt_index)
-    check_finite(values, "score")
-    check_unit_interval(beta, "rejection_prob")
-    if not values.shape == beta.shape == index.shape:
-        raise ValueError(
-            f"score, rejection_prob, prompt_index have {values.shape}, {beta.shape}, "
-            f"{index.shape}: give one entry a token in each"
-        )
-    if index.size and (index.min() < 0 or index.max() >= num_prompts):
-        raise ValueError(
-            f"prompt_index spans {index.min()}..{index.max()}: allowed is 0 to num_prompts - 1 = "
-            f"{num_prompts - 1}"
-        )
-    grid = threshold_grid(values) if thresholds is None else np.asarray(thresholds, dtype=float)
+    grid = atoms.quantiles() if thresholds is None else np.asarray(thresholds, dtype=float)
     if np.any(np.diff(grid) < 0):
         raise ValueError("thresholds fall somewhere: give them in rising order")
-    # A token counts from the first threshold that reaches its score on.
-    cell = index * (len(grid) + 1) + np.searchsorted(grid, values, side="left")
-    shape = (num_prompts, len(grid) + 1)
-    length = shape[0] * shape[1]
-    skipped = np.bincount(cell, minlength=length).reshape(shape)[:, :-1]
-    rejected = np.bincount(cell, weights=beta, minlength=length).reshape(shape)[:, :-1]
-    num_tokens = np.bincount(index, minlength=num_prompts).astype(float)
-    return SkipRiskSums(
-        grid, np.cumsum(skipped, axis=1, dtype=float), np.cumsum(rejected, axis=1), num_tokens
+    # A piece counts from the first threshold that reaches its score on; those beyond all, never.
+    ends = np.searchsorted(atoms.score, grid, side="right")
+    place = np.repeat(np.arange(len(grid)), np.diff(ends, prepend=0))
+    kept = slice(0, len(place))
+    cell = atoms.prompt_index[kept] * len(grid) + place
+    shape = (atoms.num_prompts, len(grid))
+    skipped, rejected = (
+        np.cumsum(
+            np.bincount(cell, weights=w[kept], minlength=shape[0] * shape[1]).reshape(shape), axis=1
+        )
+        for w in (atoms.mass, atoms.rejection)
     )
+    return SkipRiskSums(grid, skipped, rejected, atoms.num_tokens)
 
 
-@dataclass(frozen=True)
-class SkipRiskCurve:
-    """Skip rate against rejection risk as the threshold of one score rises.
-
-    Attributes
-    ----------
-    thresholds, skip_rate, risk : float array (G,)
-        All rising.
-    weighting : {"tokens", "prompts"}
-        Of skip_rate and risk.
-    num_tokens, num_prompts : int
-    """
-
-    thresholds: np.ndarray
-    skip_rate: np.ndarray
-    risk: np.ndarray
-    weighting: Weighting
-    num_tokens: int
-    num_prompts: int
-
-
-def skip_risk_curve(
-    score: np.ndarray,
-    rejection_prob: np.ndarray,
-    prompt_index: np.ndarray,
-    num_prompts: int,
-    thresholds: np.ndarray | None = None,
-    weighting: Weighting = "tokens",
-) -> SkipRiskCurve:
-    r"""Skip rate and rejection risk of the gate `score <= threshold` on a trace.
-
-    .. math:: p(u) = \frac1N \sum_t 1\{s_t \le u\}, \qquad
-              \hat R(u) = \frac1N \sum_t \beta_t 1\{s_t \le u\}
-
-    docs/theory.md, (11), (15). Among gates that see the same features none skips more at any risk
-    than the one whose score is E[beta | features] (Neyman-Pearson), so estimators compare by this
-    curve.
+def skip_rate_at_risk(skip_rate: np.ndarray, risk: np.ndarray, alpha: float) -> np.ndarray:
+    """Largest skip rate (..., G) whose risk is within alpha; 0 where none is: docs/theory.md, (15).
 
     Parameters
     ----------
-    score, rejection_prob, prompt_index, num_prompts, thresholds
-        As in :func:`skip_risk_sums`.
-    weighting : {"tokens", "prompts"}
-        Means over tokens (the formula above) or over prompts of each prompt's mean.
-
-    Returns
-    -------
-    SkipRiskCurve
-
-    Raises
-    ------
-    ValueError
-        As :func:`skip_risk_sums`, or for an unknown weighting.
-    """
-    sums = skip_risk_sums(score, rejection_prob, prompt_index, num_prompts, thresholds)
-    used = sums.num_tokens > 0
-    if weighting == "tokens":
-        total = sums.num_tokens.sum()
-        skip_rate, risk = sums.skipped.sum(axis=0) / total, sums.rejected.sum(axis=0) / total
-    elif weighting == "prompts":
-        lengths = sums.num_tokens[used, None]
-        skip_rate = (sums.skipped[used] / lengths).mean(axis=0)
-        risk = (sums.rejected[used] / lengths).mean(axis=0)
-    else:
-        raise ValueError(f"weighting = {weighting!r}: allowed are 'tokens', 'prompts'")
-    return SkipRiskCurve(
-        sums.thresholds,
-        skip_rate,
-        risk,
-        weighting,
-        int(sums.num_tokens.sum()),
-        int(np.count_nonzero(used)),
-    )
-
-
-def skip_rate_at_risk(curve: SkipRiskCurve, alpha: float) -> float:
-    """Largest skip rate whose risk is within alpha; 0 where no threshold is: docs/theory.md, (15).
-
-    Parameters
-    ----------
-    curve : SkipRiskCurve
+    skip_rate, risk : float array (..., G)
+        Of :meth:`SkipRiskSums.curve` or :meth:`SkipRiskSums.rates`.
     alpha : float
         Risk budget in [0, 1].
     """
     check_unit_interval(alpha, "alpha")
-    inside = curve.risk <= alpha
-    return float(np.max(curve.skip_rate, where=inside, initial=0.0))
-
-
-@dataclass(frozen=True)
-class LinearRisk:
-    """The risk that the fitted line predicts: docs/theory.md, (16).
-
-    Attributes
-    ----------
-    thresholds, risk, bound : float array (G,)
-        u_th, R_lin(u_th), and the coarser bound; bound >= risk.
-    """
-
-    thresholds: np.ndarray
-    risk: np.ndarray
-    bound: np.ndarray
-
-
-def linear_risk(
-    uncertainty: np.ndarray, slope: float, intercept: float, thresholds: np.ndarray
-) -> LinearRisk:
-    r"""Rejection risk by the fitted line, from device-side data alone.
-
-    .. math:: R_{lin}(u_{th}) = \int_0^{u_{th}} \mathrm{clip}(a u + b, 0, 1)\, dF(u)
-              \;\le\; \mathrm{clip}(a u_{th} + b, 0, 1)\, P(u \le u_{th})
-
-    docs/theory.md, (16), with F the empirical law of u over tokens. At u_th = -b/a it is zero: the
-    risk-averse rule claims no risk at all, which clipping the line, not the data, brings about.
-
-    Parameters
-    ----------
-    uncertainty : float array (N,)
-        u in [0, 1].
-    slope, intercept : float
-        a >= 0 and b of the line.
-    thresholds : float array (G,)
-
-    Returns
-    -------
-    LinearRisk
-
-    Raises
-    ------
-    ValueError
-        If u leaves [0, 1], the slope is negative, or there are no tokens.
-
-    Valid when E[beta | u] = clip(a u + b, 0, 1); where the line lies below the mean of beta, near
-    u = -b/a as a rule, both figures are too small. The bound needs a >= 0.
-    """
-    check_unit_interval(uncertainty, "uncertainty")
-    if not slope >= 0:
-        raise ValueError(f"slope = {slope}: allowed is >= 0; the bound needs a rising line")
-    ordered = np.sort(np.asarray(uncertainty, dtype=float))
-    if ordered.size == 0:
-        raise ValueError("uncertainty is empty: give at least one token")
-    grid = np.asarray(thresholds, dtype=float)
-    summed = np.append(0.0, np.cumsum(linear_rejection(ordered, slope, intercept)))
-    count = np.searchsorted(ordered, grid, side="right")
-    at_threshold = linear_rejection(np.clip(grid, 0.0, 1.0), slope, intercept)
-    return LinearRisk(grid, summed[count] / ordered.size, at_threshold * count / ordered.size)
-
-
-def sequence_bias_bound(risk: np.ndarray, prompt_index: np.ndarray, num_prompts: int) -> np.ndarray:
-    r"""Bound on the total variation between whole answers, for each prompt.
-
-    .. math:: \mathrm{TV}(P_{1:T}, Y_{1:T}) \le \min\Big(1, \sum_{t=1}^{T} E[\rho(s_t)]\Big)
-
-    docs/theory.md, (14): the two answers are drawn together, token by token, and part at step t
-    with probability at most rho(s_t).
-
-    Parameters
-    ----------
-    risk : float array (N,)
-        rho(s_t), the exact bias of the policy at each context, in [0, 1].
-    prompt_index : int array (N,)
-    num_prompts : int
-
-    Returns
-    -------
-    float array (num_prompts,)
-        One trajectory's sum for each prompt; average several trajectories of a prompt before
-        clipping at 1, as the expectation stands inside. Not clipped here.
-
-    Valid when the contexts are those of the policy's own trajectories, not of the calibration run.
-    """
-    check_unit_interval(risk, "risk")
-    return sum_by_prompt(np.asarray(risk, dtype=float), np.asarray(prompt_index), num_prompts)
-
-
-@dataclass(frozen=True)
-class RatioIntervals:
-    """Ratios of sums over prompts with percentile intervals of the cluster bootstrap.
-
-    Attributes
-    ----------
-    value, low, high : float array (G,)
-    confidence : float
-    num_prompts, num_resamples : int
-    """
-
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    confidence: float
-    num_prompts: int
-    num_resamples: int
-
-
-def cluster_bootstrap_ratio(
-    numerators: np.ndarray,
-    denominators: np.ndarray,
-    num_resamples: int,
-    generator: np.random.Generator,
-    confidence: float = 0.95,
-) -> RatioIntervals:
-    r"""Intervals of ratios of sums, prompts drawn with replacement.
-
-    .. math:: \hat\theta_g = \frac{\sum_i A_{ig}}{\sum_i B_{ig}}, \qquad
-              \hat\theta^*_g = \frac{\sum_i w_i A_{ig}}{\sum_i w_i B_{ig}},
-              \quad w \sim \mathrm{Multinomial}(n, 1/n)
-
-    All G ratios of a resample share their w, so differences between them may be taken too. The
-    resamples are one matrix product, block by block: memory does not grow with their number but
-    for the (R, G) results.
-
-    Parameters
-    ----------
-    numerators : float array (P,) or (P, G)
-        A: sums over the tokens of each prompt.
-    denominators : float array (P,) or (P, G)
-        B >= 0: with B the number of tokens, the mean over tokens; with B = 1 and A each prompt's
-        mean, the mean over prompts.
-    num_resamples : int
-        R >= 1.
-    generator : numpy Generator
-    confidence : float
-        In (0, 1).
-
-    Returns
-    -------
-    RatioIntervals
-        NaN where the ratio is 0/0; resamples with 0/0 are left out.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two prompts, shapes do not match, or an argument is out of range.
-
-    Valid when prompts are independent draws from one population; with fewer than about 20 of them
-    percentile intervals are too short.
-    """
-    tops = np.asarray(numerators, dtype=float)
-    bottoms = np.asarray(denominators, dtype=float)
-    check_finite(tops, "numerators")
-    check_nonnegative(bottoms, "denominators")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}: allowed is above 0 and below 1")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples = {num_resamples}: allowed is >= 1")
-    tops = tops[:, None] if tops.ndim == 1 else tops
-    bottoms = bottoms[:, None] if bottoms.ndim == 1 else bottoms
-    num_prompts = tops.shape[0]
-    if num_prompts < 2 or bottoms.shape[0] != num_prompts:
-        raise ValueError(
-            f"numerators, denominators have {num_prompts}, {bottoms.shape[0]} prompts: give at "
-            "least two, and the same in both"
-        )
-    ratios = np.empty((num_resamples, tops.shape[1]))
-    block = max(1, min(num_resamples, 4_000_000 // num_prompts))
-    for start in range(0, num_resamples, block):
-        stop = min(start + block, num_resamples)
-        weights = resample_prompts(num_prompts, stop - start, generator)
-        ratios[start:stop] = _ratio(weights @ tops, weights @ bottoms)
-    tail = (1 - confidence) / 2
-    known = ~np.all(np.isnan(ratios), axis=0)
-    low, high = np.full((2, tops.shape[1]), np.nan)
-    if known.any():
-        quantile = np.nanquantile if np.isnan(ratios).any() else np.quantile
-        low[known], high[known] = quantile(ratios[:, known], [tail, 1 - tail], axis=0)
-    return RatioIntervals(
-        _ratio(tops.sum(axis=0), bottoms.sum(axis=0)),
-        low,
-        high,
-        confidence,
-        num_prompts,
-        num_resamples,
-    )
-
-
-def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(denominators > 0, numerators / denominators, np.nan)
+    return np.asarray(np.max(np.where(risk <= alpha, skip_rate, 0.0), axis=-1))

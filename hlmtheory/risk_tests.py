@@ -32,7 +32,7 @@ def conformal_bound(mean_loss: np.ndarray, num_prompts: int) -> np.ndarray:
 
     docs/theory.md, (34); Angelopoulos et al. 2022.
     """
-    return (num_prompts * np.asarray(mean_loss) + 1.0) / (num_prompts + 1.0)
+    return np.asarray((num_prompts * np.asarray(mean_loss) + 1.0) / (num_prompts + 1.0))
 
 
 def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: float) -> np.ndarray:
@@ -69,7 +69,7 @@ def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: fl
     # n R of exact fractions may come out a rounding error above an integer.
     count = np.ceil(num_prompts * mean * (1 - 1e-14))
     bentkus = np.e * stats.binom.cdf(count, num_prompts, alpha)
-    return np.minimum(1.0, np.minimum(hoeffding, bentkus))
+    return np.asarray(np.minimum(1.0, np.minimum(hoeffding, bentkus)))
 
 
 def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
@@ -99,7 +99,7 @@ def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
     check_level(alpha, "alpha")
     values = np.asarray(losses, dtype=float)
     check_unit_interval(values, "losses")
-    return np.minimum(1.0, np.exp(-_log_capital(values, np.asarray(alpha))))
+    return np.asarray(np.minimum(1.0, np.exp(-_log_capital(values, np.asarray(alpha)))))
 
 
 def _log_capital(losses: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def _log_capital(losses: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         for j, share in enumerate(BETS):
             logs[j] = np.sum(np.log1p(share * edge), axis=-1) + np.log(BET_WEIGHTS[j])
     peak = np.max(logs, axis=0)
-    return peak + np.log(np.sum(np.exp(logs - peak), axis=0))
+    return np.asarray(peak + np.log(np.sum(np.exp(logs - peak), axis=0)))
 
 
 def risk_upper_bound(
@@ -146,7 +146,7 @@ def risk_upper_bound(
             p_value = np.vectorize(hoeffding_bentkus_p_value)(mean, values.shape[-1], middle)
         kept = p_value > delta
         low, high = np.where(kept, middle, low), np.where(kept, high, middle)
-    return high
+    return np.asarray(high)
 
 
 def prompts_needed(alpha: float, delta: float = 0.05, method: TestMethod = "betting") -> int:

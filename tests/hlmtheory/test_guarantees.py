@@ -16,13 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hlmtheory.guarantees import (
-    CertifiedThreshold,
-    conformal_threshold,
-    learn_then_test_threshold,
-    plug_in_threshold,
-    prompt_losses,
-)
+from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
+from hlmtheory.risk import SkipAtoms, skip_risk_sums
 from hlmtheory.risk_tests import (
     betting_p_value,
     conformal_bound,
@@ -30,7 +25,7 @@ from hlmtheory.risk_tests import (
     prompts_needed,
     risk_upper_bound,
 )
-from hlmtheory.thresholds import Threshold
+from hlmtheory.thresholds import Threshold, risk_budget_threshold
 
 NUM_SIMULATIONS = 1_000
 DELTA = 0.1
@@ -237,20 +232,7 @@ def long_trace(
     return score, weight * (rng.uniform(size=len(index)) < score), index
 
 
-def test_prompt_losses_are_their_definition():
-    rng = np.random.default_rng(5)
-    score, beta, index = long_trace(rng, 12)
-    grid = np.array([0.0, 0.3, 0.3, 0.9])
-    losses = prompt_losses(score, beta, index, 13, grid)
-    for i in range(12):
-        for g, threshold in enumerate(grid):
-            mine = index == i
-            expected = np.mean(beta[mine] * (score[mine] <= threshold))
-            assert losses[i, g] == pytest.approx(expected, abs=1e-12)
-    np.testing.assert_array_equal(losses[12], 0)
-
-
-@pytest.mark.parametrize("name", ["plug-in", "conformal", "hoeffding-bentkus", "betting"])
+@pytest.mark.parametrize("name", ["conformal", "hoeffding-bentkus", "betting"])
 def test_bisection_finds_what_testing_in_order_finds(name):
     """Every candidate in rising order until the first failure, against bisection."""
     rng = np.random.default_rng(6)
@@ -258,46 +240,79 @@ def test_bisection_finds_what_testing_in_order_finds(name):
         score, beta, index = long_trace(rng, num_prompts)
         distinct = np.unique(score)
         grid = np.append((distinct[1:] + distinct[:-1]) / 2, 1.0)
-        losses = prompt_losses(score, beta, index, num_prompts, grid)
+        atoms = SkipAtoms.of_drafts(score, beta, index, num_prompts)
+        losses = skip_risk_sums(atoms, grid).rates()[1]
         for alpha in (0.02, 0.05, 0.1):
             passed = np.array([bool(rules(alpha)[name](column)) for column in losses.T])
             num = int(np.argmin(np.append(passed, False)))
-            arguments = (score, beta, index, num_prompts, alpha)
-            if name in ("betting", "hoeffding-bentkus"):
-                found: CertifiedThreshold = learn_then_test_threshold(
-                    *arguments, DELTA, method=name
-                )
+            if name == "conformal":
+                found = conformal_threshold(atoms, alpha)
             else:
-                rule = plug_in_threshold if name == "plug-in" else conformal_threshold
-                found = rule(*arguments)
+                found = learn_then_test_threshold(atoms, alpha, DELTA, method=name)
             assert found.feasible == (num > 0)
             if num:
-                assert found.uncertainty_threshold == grid[num - 1]
-                assert found.empirical_risk == pytest.approx(losses[:, num - 1].mean())
+                assert found.value == grid[num - 1]
                 assert found.bound <= alpha + 1e-9
             else:
-                assert np.isnan(found.uncertainty_threshold)
+                assert np.isnan(found.value)
                 assert found.reason
 
 
 def test_given_thresholds_are_the_only_answers():
-    score, beta, index = long_trace(np.random.default_rng(7), 100)
+    atoms = SkipAtoms.of_drafts(*long_trace(np.random.default_rng(7), 100), 100)
     grid = np.array([0.1, 0.25, 0.4, 0.9])
-    free = conformal_threshold(score, beta, index, 100, 0.05).uncertainty_threshold
-    bound = conformal_threshold(score, beta, index, 100, 0.05, thresholds=grid)
-    assert bound.uncertainty_threshold == grid[grid <= free][-1]
+    free = conformal_threshold(atoms, 0.05).value
+    bound = conformal_threshold(atoms, 0.05, thresholds=grid)
+    assert bound.value == grid[grid <= free][-1]
 
 
 def test_rules_are_ordered_by_what_they_promise():
-    score, beta, index = long_trace(np.random.default_rng(8), 400)
-    found = [
-        rule(score, beta, index, 400, 0.05)
-        for rule in (learn_then_test_threshold, conformal_threshold, plug_in_threshold)
+    """With one length for all prompts, so that both weightings are one."""
+    score, beta, _ = long_trace(np.random.default_rng(8), 420)
+    atoms = SkipAtoms.of_drafts(score[:4000], beta[:4000], np.repeat(np.arange(400), 10), 400)
+    found: list[Threshold] = [
+        learn_then_test_threshold(atoms, 0.05),
+        conformal_threshold(atoms, 0.05),
+        risk_budget_threshold(atoms, 0.05),
     ]
-    thresholds = [f.uncertainty_threshold for f in found]
+    thresholds = [f.value for f in found]
     assert thresholds == sorted(thresholds)
     assert len(set(thresholds)) == 3
-    assert all(isinstance(f, Threshold) and f.num_prompts == 400 for f in found)
+    assert [f.family for f in found] == ["ltt", "conformal", "risk"]
+    assert [f.confidence for f in found] == [0.95, None, None]
+    assert [f.weighting for f in found] == ["prompts", "prompts", "tokens"]
+    assert found[2].bound is None
+
+
+def averaged(rng: np.random.Generator, num_prompts: int, num_tokens: int) -> SkipAtoms:
+    """Two candidates a token, x = (w, 1 - w) with w uniform: the first has score w/2 and beta 0.4
+    times its prompt's weight, the second score 1 and beta 0. w's mean square is 1/3."""
+    w = rng.uniform(size=num_prompts * num_tokens)
+    index = np.repeat(np.arange(num_prompts), num_tokens)
+    weight = 0.8 * rng.uniform(size=num_prompts)[index]
+    return SkipAtoms(
+        np.concatenate([w / 2, np.ones_like(w)]),
+        np.concatenate([w, 1 - w]),
+        np.concatenate([w * weight, 0 * w]),
+        np.concatenate([index, index]),
+        np.full(num_prompts, num_tokens),
+    )
+
+
+def test_guarantee_holds_where_losses_are_averaged_over_the_draft():
+    """R(u) = 0.4 (2u)^2/2, exact; Learn-then-Test keeps it, the plug-in breaks it by half."""
+    rng = np.random.default_rng(11)
+    alpha, num = 0.05, 300
+    broken = {"ltt": 0, "risk": 0}
+    for _ in range(num):
+        atoms = averaged(rng, 60, 5)
+        for found in (
+            learn_then_test_threshold(atoms, alpha, DELTA),
+            risk_budget_threshold(atoms, alpha),
+        ):
+            broken[found.family] += int(0.4 * (2 * found.value) ** 2 / 2 > alpha)
+    assert broken["ltt"] <= stats.binom.ppf(1 - 1e-4, num, DELTA)
+    assert broken["risk"] > stats.binom.ppf(1 - 1e-4, num, DELTA)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 20])
@@ -315,30 +330,30 @@ def test_weighting_of_the_guarantee(max_tokens):
         index = np.repeat(np.arange(150), np.where(hard, 20, 2))
         beta = np.where(hard, 0.6, 0.05)[index]
         score = rng.uniform(size=len(index))
-        found = learn_then_test_threshold(
-            score, beta, index, 150, alpha, DELTA, max_tokens=max_tokens
-        )
+        atoms = SkipAtoms.of_drafts(score, beta, index, 150)
+        found = learn_then_test_threshold(atoms, alpha, DELTA, max_tokens=max_tokens)
+        assert found.weighting == ("tokens" if max_tokens else "prompts")
         assert found.feasible
-        broken += int(0.55 * found.uncertainty_threshold > alpha)
+        broken += int(0.55 * found.value > alpha)
     limit = stats.binom.ppf(1 - 1e-4, 200, DELTA)
     assert broken <= limit if max_tokens else broken > 2 * limit
 
 
 def test_too_few_prompts_is_a_result():
-    score, beta, index = np.full(29, 0.5), np.zeros(29), np.arange(29)
-    conformal = conformal_threshold(score, beta, index, 29, 0.01)
+    few, more = (
+        SkipAtoms.of_drafts(np.full(n, 0.5), np.zeros(n), np.arange(n), n) for n in (29, 59)
+    )
+    conformal = conformal_threshold(few, 0.01)
     assert not conformal.feasible
     assert "needs at least 99 prompts" in conformal.reason
     assert conformal.bound == pytest.approx(1 / 30)
-    tested = learn_then_test_threshold(score, beta, index, 29, 0.05, method="hoeffding-bentkus")
+    tested = learn_then_test_threshold(few, 0.05, method="hoeffding-bentkus")
     assert not tested.feasible
     assert "takes 59 prompts" in tested.reason
     assert tested.bound > 0.05
-    enough = learn_then_test_threshold(
-        np.full(59, 0.5), np.zeros(59), np.arange(59), 59, 0.05, method="hoeffding-bentkus"
-    )
+    enough = learn_then_test_threshold(more, 0.05, method="hoeffding-bentkus")
     assert enough.feasible
-    assert enough.uncertainty_threshold == 1
+    assert enough.value == 1
     assert "every token is skipped" in enough.reason
 
 
@@ -356,19 +371,17 @@ def test_prompts_needed():
     assert prompts_needed(0.01, 0.05, "hoeffding-bentkus") == 299
 
 
-ONE = (np.full(3, 0.5), np.full(3, 0.5), np.arange(3), 3)
+ONE = SkipAtoms.of_drafts(np.full(3, 0.5), np.full(3, 0.5), np.arange(3), 3)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: conformal_threshold(*ONE, 0.0), "alpha = 0.0: allowed is above 0 and below 1"),
-        (lambda: learn_then_test_threshold(*ONE, 0.1, 1.0), "delta = 1.0: allowed is above 0"),
-        (lambda: learn_then_test_threshold(*ONE, 0.1, method="hope"), "method = 'hope': allowed"),
-        (lambda: conformal_threshold(ONE[0], 2 * ONE[1] + 1, *ONE[2:], 0.1), "rejection_prob = 2"),
-        (lambda: conformal_threshold(*ONE, 0.1, np.array([1.0, 0.0])), "thresholds must be rising"),
-        (lambda: conformal_threshold(*ONE, 0.1, max_tokens=0), "max_tokens = 0: a prompt has 1"),
-        (lambda: plug_in_threshold(*(v[:0] for v in ONE[:3]), 3, 0.1), "score is empty"),
+        (lambda: conformal_threshold(ONE, 0.0), "alpha = 0.0: allowed is above 0 and below 1"),
+        (lambda: learn_then_test_threshold(ONE, 0.1, 1.0), "delta = 1.0: allowed is above 0"),
+        (lambda: learn_then_test_threshold(ONE, 0.1, method="hope"), "method = 'hope': allowed"),
+        (lambda: conformal_threshold(ONE, 0.1, 1.0, np.array([1.0, 0.0])), "must be rising"),
+        (lambda: conformal_threshold(ONE, 0.1, max_tokens=0), "max_tokens = 0: a prompt has 1"),
         (lambda: betting_p_value(np.array([1.5]), 0.1), "losses = 1.5"),
         (lambda: risk_upper_bound(np.array([0.5]), 0.0), "delta = 0.0"),
     ],

@@ -6,10 +6,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from hlmtheory.cost import (
     DeviceProfile,
@@ -25,8 +23,6 @@ from hlmtheory.optimise import (
     PolicyCurve,
     best_choice,
     curve_choices,
-    pareto_choices,
-    pareto_front,
 )
 
 PROFILE = DeviceProfile(40.0, 1.0, 30.0, 4.0, 1.0, 300.0, 0.5)
@@ -142,49 +138,6 @@ def test_ties_go_to_the_smaller_bias():
     assert best_choice(same, LINK, PROFILE, 0.1).policy == "better"
 
 
-# --- Pareto front --------------------------------------------------------------------------------
-
-
-def pareto_reference(points: np.ndarray) -> np.ndarray:
-    """The definition, pair by pair."""
-    kept = []
-    for a in points:
-        beaten = any(np.all(b <= a) and np.any(b < a) for b in points)
-        kept.append(not beaten)
-    return np.array(kept, dtype=bool)
-
-
-@given(arrays(float, st.tuples(st.integers(1, 25), st.integers(1, 3)), elements=st.integers(0, 5)))
-def test_front_is_the_definition(points):
-    expected = pareto_reference(points)
-    np.testing.assert_array_equal(pareto_front(points), expected)
-    np.testing.assert_array_equal(pareto_front(torch.from_numpy(points)), expected)
-    assert expected.any()
-
-
-def test_front_over_several_chunks(rng):
-    points = rng.uniform(size=(1300, 2))
-    kept = pareto_front(points)
-    front = points[kept]
-    front = front[np.argsort(front[:, 0])]
-    assert np.all(np.diff(front[:, 1]) < 0)
-    for point in points[~kept][:50]:
-        assert np.any(np.all(front <= point, axis=1))
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_front_holds_the_optimum_of_every_budget(objective):
-    front = pareto_choices(CURVES, LINK, PROFILE, objective)
-    biases = [choice.total_bias for choice in front]
-    losses = [choice.loss(objective) for choice in front]
-    assert np.all(np.diff(biases) >= 0)
-    assert np.all(np.diff(losses) <= 0)
-    for alpha in np.linspace(0, 0.4, 23):
-        best = best_choice(CURVES, LINK, PROFILE, alpha, objective)
-        within = [choice for choice in front if choice.total_bias <= alpha]
-        assert within[-1].loss(objective) == best.loss(objective)
-
-
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -203,7 +156,3 @@ def test_refusals():
         PolicyCurve("p", "r", GRID, GRID, GRID, -GRID, GRID)
     with pytest.raises(ValueError, match="uncertainty_threshold"):
         PolicyCurve("p", "r", *(np.zeros(0) for _ in range(5)))
-    with pytest.raises(ValueError, match=r"allowed is \(N, M\)"):
-        pareto_front(np.zeros(3))
-    with pytest.raises(ValueError, match="points"):
-        pareto_front(np.array([[np.nan, 0.0]]))

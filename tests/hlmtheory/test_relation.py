@@ -1,4 +1,4 @@
-"""The linear relation, its binned summary, and Delta."""
+"""The linear relation and its binned summary."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hlmtheory.acceptance import rejection_probability
 from hlmtheory.relation import (
     BinnedMeans,
     binned_means,
     line_moments,
     line_of_totals,
     linear_rejection,
-    rejection_frequency,
     weighted_correlation,
 )
 
@@ -135,7 +133,7 @@ def test_binned_means_checks_its_arguments(uncertainty, rejection, num_bins, say
         binned_means(np.array(uncertainty), np.array(rejection), num_bins)
 
 
-# --- correlation and Delta -----------------------------------------------------------------------
+# --- correlation ---------------------------------------------------------------------------------
 
 
 def test_weighted_correlation_is_that_of_repeated_points(rng):
@@ -146,22 +144,6 @@ def test_weighted_correlation_is_that_of_repeated_points(rng):
     assert weighted_correlation(x, 2 * x + 1, weights) == pytest.approx(1, abs=1e-12)
     assert weighted_correlation(x, -x, weights) == pytest.approx(-1, abs=1e-12)
     assert math.isnan(weighted_correlation(x, np.ones(12), weights))
-
-
-def test_delta_is_the_share_of_drafts_that_can_be_rejected(rng):
-    draft, target = rng.uniform(size=500), rng.uniform(size=500)
-    target[:100] = draft[:100]  # equal probabilities are never rejected
-    expected = (rejection_probability(draft, target) > 0).mean()
-    assert rejection_frequency(draft, target) == expected
-    assert rejection_frequency(draft, draft) == 0
-
-
-@pytest.mark.parametrize("name", ["draft_prob", "target_prob"])
-def test_delta_refuses_logits(name):
-    arguments = {"draft_prob": np.array([0.5]), "target_prob": np.array([0.5])}
-    arguments[name] = np.array([-3.0])
-    with pytest.raises(ValueError, match=rf"^{name} = -3: allowed is \[0, 1\]"):
-        rejection_frequency(**arguments)
 
 
 def test_line_of_totals_is_least_squares(rng) -> None:

@@ -1,4 +1,4 @@
-"""Rejection risk, its curve, its intervals and the learned score.
+"""Rejection risk, its sums and curves, averaging over the draft, and the learned score.
 
 Sums of float64 over at most a few thousand terms of order 1: 1e-12 leaves a thousandfold margin.
 """
@@ -14,20 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from hlmtheory.acceptance import total_variation
-from hlmtheory.clusters import mean_over_tokens, resample_prompts, sum_by_prompt
+from hlmtheory.clusters import mean_over_tokens, resample_prompts
 from hlmtheory.learned_score import cross_fitted_score
 from hlmtheory.risk import (
-    cluster_bootstrap_ratio,
-    linear_risk,
+    SkipAtoms,
     rejection_risk,
-    sequence_bias_bound,
     skip_rate_at_risk,
-    skip_risk_curve,
     skip_risk_sums,
-    threshold_grid,
 )
 from hlmtheory.verification import FullDistribution, output_bias, output_law
 
@@ -44,6 +39,10 @@ def random_trace(seed: int, num_prompts: int = 30, most: int = 40) -> Trace:
     score = np.round(rng.uniform(size=len(index)), 2)  # ties
     beta = np.clip(score * difficulty * rng.uniform(0, 2, size=len(index)), 0, 1)
     return score, beta, index, num_prompts
+
+
+def drafts(score, beta, index, num_prompts) -> SkipAtoms:
+    return SkipAtoms.of_drafts(score, beta, index, num_prompts)
 
 
 def random_pair(rng: np.random.Generator, vocab: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,62 +83,58 @@ def test_rejection_risk_monte_carlo():
 def test_curve_is_its_definition(weighting):
     score, beta, index, num_prompts = random_trace(3)
     grid = np.array([-0.1, 0.0, 0.255, 0.5, 0.5, 1.0])
-    curve = skip_risk_curve(score, beta, index, num_prompts, grid, weighting)
+    sums = skip_risk_sums(SkipAtoms.of_drafts(score, beta, index, num_prompts), grid)
+    skip_rate, risk = sums.curve(weighting)
     for g, threshold in enumerate(grid):
         skipped = (score <= threshold).astype(float)
-        for values, found in ((skipped, curve.skip_rate), (skipped * beta, curve.risk)):
-            if weighting == "tokens":
-                expected = values.mean()
-            else:
-                expected = np.mean([values[index == i].mean() for i in range(num_prompts)])
+        for values, found, rows in (
+            (skipped, skip_rate, sums.rates()[0]),
+            (skipped * beta, risk, sums.rates()[1]),
+        ):
+            by_prompt = [values[index == i].mean() for i in range(num_prompts)]
+            expected = values.mean() if weighting == "tokens" else np.mean(by_prompt)
             assert found[g] == pytest.approx(expected, abs=WORST)
-    assert (curve.num_tokens, curve.num_prompts) == (len(score), num_prompts)
+            np.testing.assert_allclose(rows[:, g], by_prompt, atol=WORST)
 
 
 def test_the_two_weightings():
     """One long easy prompt, one short hard one: 0.1 of tokens against 0.5 of prompts."""
     index = np.repeat([0, 1], [9, 1])
-    beta = (index == 1).astype(float)
-    one = np.ones(1)
-    arguments = (np.zeros(10), beta, index, 2, one)
-    assert skip_risk_curve(*arguments).risk[0] == pytest.approx(0.1)
-    assert skip_risk_curve(*arguments, weighting="prompts").risk[0] == pytest.approx(0.5)
+    sums = skip_risk_sums(SkipAtoms.of_drafts(np.zeros(10), (index == 1) * 1.0, index, 2))
+    assert sums.curve()[1] == pytest.approx([0.1])
+    assert sums.curve("prompts")[1] == pytest.approx([0.5])
     # Equal lengths: one and the same. A prompt without tokens counts for neither.
     score, beta = np.random.default_rng(4).uniform(size=(2, 60))
     index = np.repeat(np.arange(6), 10)
-    by_tokens = skip_risk_curve(score, beta, index, 7)
-    by_prompts = skip_risk_curve(score, beta, index, 7, weighting="prompts")
-    np.testing.assert_allclose(by_tokens.risk, by_prompts.risk, atol=WORST)
-    np.testing.assert_allclose(by_tokens.skip_rate, by_prompts.skip_rate, atol=WORST)
-    assert by_tokens.num_prompts == 6
+    sums = skip_risk_sums(SkipAtoms.of_drafts(score, beta, index, 7))
+    np.testing.assert_allclose(sums.curve(), sums.curve("prompts"), atol=WORST)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["tokens", "prompts"]))
 def test_curve_rises_and_ends_at_the_mean(seed, weighting):
-    score, beta, index, num_prompts = random_trace(seed, 8, 12)
-    curve = skip_risk_curve(score, beta, index, num_prompts, weighting=weighting)
-    assert np.all(np.diff(curve.risk) >= -WORST)
-    assert np.all(np.diff(curve.skip_rate) > 0)
-    assert curve.skip_rate[-1] == pytest.approx(1, abs=WORST)
-    assert skip_rate_at_risk(curve, 1.0) == pytest.approx(1, abs=WORST)
+    skip_rate, risk = skip_risk_sums(drafts(*random_trace(seed, 8, 12))).curve(weighting)
+    assert np.all(np.diff(risk) >= -WORST)
+    assert np.all(np.diff(skip_rate) > 0)
+    assert skip_rate[-1] == pytest.approx(1, abs=WORST)
+    assert skip_rate_at_risk(skip_rate, risk, 1.0) == pytest.approx(1, abs=WORST)
 
 
 def test_default_grid_holds_every_choice():
     """The scores that occur are all the thresholds there are, thinned only past `most`."""
-    score, beta, index, num_prompts = random_trace(5)
-    curve = skip_risk_curve(score, beta, index, num_prompts)
-    fine = skip_risk_curve(score, beta, index, num_prompts, np.linspace(0, 1, 5001))
+    atoms = drafts(*random_trace(5))
+    found, fine = (skip_risk_sums(atoms, grid).curve() for grid in (None, np.linspace(0, 1, 5001)))
     for alpha in (0.005, 0.01, 0.02, 0.05):
-        assert skip_rate_at_risk(curve, alpha) == pytest.approx(skip_rate_at_risk(fine, alpha))
-    thinned = threshold_grid(np.random.default_rng(6).uniform(size=5_000), most=100)
-    assert 90 <= len(thinned) <= 100
+        assert skip_rate_at_risk(*found, alpha) == pytest.approx(skip_rate_at_risk(*fine, alpha))
+    score = np.random.default_rng(6).uniform(size=5_000)
+    thinned = drafts(score, score, np.zeros(5_000, dtype=int), 1).quantiles(100)
+    np.testing.assert_array_equal(thinned, np.sort(score)[49::50])
 
 
 def test_skip_rate_at_risk_counts_nothing_where_nothing_fits():
-    curve = skip_risk_curve(np.zeros(4), np.full(4, 0.5), np.arange(4), 4)
-    assert skip_rate_at_risk(curve, 0.1) == 0
-    assert skip_rate_at_risk(curve, 0.5) == 1
+    curve = skip_risk_sums(drafts(np.zeros(4), np.full(4, 0.5), np.arange(4), 4)).curve()
+    assert skip_rate_at_risk(*curve, 0.1) == 0
+    assert skip_rate_at_risk(*curve, 0.5) == 1
 
 
 def test_conditional_mean_is_the_best_score():
@@ -149,39 +144,98 @@ def test_conditional_mean_is_the_best_score():
     mean = rng.uniform(size=12)
     beta = mean[kinds]
     index = np.arange(6_000) % 40
-    best = skip_risk_curve(mean[kinds], beta, index, 40)
+    best_rate, best_risk = skip_risk_sums(drafts(mean[kinds], beta, index, 40)).curve()
     for order in itertools.chain(
         [np.argsort(mean)[::-1]], (rng.permutation(12) for _ in range(40))
     ):
         rank = np.empty(12)
         rank[order] = np.arange(12)
-        other = skip_risk_curve(rank[kinds], beta, index, 40)
+        rate, risk = skip_risk_sums(drafts(rank[kinds], beta, index, 40)).curve()
         # At every point of the other curve the best one, joined by lines, skips at least as much.
-        reachable = np.interp(other.risk, np.append(0, best.risk), np.append(0, best.skip_rate))
-        assert np.all(reachable >= other.skip_rate - WORST)
+        reachable = np.interp(risk, np.append(0, best_risk), np.append(0, best_rate))
+        assert np.all(reachable >= rate - WORST)
 
 
-def test_linear_risk_is_its_definition_and_bound():
-    uncertainty = np.random.default_rng(8).beta(0.5, 1, size=500)
-    grid = np.array([0.0, 0.05, 0.0732, 0.3, 0.8, 1.0])
-    found = linear_risk(uncertainty, 0.82, -0.06, grid)
+def test_estimates_are_means_over_tokens():
+    """Value and clustered error at every threshold, as of the skipped tokens themselves."""
+    score, beta, index, num_prompts = random_trace(10)
+    grid = np.array([0.2, 0.6])
+    skip_rate, risk = skip_risk_sums(drafts(score, beta, index, num_prompts), grid).estimates()
     for g, threshold in enumerate(grid):
-        line = np.maximum(0, 0.82 * uncertainty - 0.06) * (uncertainty <= threshold)
-        assert found.risk[g] == pytest.approx(line.mean(), abs=WORST)
-        share = np.mean(uncertainty <= threshold)
-        assert found.bound[g] == pytest.approx(max(0, 0.82 * threshold - 0.06) * share, abs=WORST)
-    assert np.all(found.bound >= found.risk)
-    # u_th = -b/a: the line claims no risk.
-    assert linear_risk(uncertainty, 0.82, -0.06, np.array([0.06 / 0.82])).risk[0] < WORST
+        skipped = (score <= threshold).astype(float)
+        for found, values in ((skip_rate[g], skipped), (risk[g], skipped * beta)):
+            expected = mean_over_tokens(values, index, num_prompts)
+            assert found.value == pytest.approx(expected.value, abs=WORST)
+            assert found.standard_error == pytest.approx(expected.standard_error, abs=WORST)
 
 
-def test_linear_risk_closed_form():
-    """u uniform on a fine grid, a = 1, b = 0: R(u) = u^2/2 up to the grid's 1/N."""
-    uncertainty = (np.arange(10_000) + 0.5) / 10_000
-    grid = np.array([0.2, 0.5, 1.0])
-    np.testing.assert_allclose(
-        linear_risk(uncertainty, 1.0, 0.0, grid).risk, grid**2 / 2, atol=1e-4
+def test_resamples_are_those_of_whole_prompts():
+    """The matrix product against a loop over resamples with the very same draws."""
+    sums = skip_risk_sums(drafts(*random_trace(11)), np.array([0.2, 0.6]))
+    counts = resample_prompts(30, 50, np.random.default_rng(11))
+    drawn = sums.resampled(counts)
+    for row, (weights, risk) in enumerate(zip(counts.astype(float), drawn.rates()[1], strict=True)):
+        expected = (weights @ sums.rejected) / (weights @ sums.num_tokens)
+        np.testing.assert_allclose(risk, expected, atol=WORST)
+        assert drawn.num_tokens[row] == weights @ sums.num_tokens
+
+
+# --- averaging over the draft --------------------------------------------------------------------
+
+
+def split_atoms(rng: np.random.Generator, num: int) -> tuple[SkipAtoms, SkipAtoms, np.ndarray]:
+    """Atoms of 5 candidates a context; the draws of one draft each; x of each context."""
+    x, y = rng.dirichlet(np.full(5, 0.6), size=(2, num))
+    score = np.round(rng.uniform(size=(num, 5)), 1)
+    index = np.arange(num) % 25
+    whole = SkipAtoms(
+        score.reshape(-1),
+        x.reshape(-1),
+        np.maximum(x - y, 0).reshape(-1),
+        np.repeat(index, 5),
+        np.bincount(index, minlength=25),
     )
+    drawn = np.array([rng.choice(5, p=row) for row in x])
+    at = (np.arange(num), drawn)
+    beta = np.maximum(0.0, 1 - y[at] / x[at])
+    return whole, drafts(score[at], beta, index, 25), x
+
+
+def test_atoms_are_the_mean_over_drafts():
+    """Skip rate and risk of draws scatter around the atoms' within four standard errors."""
+    whole, drawn, _ = split_atoms(np.random.default_rng(20), 40_000)
+    grid = np.array([0.15, 0.45, 0.95])
+    exact, sampled = (skip_risk_sums(atoms, grid) for atoms in (whole, drawn))
+    for found, expected in zip(sampled.curve(), exact.curve(), strict=True):
+        # A mean of 40,000 values in [0, 1].
+        np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(40_000))
+    # What varies less has the shorter interval: the same contexts, the draft averaged out.
+    for narrow, wide in zip(exact.estimates()[1], sampled.estimates()[1], strict=True):
+        assert narrow.standard_error < 1.05 * wide.standard_error
+    assert np.all(exact.rates()[1] <= 1)
+
+
+def test_pieces_of_a_draft_are_the_draft():
+    """Cutting every draft of mass 1 in three pieces changes nothing."""
+    score, beta, index, num_prompts = random_trace(21)
+    mass = np.random.default_rng(22).dirichlet(np.ones(3), size=len(score))
+    pieces = SkipAtoms(
+        np.repeat(score, 3),
+        mass.reshape(-1),
+        (mass * beta[:, None]).reshape(-1),
+        np.repeat(index, 3),
+        np.bincount(index),
+    )
+    whole, cut = (skip_risk_sums(a) for a in (drafts(score, beta, index, num_prompts), pieces))
+    np.testing.assert_array_equal(whole.thresholds, cut.thresholds)
+    np.testing.assert_allclose(whole.skipped, cut.skipped, atol=1e-10)
+    np.testing.assert_allclose(whole.rejected, cut.rejected, atol=1e-10)
+
+
+def test_pieces_without_mass_are_dropped():
+    atoms = SkipAtoms([0.9, 0.1, 0.5], [1.0, 0.0, 1.0], [0.2, 0.0, 0.1], [0, 0, 0], [2])
+    np.testing.assert_array_equal(atoms.score, [0.5, 0.9])
+    np.testing.assert_array_equal(atoms.rejection, [0.1, 0.2])
 
 
 def test_sequence_bound_holds_exactly():
@@ -204,70 +258,6 @@ def test_sequence_bound_holds_exactly():
             distance += abs(ours - theirs) / 2
             expected += ours * sum(laws[answer[:t]][2] for t in range(3))
         assert distance <= expected + WORST
-
-
-def test_sequence_bound_sums_by_prompt():
-    found = sequence_bias_bound(np.array([0.1, 0.2, 0.9, 0.4]), np.array([0, 0, 2, 2]), 3)
-    np.testing.assert_allclose(found, [0.3, 0, 1.3])
-
-
-def test_bootstrap_is_its_definition():
-    """The matrix product against resampling prompts in a loop with the very same draws."""
-    score, beta, index, num_prompts = random_trace(10)
-    sums = skip_risk_sums(score, beta, index, num_prompts, np.array([0.2, 0.6]))
-    found = cluster_bootstrap_ratio(
-        sums.rejected, sums.num_tokens, 300, np.random.default_rng(11), 0.9
-    )
-    counts = resample_prompts(num_prompts, 300, np.random.default_rng(11))
-    ratios = np.array([(w @ sums.rejected) / (w @ sums.num_tokens) for w in counts.astype(float)])
-    np.testing.assert_allclose(found.low, np.quantile(ratios, 0.05, axis=0), atol=WORST)
-    np.testing.assert_allclose(found.high, np.quantile(ratios, 0.95, axis=0), atol=WORST)
-    np.testing.assert_allclose(
-        found.value, sums.rejected.sum(axis=0) / sums.num_tokens.sum(), atol=WORST
-    )
-
-
-def test_bootstrap_agrees_with_linearisation():
-    """2,000 prompts: both are asymptotic, and differ by the bootstrap's own noise and 1/n."""
-    _, beta, index, num_prompts = random_trace(12, 2_000)
-    sums = sum_by_prompt(beta, index, num_prompts)
-    lengths = sum_by_prompt(np.ones(len(beta)), index, num_prompts)
-    found = cluster_bootstrap_ratio(sums, lengths, 4_000, np.random.default_rng(13))
-    estimate = mean_over_tokens(beta, index, num_prompts)
-    low, high = estimate.interval()
-    width = high - low
-    assert found.value[0] == pytest.approx(estimate.value)
-    # A 2.5 % quantile of 4,000 normal draws has a standard error of 0.042 sigma = 0.011 widths.
-    assert found.low[0] == pytest.approx(low, abs=0.05 * width)
-    assert found.high[0] == pytest.approx(high, abs=0.05 * width)
-
-
-def test_bootstrap_by_prompt_covers_and_by_token_does_not():
-    """500 data sets of 40 prompts with a shared difficulty; the truth is 0.5."""
-    rng = np.random.default_rng(14)
-    by_prompt = by_token = 0
-    for _ in range(500):
-        difficulty = rng.uniform(size=40)
-        beta = (rng.uniform(size=(40, 15)) < difficulty[:, None]).astype(float)
-        found = cluster_bootstrap_ratio(beta.sum(axis=1), np.full(40, 15.0), 200, rng)
-        by_prompt += int(found.low[0] <= 0.5 <= found.high[0])
-        error = beta.std() / np.sqrt(beta.size)
-        by_token += int(abs(beta.mean() - 0.5) <= 1.96 * error)
-    # Percentile intervals of 40 prompts are a little short: 92 % is what they promise here.
-    assert by_prompt >= stats.binom.ppf(1e-4, 500, 0.92)
-    assert by_token <= stats.binom.ppf(1 - 1e-4, 500, 0.75)
-
-
-def test_bootstrap_leaves_out_empty_ratios():
-    tops, bottoms = np.array([1.0, 2.0, 0.0]), np.array([2.0, 4.0, 0.0])
-    found = cluster_bootstrap_ratio(
-        np.stack([tops, 0 * tops], axis=1),
-        np.stack([bottoms, 0 * bottoms], axis=1),
-        50,
-        np.random.default_rng(15),
-    )
-    np.testing.assert_array_equal(found.value, [0.5, np.nan])
-    np.testing.assert_array_equal(found.low, [0.5, np.nan])
 
 
 @pytest.mark.parametrize("model", ["boosting", "logistic"])
@@ -322,6 +312,7 @@ def test_importing_stays_light():
 
 
 HALF, TWO = np.full(2, 0.5), np.arange(2)
+ATOMS = drafts(HALF, HALF, TWO, 2)
 
 
 @pytest.mark.parametrize(
@@ -330,17 +321,16 @@ HALF, TWO = np.full(2, 0.5), np.arange(2)
         (lambda: rejection_risk(HALF, HALF, 3 * HALF), r"skip_probability = 1.5: allowed is \[0"),
         (lambda: rejection_risk(HALF, HALF, np.ones(3)), "skip_probability has"),
         (lambda: rejection_risk(HALF, HALF * np.nan, HALF), "y holds NaN"),
-        (lambda: skip_risk_curve(HALF, HALF + 1, TWO, 2), "rejection_prob = 1.5"),
-        (lambda: skip_risk_curve(HALF * np.nan, HALF, TWO, 2), "score holds NaN"),
-        (lambda: skip_risk_curve(HALF, HALF, TWO, 1), "prompt_index spans 0..1: allowed is 0"),
-        (lambda: skip_risk_curve(HALF, HALF[:1], TWO, 2), "give one entry a token"),
-        (lambda: skip_risk_curve(HALF, HALF, TWO, 2, np.array([1.0, 0])), "thresholds fall"),
-        (lambda: skip_risk_curve(HALF, HALF, TWO, 2, None, "words"), "weighting = 'words'"),
-        (lambda: threshold_grid(np.zeros(0)), "score is empty"),
-        (lambda: linear_risk(HALF, -1.0, 0.0, HALF), "slope = -1.0: allowed is >= 0"),
-        (lambda: cluster_bootstrap_ratio(HALF[:1], HALF[:1], 9, np.random.default_rng()), "two"),
-        (lambda: cluster_bootstrap_ratio(HALF, HALF, 0, np.random.default_rng()), "num_resamples"),
-        (lambda: cluster_bootstrap_ratio(HALF, -HALF, 9, np.random.default_rng()), "denominators"),
+        (lambda: drafts(HALF, HALF + 1, TWO, 2), "rejection_prob = 1.5"),
+        (lambda: drafts(HALF * np.nan, HALF, TWO, 2), "score holds NaN"),
+        (lambda: drafts(HALF, HALF, TWO, 1), "prompt_index spans 0..1: allowed is 0"),
+        (lambda: drafts(HALF, HALF[:1], TWO, 2), "give one entry a piece"),
+        (lambda: drafts(HALF[:0], HALF[:0], TWO[:0], 2), "score is empty"),
+        (lambda: SkipAtoms(HALF, HALF, HALF + 1, TWO, HALF), "rejection is above mass"),
+        (lambda: SkipAtoms(HALF, -HALF, HALF, TWO, HALF), "mass = -0.5: allowed"),
+        (lambda: SkipAtoms(HALF, HALF, HALF, TWO, TWO), "mass of prompt 0 sums to 0.5: allowed"),
+        (lambda: skip_risk_sums(ATOMS, np.array([1.0, 0])), "thresholds fall"),
+        (lambda: skip_risk_sums(ATOMS).curve("words"), "weighting = 'words'"),
         (lambda: cross_fitted_score(HALF[:, None], HALF, TWO, num_folds=3), "num_folds = 3"),
         (lambda: cross_fitted_score(HALF, HALF, TWO, num_folds=2), "give .N, F."),
         (lambda: cross_fitted_score(HALF[:, None], HALF, TWO, "svm", 2), "model = 'svm'"),

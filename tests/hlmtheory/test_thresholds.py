@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from hlmtheory.relation import linear_rejection
+from hlmtheory.risk import SkipAtoms
 from hlmtheory.thresholds import (
+    Threshold,
+    largest_passing,
     linear_threshold,
     risk_averse_threshold,
     risk_budget_threshold,
     risk_prone_threshold,
-    threshold_sensitivity,
 )
 
 PUBLISHED = [(0.82, -0.06), (0.815, -0.066)]
@@ -27,20 +29,20 @@ def test_risk_averse_threshold_is_the_root_of_the_line(slope, intercept):
     threshold = risk_averse_threshold(slope, intercept)
     assert threshold.feasible
     assert threshold.reason == ""
-    assert threshold.uncertainty_threshold == pytest.approx(-intercept / slope, abs=1e-15)
-    assert linear_rejection(np.array(threshold.uncertainty_threshold), slope, intercept) < 1e-15
+    assert threshold.value == pytest.approx(-intercept / slope, abs=1e-15)
+    assert linear_rejection(np.array(threshold.value), slope, intercept) < 1e-15
 
 
 def test_quoted_thresholds_follow_from_the_quoted_fits():
     """0.073 is quoted for U-HLM's fit; the two digits of 0.43 leave Delta open by 0.82 * 0.005."""
-    assert round(risk_averse_threshold(0.82, -0.06).uncertainty_threshold, 3) == 0.073
-    assert round(risk_averse_threshold(0.815, -0.066).uncertainty_threshold, 3) == 0.081
+    assert round(risk_averse_threshold(0.82, -0.06).value, 3) == 0.073
+    assert round(risk_averse_threshold(0.815, -0.066).value, 3) == 0.081
     implied_delta = 0.82 * 0.43 - 0.06
     assert implied_delta == pytest.approx(0.2926, abs=1e-12)
     threshold = risk_prone_threshold(0.82, -0.06, 0.2926)
-    assert threshold.uncertainty_threshold == pytest.approx(0.43, abs=1e-12)
+    assert threshold.value == pytest.approx(0.43, abs=1e-12)
     for delta in (implied_delta - 0.0040, implied_delta + 0.0040):
-        quoted = risk_prone_threshold(0.82, -0.06, delta).uncertainty_threshold
+        quoted = risk_prone_threshold(0.82, -0.06, delta).value
         assert round(quoted, 2) == 0.43
 
 
@@ -59,7 +61,7 @@ def test_a_slope_that_does_not_rise_predicts_nothing(slope):
         risk_prone_threshold(slope, -0.05, 0.3),
     ):
         assert not threshold.feasible
-        assert math.isnan(threshold.uncertainty_threshold)
+        assert math.isnan(threshold.value)
         assert "not positive" in threshold.reason
 
 
@@ -67,7 +69,7 @@ def test_risk_prone_threshold_of_our_pair_skips_everything():
     """a = 0.61, b = -0.05, Delta = 0.57: the rule is degenerate, and says so."""
     threshold = risk_prone_threshold(0.61, -0.05, 0.57)
     assert threshold.feasible
-    assert threshold.uncertainty_threshold > 1
+    assert threshold.value > 1
     assert "every token is skipped" in threshold.reason
 
 
@@ -79,14 +81,25 @@ def test_degenerate_exactly_from_delta_equal_to_the_line_at_one():
 def test_zero_intercept_is_feasible_at_zero():
     threshold = risk_averse_threshold(0.8, 0.0)
     assert threshold.feasible
-    assert threshold.uncertainty_threshold == 0
+    assert threshold.value == 0
+
+
+def test_linear_rules_know_the_bounds_of_another_score():
+    """A score from -30 without an upper bound, as minus a logit: -25 qualifies, -31 does not."""
+    bounds = (-30.0, math.inf)
+    assert risk_averse_threshold(0.02, 0.5, *bounds).value == pytest.approx(-25)
+    assert risk_averse_threshold(0.02, 0.5, *bounds).feasible
+    below = risk_averse_threshold(0.02, 0.62, *bounds)
+    assert not below.feasible
+    assert "below -30: the line predicts rejection 0.02 > 0" in below.reason
+    assert risk_prone_threshold(0.2, 0.0, 0.7, 0.0, 3.0).reason.startswith("threshold is at or")
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0.01, 3), st.floats(-1, 1), st.floats(0, 1))
 def test_linear_threshold_is_where_the_line_meets_the_level(slope, intercept, level):
     threshold = linear_threshold("rule", level, slope, intercept)
-    value = threshold.uncertainty_threshold
+    value = threshold.value
     assert slope * value + intercept == pytest.approx(level, abs=1e-12)
     assert threshold.feasible == (value >= 0)
     assert bool(threshold.reason) == (not 0 <= value < 1)
@@ -110,6 +123,12 @@ def test_linear_threshold_checks_its_arguments(level, slope, intercept, says):
 # --- the risk budget -----------------------------------------------------------------------------
 
 
+def budget_threshold(uncertainty: np.ndarray, rejection: np.ndarray, alpha: float) -> Threshold:
+    """The rule on drawn drafts, all of one prompt."""
+    index = np.zeros(len(uncertainty), dtype=int)
+    return risk_budget_threshold(SkipAtoms.of_drafts(uncertainty, rejection, index, 1), alpha)
+
+
 def empirical_risk(uncertainty: np.ndarray, rejection: np.ndarray, threshold: float) -> float:
     """R(u_th), the obvious way."""
     return float(np.where(uncertainty <= threshold, rejection, 0.0).sum() / len(uncertainty))
@@ -129,16 +148,16 @@ calibration_tokens = st.integers(1, 30).flatmap(
 @given(calibration_tokens, st.one_of(sixty_fourths, st.floats(0, 1)))
 def test_risk_budget_threshold_is_the_supremum(tokens, alpha):
     uncertainty, rejection = tokens
-    threshold = risk_budget_threshold(uncertainty, rejection, alpha)
+    threshold = budget_threshold(uncertainty, rejection, alpha)
     candidates = np.unique(uncertainty)
     fits = [u for u in candidates if empirical_risk(uncertainty, rejection, u) <= alpha]
     assert threshold.feasible == bool(fits)
     if not fits:
-        assert math.isnan(threshold.uncertainty_threshold)
+        assert math.isnan(threshold.value)
         least = empirical_risk(uncertainty, rejection, candidates[0])  # of all that tie there
         assert f"already carry risk {least:.4g} > {alpha:g}" in threshold.reason
         return
-    chosen = threshold.uncertainty_threshold
+    chosen = threshold.value
     assert 0 <= chosen <= 1
     assert empirical_risk(uncertainty, rejection, chosen) <= alpha
     np.testing.assert_array_equal(uncertainty <= chosen, uncertainty <= max(fits))
@@ -148,90 +167,92 @@ def test_risk_budget_threshold_between_neighbouring_floats():
     """No float lies between the two values: the threshold must stay on the safe one."""
     low = float(np.nextafter(0.5, 1.0))
     high = float(np.nextafter(low, 1.0))
-    threshold = risk_budget_threshold(np.array([low, high]), np.array([0.0, 1.0]), 0.1)
-    assert low <= threshold.uncertainty_threshold < high
+    threshold = budget_threshold(np.array([low, high]), np.array([0.0, 1.0]), 0.1)
+    assert low <= threshold.value < high
 
 
 def test_risk_budget_threshold_lies_midway():
     uncertainty = np.array([0.1, 0.2, 0.4, 0.8])
-    threshold = risk_budget_threshold(uncertainty, np.array([0.0, 0.0, 1.0, 0.0]), 0.2)
-    assert threshold.uncertainty_threshold == pytest.approx(0.3, abs=1e-15)
+    threshold = budget_threshold(uncertainty, np.array([0.0, 0.0, 1.0, 0.0]), 0.2)
+    assert threshold.value == pytest.approx(0.3, abs=1e-15)
 
 
 def test_risk_budget_threshold_takes_ties_as_one():
     """Two tokens of equal u: the first alone would fit, both together do not."""
     uncertainty, rejection = np.array([0.1, 0.5, 0.5]), np.array([0.0, 0.0, 1.0])
-    threshold = risk_budget_threshold(uncertainty, rejection, 0.2)
-    assert threshold.uncertainty_threshold < 0.5
-    assert not risk_budget_threshold(uncertainty[1:], rejection[1:], 0.2).feasible
+    threshold = budget_threshold(uncertainty, rejection, 0.2)
+    assert threshold.value < 0.5
+    assert not budget_threshold(uncertainty[1:], rejection[1:], 0.2).feasible
 
 
 def test_risk_budget_limits(rng):
     uncertainty, rejection = rng.uniform(size=50), rng.uniform(0.1, 1, size=50)
-    all_of_it = risk_budget_threshold(uncertainty, rejection, 1.0)
-    assert all_of_it.uncertainty_threshold == 1.0
+    all_of_it = budget_threshold(uncertainty, rejection, 1.0)
+    assert all_of_it.value == 1.0
     assert "every token" in all_of_it.reason
-    assert not risk_budget_threshold(uncertainty, rejection, 0.0).feasible
+    assert not budget_threshold(uncertainty, rejection, 0.0).feasible
     budgets = np.linspace(0.05, 0.5, 30)
-    found = [
-        risk_budget_threshold(uncertainty, rejection, float(alpha)).uncertainty_threshold
-        for alpha in budgets
-    ]
+    found = [budget_threshold(uncertainty, rejection, float(alpha)).value for alpha in budgets]
     assert (np.diff(found) >= 0).all()
 
 
-@pytest.mark.parametrize(
-    ("uncertainty", "rejection", "alpha", "says"),
-    [
-        ([0.1, 1.5], [0.0, 0.0], 0.1, r"uncertainty = 1\.5: allowed is \[0, 1\]"),
-        ([0.1, math.nan], [0.0, 0.0], 0.1, r"uncertainty holds NaN"),
-        ([0.1, 0.5], [0.0, -1.0], 0.1, r"rejection_prob = -1: allowed is \[0, 1\]"),
-        ([0.1, 0.5], [0.0, 0.0], 5.0, r"alpha = 5\.0: allowed is \[0, 1\]"),
-        ([0.1, 0.5], [0.0, 0.0], math.nan, r"alpha = nan"),
-        ([], [], 0.1, r"uncertainty is empty"),
-        ([0.1, 0.5], [0.0, 0.0, 1.0], 0.1, r"(uncertainty|rejection_prob) has"),
-        ([0.1, 0.5], [0.0], 0.1, r"(uncertainty|rejection_prob) has"),
-    ],
-)
-def test_risk_budget_threshold_checks_its_arguments(uncertainty, rejection, alpha, says):
-    with pytest.raises(ValueError, match=f"^{says}"):
-        risk_budget_threshold(np.array(uncertainty), np.array(rejection), alpha)
+def test_a_larger_bound_of_the_score_is_the_answer_where_everything_fits():
+    """Bounded: at the bound, or at a score beyond it; unbounded: at the largest score seen."""
+    atoms = SkipAtoms.of_drafts(np.array([0.5, 3.0]), np.zeros(2), np.zeros(2, dtype=int), 1)
+    for highest, expected in ((7.0, 7.0), (1.0, 3.0), (math.inf, 3.0)):
+        found = risk_budget_threshold(atoms, 0.1, highest)
+        assert (found.value, found.feasible) == (expected, True)
 
 
-# --- the delta method ----------------------------------------------------------------------------
+def test_fields_say_what_the_name_says():
+    found = budget_threshold(np.array([0.1]), np.array([0.0]), 0.05)
+    assert (found.rule, found.family, found.budget) == ("risk-0.05", "risk", 0.05)
+    assert (found.weighting, found.confidence, found.bound) == ("tokens", None, None)
+    assert risk_averse_threshold(0.8, -0.1).family == "risk-averse"
 
 
-@pytest.mark.parametrize("level", [0.0, 0.2926])
-@pytest.mark.parametrize(("slope", "intercept"), PUBLISHED)
-def test_sensitivity_is_the_derivative(level, slope, intercept):
-    def value(level: float, slope: float, intercept: float) -> float:
-        return linear_threshold("rule", level, slope, intercept).uncertainty_threshold
-
-    found = threshold_sensitivity(level, slope, intercept)
-    step = 1e-5  # central differences: error of order step^2 = 1e-10, rounding 1e-16/step
-    differences = [
-        (value(level, slope + step, intercept) - value(level, slope - step, intercept)),
-        (value(level, slope, intercept + step) - value(level, slope, intercept - step)),
-        (value(level + step, slope, intercept) - value(max(level - step, 0), slope, intercept)),
-    ]
-    steps = [2 * step, 2 * step, 2 * step if level else step]
-    np.testing.assert_allclose(
-        [found.d_slope, found.d_intercept, found.d_level],
-        np.array(differences) / steps,
-        rtol=1e-8,
+def test_given_candidates_are_the_only_answers():
+    atoms = SkipAtoms.of_drafts(
+        np.array([0.1, 0.5, 0.9]), np.array([0.0, 0.3, 0.6]), np.zeros(3, dtype=int), 1
     )
+    grid = np.array([0.05, 0.2, 0.7, 0.95])
+    assert risk_budget_threshold(atoms, 0.2, thresholds=grid).value == 0.7
+    assert risk_budget_threshold(atoms, 0.05, thresholds=grid).value == 0.2
+    with pytest.raises(ValueError, match="thresholds must be rising"):
+        risk_budget_threshold(atoms, 0.2, thresholds=grid[::-1])
 
 
-def test_delta_method_standard_error_against_simulation(rng):
-    slope, intercept = 0.8, -0.07
-    covariance = np.array([[4e-4, -1.5e-4], [-1.5e-4, 1e-4]])
-    draws = rng.multivariate_normal([slope, intercept], covariance, size=200_000)
-    simulated = (-draws[:, 1] / draws[:, 0]).std()
-    predicted = threshold_sensitivity(0.0, slope, intercept).standard_error(covariance)
-    # The neglected second order is of relative size (se(a)/a)^2 = 6e-4; Monte Carlo adds 2e-3.
-    assert predicted == pytest.approx(simulated, rel=0.01)
+@pytest.mark.parametrize(
+    ("alpha", "says"), [(5.0, r"alpha = 5\.0: allowed is"), (math.nan, "alpha")]
+)
+def test_risk_budget_threshold_checks_its_arguments(alpha, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        budget_threshold(np.array([0.1, 0.5]), np.zeros(2), alpha)
 
 
-def test_sensitivity_needs_a_slope():
-    with pytest.raises(ValueError, match=r"^slope = 0"):
-        threshold_sensitivity(0.0, 0.0, -0.1)
+@pytest.mark.parametrize("mass", [1, 3])
+def test_search_costs_one_pass(mass, rng):
+    """Sums of a part and of the next are those from the start, with drafts cut in pieces too."""
+    score = np.round(rng.uniform(size=400), 2)
+    index = rng.integers(20, size=400)
+    beta = rng.uniform(size=400) * score
+    atoms = SkipAtoms(
+        np.repeat(score, mass),
+        np.full(400 * mass, 1 / mass),
+        np.repeat(beta, mass) / mass,
+        np.repeat(index, mass),
+        np.bincount(index, minlength=20),
+    )
+    seen: list[float] = []
+
+    def passes(rejected: np.ndarray) -> bool:
+        seen.append(rejected.sum())
+        return bool(rejected.sum() <= 30)
+
+    found = largest_passing(atoms, passes, 1.0)
+    expected = np.bincount(index, weights=beta * (score <= found.threshold), minlength=20)
+    np.testing.assert_allclose(found.rejected, expected, atol=1e-12)
+    assert found.rejected.sum() <= 30
+    following = np.unique(score)[np.searchsorted(np.unique(score), found.threshold)]
+    assert (beta * (score <= following)).sum() > 30
+    assert len(seen) <= 8  # 101 distinct scores
