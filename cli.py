@@ -16,7 +16,12 @@ import typer
 from calibrate.run.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from calibrate.pairs.registry import LoadedPair, PairSpec
+    from calibrate.run.prompts import Prompt
+    from calibrate.run.records import CalibrationRecord, StageRecord, ValidationRecord
+    from calibrate.validate.validation import ValidationPlan
 
 app = typer.Typer(
     name="hlm",
@@ -61,9 +66,20 @@ BatchOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
-PolicyOption = Annotated[
-    list[str] | None, typer.Option("--policy", help="Policy; repeat for more. Default: all.")
+OrderOption = Annotated[
+    str, typer.Option(help="random: drawn from the seed; file: the first ones of the file.")
 ]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy", help="Policy, or FILE.py:NAME of your own; repeat for more. Default: all."
+    ),
+]
+NameOption = Annotated[str, typer.Option(help="Of the derivation, and of what judges it.")]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Let the result take the place of another of that name.")
+]
+COMMAND = ("hlm", *sys.argv[1:])
 
 
 def main() -> NoReturn:
@@ -105,6 +121,19 @@ def _at_least(name: str, value: float, least: float, way_out: str = "") -> None:
 def _inside(name: str, value: float, low: float, high: float) -> None:
     if not low < value < high:
         raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}")
+
+
+def _one_of(name: str, value: str, *allowed: str) -> Any:
+    if value not in allowed:
+        raise UsageError(f"{name} {value}: allowed are {', '.join(allowed)}")
+    return value
+
+
+def _show(result: StageRecord, as_json: bool, print_table: Callable[..., None], *more: Any) -> None:
+    if as_json:
+        print(json.dumps(result.model_dump(mode="json"), indent=1))
+    else:
+        print_table(result, *more)
 
 
 @pairs_app.command("list")
@@ -160,6 +189,7 @@ def calibrate(
     llm: LlmOption = None,
     drop_layers: DropOption = None,
     prompts: PromptsOption = None,
+    order: OrderOption = "random",
     limit: Annotated[int, typer.Option(help="Prompts of the calibration half to use.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 64,
     batch_size: BatchOption = None,
@@ -176,17 +206,16 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
-    from calibrate.fit.calibration import CalibrationRequest, prepare
-    from calibrate.pairs.registry import resolve_pair
-
     _check_decoding(limit, max_new_tokens, batch_size, temperature, seed, device, dtype)
-    if trace not in ("full", "minimal"):
-        raise UsageError(f"--trace {trace}: allowed are full, minimal")
+    _one_of("--trace", trace, "full", "minimal")
+    _one_of("--order", order, "random", "file")
     if pair is None and slm is None and llm is None:
         pair = "smollm2"
-    request = CalibrationRequest(
-        spec=resolve_pair(pair, slm, llm, drop_layers),
+    summary, _ = _calibrate(
+        "go on with the same command and --resume",
+        models=(pair, slm, llm, drop_layers),
         prompts_source=_absolute(prompts),
+        order=order,
         limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -197,18 +226,10 @@ def calibrate(
         trace=trace,
         run=output_path,
         resume=resume,
-        command=["hlm", *sys.argv[1:]],
-        given={"slm": _absolute(slm), "llm": _absolute(llm), "drop_layers": drop_layers},
     )
-    chosen = prepare(request)
-    _say_how_many(len(chosen), limit)
-    summary = _calibrate(request, chosen, _load(request.spec, dtype, device, trace == "full"))
-    if as_json:
-        print(json.dumps(summary, indent=1))
-        return
     from calibrate.terminal.tables import print_calibration
 
-    print_calibration(summary, output_path)
+    _show(summary, as_json, print_calibration, output_path)
 
 
 def _absolute(model: str | None) -> str | None:
@@ -216,28 +237,45 @@ def _absolute(model: str | None) -> str | None:
     return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
 
 
-def _say_how_many(found: int, limit: int) -> None:
+def _say_what_was_drawn(prompts: Sequence[Prompt], limit: int) -> None:
+    from calibrate.run.prompts import duplicate_texts
     from calibrate.terminal.progress import say
 
-    if found < limit:
-        say(f"--limit {limit}: there are {found} such prompts; all of them are used")
+    if len(prompts) < limit:
+        say(f"--limit {limit}: there are {len(prompts)} such prompts; all of them are used")
+    twice = duplicate_texts(prompts)
+    if twice:
+        say(
+            f"{len(twice)} prompt texts occur more than once, like {' and '.join(twice[0])}: "
+            "intervals take them for independent"
+        )
 
 
 def _calibrate(
-    request: Any,
-    chosen: Any,
-    pair: LoadedPair,
-    way_on: str = "go on with the same command and --resume",
-) -> dict[str, Any]:
+    way_on: str, models: tuple[str | None, ...], **settings: Any
+) -> tuple[CalibrationRecord, LoadedPair]:
+    """Check, load, decode and fit; the pair is given back for what comes next."""
+    from calibrate.fit.calibration import CalibrationRequest, prepare
     from calibrate.fit.calibration import calibrate as run_calibration
+    from calibrate.pairs.registry import resolve_pair
+    from calibrate.run.records import GivenModels
+    from calibrate.run.traces import shard_paths
     from calibrate.terminal.progress import token_progress
 
+    _, slm, llm, drop_layers = models
+    request = CalibrationRequest(
+        spec=resolve_pair(*models),
+        given=GivenModels(slm=_absolute(slm), llm=_absolute(llm), drop_layers=drop_layers),
+        command=COMMAND,
+        **settings,
+    )
+    chosen = prepare(request)
+    _say_what_was_drawn(chosen, request.limit)
+    pair = _load(request.spec, request.dtype, request.device, request.trace == "full")
     try:
         with token_progress("calibrating") as bar:
-            return run_calibration(request, chosen, pair, bar.advance, bar.set_total)
+            return run_calibration(request, chosen, pair, bar.advance, bar.set_total), pair
     except KeyboardInterrupt:
-        from calibrate.run.traces import shard_paths
-
         num_shards = len(shard_paths(request.run))
         raise UserError(
             f"interrupted: {num_shards} finished shards stay in {request.run}/traces; {way_on}"
@@ -264,8 +302,7 @@ def _check_decoding(
             "sampling and every draft is either right or wrong"
         )
     _check_device(device)
-    if dtype not in ("auto", "bfloat16", "float32"):
-        raise UsageError(f"--dtype {dtype}: allowed are auto, bfloat16, float32")
+    _one_of("--dtype", dtype, "auto", "bfloat16", "float32")
 
 
 def _check_device(device: str) -> None:
@@ -278,7 +315,11 @@ def _check_device(device: str) -> None:
 @app.command()
 def derive(
     run: RunArgument,
+    name: NameOption = "default",
     policy: PolicyOption = None,
+    score: Annotated[
+        str, typer.Option(help="What gates compare with their threshold.")
+    ] = "uncertainty",
     risk: Annotated[
         list[float] | None, typer.Option(help="Rejection-risk budget; repeatable. Default 0.01.")
     ] = None,
@@ -295,61 +336,75 @@ def derive(
     importance: Annotated[
         list[str] | None,
         typer.Option(
-            help="ui-hlm: variant:k:gamma, like context:0:0.9; repeatable. Default topk:16:1."
+            help="Of policies that look at attention: variant:k:gamma, like context:0:0.9; "
+            "repeatable. Default topk:16:1."
         ),
     ] = None,
     draft_from_sent: Annotated[
         bool,
-        typer.Option(
-            "--draft-from-sent", help="Also cu-hlm-offline with drafts from what it sends."
-        ),
+        typer.Option("--draft-from-sent", help="Also fixed sizes with drafts from what is sent."),
     ] = False,
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
-    from calibrate.derive.derivation import derive_run
-    from calibrate.terminal.tables import print_operating_points
-
-    risks = tuple(risk) if risk else (0.01,)
-    for value in risks:
+    policies = _policies(policy)
+    _known_score(score)
+    for value in risk or ():
         _inside("--risk", value, 0, 1)
     _inside("--confidence", confidence, 0, 1)
-    thetas = tuple(theta) if theta else (0.1,)
-    for value in thetas:
+    for value in theta or ():
         _inside("--theta", value, 0, float("inf"))
-    if accounting not in ("paper", "full"):
-        raise UsageError(f"--accounting {accounting}: allowed are paper, full")
-    result = derive_run(
-        run,
-        policies=_policies(policy),
-        risks=risks,
+    _one_of("--accounting", accounting, "paper", "full")
+    from calibrate.derive.derivation import derive_run, replaced_note
+    from calibrate.run.records import DeriveRequest
+    from calibrate.terminal.progress import say
+    from calibrate.terminal.tables import print_operating_points
+
+    lists = {"risks": risk, "thetas": theta, "importances": importance}
+    request = DeriveRequest(
+        policies=policies,
+        score=score,
         confidence=confidence,
-        link_name=link,
-        profile_name=profile,
-        accounting=accounting,
-        thetas=thetas,
-        importances=tuple(importance) if importance else ("topk:16:1",),
+        link=link,
+        profile=profile,
+        accounting=accounting,  # type: ignore[arg-type]
         draft_from_sent=draft_from_sent,
+        **{key: tuple(values) for key, values in lists.items() if values},  # type: ignore[arg-type]
     )
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_operating_points(result)
+    note = replaced_note(run, request, name, replace)
+    if note:
+        say(note)
+    _show(derive_run(run, request, name, replace, COMMAND), as_json, print_operating_points)
 
 
 def _policies(chosen: list[str] | None) -> tuple[str, ...]:
-    from calibrate.derive.derivation import policy_names
+    """Names and FILE.py:NAME as they were given, the files by their full path; all by default."""
+    from hlmtheory.policies import policy_class, policy_names
 
-    known = policy_names()
-    for name in chosen or ():
-        if name not in known:
-            raise UsageError(f"--policy {name}: unknown; known are {', '.join(known)}")
-    return tuple(dict.fromkeys(chosen)) if chosen else known
+    out = []
+    for one in chosen or ():
+        try:
+            policy_class(one)
+        except ValueError as error:
+            raise UsageError(
+                f"--policy {one}: {str(error).removeprefix(f'policy {one}: ')}"
+            ) from None
+        path, colon, attribute = one.rpartition(":")
+        out.append(f"{Path(path).resolve()}:{attribute}" if colon else one)
+    return tuple(dict.fromkeys(out)) or policy_names()
+
+
+def _known_score(name: str) -> None:
+    from hlmtheory.scores import SCORE_NAMES
+
+    _one_of("--score", name, *SCORE_NAMES)
 
 
 @app.command()
 def validate(
     run: RunArgument,
+    name: NameOption = "default",
     policy: PolicyOption = None,
     rule: Annotated[
         list[str] | None,
@@ -357,58 +412,129 @@ def validate(
     ] = None,
     point: Annotated[
         list[str] | None,
-        typer.Option(help="Only this operating point, like u-hlm/risk-0.01; repeatable."),
+        typer.Option(help="Only this operating point, like POLICY/risk-0.01; repeatable."),
     ] = None,
     prompts: PromptsOption = None,
+    order: OrderOption = "random",
     limit: Annotated[int, typer.Option(help="Validation prompts to use.")] = 64,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the reruns. Default: another than calibration's.")
     ] = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured."""
-    from calibrate.validate.validation import prepare_validation
-
     _at_least("--limit", limit, 1, "leave it out for the default")
     if batch_size is not None:
         _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
     if seed is not None:
         _at_least("--seed", seed, 0)
     _check_device(device)
+    _one_of("--order", order, "random", "file")
+    policies = _policies(policy) if policy else None
+    from calibrate.terminal.tables import print_validation
+    from calibrate.validate.validation import prepare_validation
+
     plan = prepare_validation(
         run,
-        policies=_policies(policy) if policy else None,
-        rules=tuple(rule) if rule else None,
-        points=tuple(point) if point else None,
+        name,
+        policies=policies,
+        rules=rule,
+        points=point,
         prompts_source=prompts,
+        order=order,  # type: ignore[arg-type]
         limit=limit,
         seed=seed,
         batch_size=batch_size,
-        command=["hlm", *sys.argv[1:]],
+        replace=replace,
+        command=COMMAND,
     )
-    _say_how_many(len(plan.prompts), limit)
-    result = _validate(plan, _load(plan.spec, plan.dtype, device, plan.needs_attention))
-    if as_json:
-        print(json.dumps(result, indent=1))
-        return
-    from calibrate.terminal.tables import print_validation
-
-    print_validation(result)
+    _say_what_was_drawn(plan.prompts, limit)
+    _show(_validate(plan, device), as_json, print_validation)
 
 
-def _validate(plan: Any, pair: LoadedPair) -> dict[str, Any]:
+def _validate(
+    plan: ValidationPlan, device: str, pair: LoadedPair | None = None
+) -> ValidationRecord:
+    """Decode what was not rerun before, on the pair or one loaded here, and compare all."""
+    from calibrate.terminal.progress import say, token_progress
+    from calibrate.validate.validation import compare_reruns, decode_missing
+
+    num = len(plan.points)
+    if plan.num_kept:
+        say(f"{plan.num_kept} of {num} points were rerun before: reused")
+    if plan.missing:
+        if pair is None:
+            pair = _load(plan.spec, plan.calibration.pair.dtype, device, plan.needs_attention)
+        try:
+            with token_progress("validating") as bar:
+                decode_missing(plan, pair, bar.advance, bar.set_total, bar.describe)
+        except KeyboardInterrupt:
+            raise UserError(
+                f"interrupted: reruns of {plan.num_kept} of {num} points stay in "
+                f"{plan.run}/reruns; the same command goes on with the others"
+            ) from None
+    return compare_reruns(plan)
+
+
+@app.command()
+def guarantees(
+    run: RunArgument,
+    risk: Annotated[
+        list[float] | None, typer.Option(help="Rejection-risk budget; repeatable.")
+    ] = None,
+    num_draws: Annotated[int, typer.Option(help="Calibrations to draw again.")] = 500,
+    score: Annotated[
+        str, typer.Option(help="What gates compare with their threshold.")
+    ] = "uncertainty",
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Do the threshold rules keep their promise? Calibrations drawn again from the run's own."""
+    for value in risk or ():
+        _inside("--risk", value, 0, 1)
+    _at_least("--num-draws", num_draws, 1)
+    _at_least("--seed", seed, 0)
+    _known_score(score)
+    from calibrate.terminal.tables import print_guarantees
+    from calibrate.validate.guarantees import write_guarantees
+
+    budgets = {"risks": tuple(risk)} if risk else {}
+    result = write_guarantees(
+        run, **budgets, num_draws=num_draws, score=score, seed=seed, command=COMMAND
+    )
+    _show(result, as_json, print_guarantees)
+
+
+@app.command()
+def attenuation(
+    run: RunArgument,
+    limit: Annotated[int, typer.Option(help="Prompts of the calibration to use.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 32,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """What drawing K tokens instead of summing exactly does to the fitted line, measured."""
+    _at_least("--limit", limit, 1)
+    _at_least("--max-new-tokens", max_new_tokens, 1)
+    _check_device(device)
     from calibrate.terminal.progress import token_progress
-    from calibrate.validate.validation import run_validation
+    from calibrate.terminal.tables import print_attenuation
+    from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
 
-    with token_progress("validating") as bar:
-        return run_validation(plan, pair, bar.advance, bar.set_total, bar.describe)
+    plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND)
+    pair = _load(plan.spec, plan.calibration.pair.dtype, device, False)
+    with token_progress("decoding") as bar:
+        result = write_attenuation(plan, pair, bar.advance, bar.set_total)
+    _show(result, as_json, print_attenuation)
 
 
 @app.command()
 def quality(
     run: RunArgument,
+    name: NameOption = "default",
     model: Annotated[
         str | None,
         typer.Option(
@@ -424,37 +550,27 @@ def quality(
     as_json: JsonOption = False,
 ) -> None:
     """Score the texts of every rerun against the server model's own: RUN/quality.json."""
-    from calibrate.quality.scores import prepare_quality
-
     if num_layers is not None:
         _at_least("--num-layers", num_layers, 1)
     _at_least("--batch-size", batch_size, 1)
     _check_device(device)
-    plan = prepare_quality(run, model, num_layers, batch_size, ["hlm", *sys.argv[1:]])
-    result = _quality(plan, device)
-    if as_json:
-        print(json.dumps(result, indent=1))
-        return
+    from calibrate.quality.encoder import ENCODER, encoder_is_cached, ensure_encoder
+    from calibrate.quality.scores import prepare_quality, run_quality
+    from calibrate.terminal.progress import say, transfer_progress
     from calibrate.terminal.quality_table import print_quality
 
-    print_quality(result)
-
-
-def _quality(plan: Any, device: str) -> dict[str, Any]:
-    from calibrate.quality.encoder import ENCODER, encoder_is_cached, ensure_encoder
-    from calibrate.quality.scores import run_quality
-    from calibrate.terminal.progress import say, transfer_progress
-
+    plan = prepare_quality(run, name, model, num_layers, batch_size, COMMAND)
     if not encoder_is_cached():
         say(f"fetching {ENCODER.label} (once)")
         with transfer_progress() as report:
             ensure_encoder(report)
-    return run_quality(plan, ensure_encoder(), device, say)
+    _show(run_quality(plan, ensure_encoder(), device, say), as_json, print_quality)
 
 
 @app.command()
 def figures(
     run: RunArgument,
+    name: NameOption = "default",
     output_path: Annotated[
         Path | None, typer.Option(help="Folder for PNG and PDF. Default: RUN/figures.")
     ] = None,
@@ -463,16 +579,16 @@ def figures(
     from calibrate.terminal.progress import say
     from paper_figs.draw import draw_run
 
-    for path in draw_run(run, output_path or run / "figures", on_figure=say):
+    for path in draw_run(run, output_path or run / "figures", name=name, on_figure=say):
         print(path)
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(run: RunArgument, name: NameOption = "default") -> None:
     """One self-contained HTML page of the run: RUN/report.html."""
     from paper_figs.report.report import write_report
 
-    print(write_report(run))
+    print(write_report(run, name))
 
 
 @app.command()
@@ -503,9 +619,8 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
-    from calibrate.derive.derivation import derive_run, policy_names
-    from calibrate.fit.calibration import CalibrationRequest, prepare
-    from calibrate.pairs.registry import resolve_pair
+    from calibrate.derive.derivation import derive_run
+    from calibrate.run.records import DeriveRequest
     from calibrate.terminal.progress import say
     from calibrate.terminal.tables import (
         print_calibration,
@@ -513,13 +628,16 @@ def quickstart(
         print_validation,
     )
     from calibrate.validate.validation import prepare_validation
+    from hlmtheory.policies import policy_class, policy_names
     from paper_figs.draw import draw_run
 
     begin = time.perf_counter()
     _check_decoding(limit, max_new_tokens, None, 1.0, seed, "auto", "auto")
-    request = CalibrationRequest(
-        spec=resolve_pair("smollm2", None, None, None),
+    summary, pair = _calibrate(
+        "begin anew with another --output-path",
+        models=("smollm2", None, None, None),
         prompts_source=None,
+        order="random",
         limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=None,
@@ -529,23 +647,19 @@ def quickstart(
         dtype="auto",
         trace="full",
         run=output_path,
-        command=["hlm", *sys.argv[1:]],
     )
-    chosen = prepare(request)
-    _say_how_many(len(chosen), limit)
-    pair = _load(request.spec, "auto", "auto", True)
-    way_on = "begin anew with another --output-path"
-    print_calibration(_calibrate(request, chosen, pair, way_on), output_path)
-    print_operating_points(derive_run(output_path, policies=policy_names()))
+    print_calibration(summary, output_path)
+    names = policy_names()
+    request = DeriveRequest(policies=names)
+    print_operating_points(derive_run(output_path, request, command=COMMAND))
     plan = prepare_validation(
         output_path,
-        policies=("u-hlm", "r-hlm", "cu-hlm-offline"),
+        policies=[one for one in names if policy_class(one).in_quickstart],
         rules=("risk-averse", "risk-0.01"),
         limit=limit,
-        batch_size=None,
-        command=request.command,
+        command=COMMAND,
     )
-    print_validation(_validate(plan, pair))
+    print_validation(_validate(plan, "auto", pair))
     for path in draw_run(output_path, output_path / "figures", on_figure=say):
         print(path)
     print(f"\ndone in {time.perf_counter() - begin:.0f} s; everything is in {output_path}")

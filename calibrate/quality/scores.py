@@ -7,40 +7,38 @@ each other and not with published ones.
 
 **Yardsticks.** Two texts drawn from the server model for one prompt differ, so even the server
 itself does not score 1. What a second draw from its law scores is the mark that lossless decoding
-reaches: the `hlm` rerun is such a draw. It is called the ceiling, but bounds nothing: a policy with
-a narrower law (truncated, sharper) lies nearer to the middle of the server's texts and can score
-more without being closer in law, so a difference above 0 is a deviation like one below. The floor
-is the `slm` rerun; what the server's text scores against its text for another prompt says where the
-scale begins.
+reaches: the rerun of a lossless policy is such a draw. It is called the ceiling, but bounds
+nothing: a policy with a narrower law (truncated, sharper) lies nearer to the middle of the server's
+texts and can score more without being closer in law, so a difference above 0 is a deviation like
+one below. The floor is the device alone; what the server's text scores against its text for another
+prompt says where the scale begins.
 
-**Coupled reruns.** All reruns of one `hlm validate` share their random numbers: the stream of
-(seed, prompt) gives every policy the same columns (calibrate/decode/streams.py). Where the server
-samples (`llm`, `ask-llm`, `r-hlm`) a token comes from the RESAMPLE columns; where the device's
-draft stands (`slm`, `hlm`, and whatever a gate skips) it comes from the DRAFT columns, which no
-text of `llm` has seen. So the texts of `r-hlm` and of `llm` begin with long identical prefixes,
-often to the end, as do those of `u-hlm` and `hlm`, and scoring one against the other would measure
-the shared random numbers and not the quality. But there are two draws of the server's law, `llm`
-and `hlm`, of different columns. Each policy is
+**Shared random numbers.** All reruns of one validation share them: the stream of (seed, prompt)
+gives every policy the same columns (calibrate/decode/streams.py). Where the server samples, a token
+comes from the RESAMPLE columns; where the device's draft stands, from the DRAFT columns, which no
+text of the server alone has seen. So the texts of a policy and of one of the server's draws may
+begin with long identical prefixes, often to the end, and scoring one against the other would
+measure the shared random numbers and not the quality. But there are two draws of the server's law,
+of different columns: the server's alone, and that of a lossless policy. Each policy is
 
 - scored against the draw that it shares the shorter prefixes with, its `reference`. F1 and cosine
-  are symmetric, so the ceiling is one figure, F1(hlm, llm), for both references;
+  are symmetric, so the ceiling is one figure for both references;
 - compared with the other draw, `coupled_with`: the paired difference of their scores against the
   same reference, of which the shared random numbers take the noise out.
 
-The two are not independent either: what `hlm` resamples after a rejection comes from the columns of
-`llm`, from another law. They agree in more tokens than two draws would, so the ceiling is somewhat
-too high.
+The two are not independent either: what the lossless policy resamples after a rejection comes from
+the server's columns, from another law. They agree in more tokens than two draws would, so the
+ceiling is somewhat too high.
 
 What coupling is left shows in `shared_prefix`, the tokens until the first that differs from the
-reference's: it should be about that of `hlm` with `llm`. It grows where a policy mixes skipped
-drafts with tokens that the server samples (`r-hlm` at a middling skip rate), and its score is then
-too high.
+reference's: it should be about that of the two draws. It grows where a policy mixes skipped drafts
+with tokens that the server samples, and its score is then too high.
 
 `identical` is the share of prompts whose tokens are those of `coupled_with`. By the coupling
 inequality, TV(P, Q) <= P(X != Y) for any joint law, so 1 - identical bounds from above the total
 variation between the policy's and the server's law of *texts*, on average over prompts. Limits:
-threshold below every uncertainty gives identical = 1 and difference 0; `slm` gives 0 (the bound
-says nothing).
+a threshold below every score gives identical = 1 and difference 0; the device alone gives 0 (the
+bound says nothing).
 
 A text ends at the rerun's --max-new-tokens. Prompts are the unit.
 """
@@ -49,17 +47,26 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
-from calibrate.run.folder import Figure, provenance, read_json, write_json
-from calibrate.run.traces import read_header, read_trace
-from hlmtheory.policies import POLICY_NAMES
+from calibrate.run.folder import provenance, read_record, write_record
+from calibrate.run.records import (
+    Backbone,
+    DerivationRecord,
+    Figure,
+    QualityRecord,
+    QualityRow,
+    RunRecord,
+    RunSettings,
+    ValidationRecord,
+)
+from calibrate.run.traces import read_trace
+from hlmtheory.policies import Policy, policy_class, policy_names, server_policies
 
 Measure = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 """(candidates, references) to scores (N,); symmetric, 1 for equal texts."""
@@ -71,54 +78,19 @@ class Rerun:
 
     Attributes
     ----------
+    kind : type of Policy
     policy, rule : str
-    seed : int
     prompt_ids : tuple of str
         Ascending.
     tokens : tuple of tuple of int
         One entry a prompt.
     """
 
+    kind: type[Policy]
     policy: str
     rule: str
-    seed: int
     prompt_ids: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class QualityRow:
-    """Scores of one operating point.
-
-    Attributes
-    ----------
-    policy, rule : str
-    reference : str
-        The server's draw it is scored against: the one it shares the shorter prefixes with.
-    coupled_with : str or None
-        The other, which shares most of its random numbers; None for `hlm`, the draw itself.
-    bertscore, cosine : Figure
-        Means over prompts, with Student-t intervals.
-    bertscore_difference, cosine_difference : Figure
-        Paired by prompt: the score less that of the coupled draw against the same reference.
-    identical : Figure
-        Share of prompts with the coupled draw's very tokens, with its exact binomial interval.
-    shared_prefix : Figure
-        Leading tokens that are those of the reference: coupling that is left.
-    num_prompts : int
-    """
-
-    policy: str
-    rule: str
-    reference: str
-    coupled_with: str | None
-    bertscore: Figure
-    cosine: Figure
-    bertscore_difference: Figure
-    cosine_difference: Figure
-    identical: Figure
-    shared_prefix: Figure
-    num_prompts: int
 
 
 @dataclass(frozen=True)
@@ -126,27 +98,31 @@ class QualityPlan:
     """What is to be scored, checked before any model is loaded."""
 
     run: Path
+    name: str
     reruns: tuple[Rerun, ...]
-    confidence: float
+    validation: ValidationRecord
+    settings: RunSettings
     model: str | None
     num_layers: int | None
     batch_size: int
-    settings: dict[str, Any]
     command: tuple[str, ...]
 
 
 def prepare_quality(
     run: Path,
+    name: str = "default",
     model: str | None = None,
     num_layers: int | None = None,
     batch_size: int = 32,
     command: Sequence[str] = (),
 ) -> QualityPlan:
-    """Read the reruns of a validated run; loads no model.
+    """Read the reruns of a validation; loads no model.
 
     Parameters
     ----------
     run : Path
+    name : str
+        Of the validation.
     model : str, optional
         Hub id or folder of BERTScore's backbone; the embedded encoder by default.
     num_layers : int, optional
@@ -158,66 +134,71 @@ def prepare_quality(
     Raises
     ------
     UserError, UsageError
-        The run is not validated, lacks the `llm` or `hlm` rerun, mixes reruns, or bert-score is
-        not installed.
+        The run is not validated, lacks one of the server's two draws, or bert-score is not
+        installed.
     """
-    validation = read_json(run, "validation.json")
-    reruns = read_reruns(run)
+    validation = read_record(run, ValidationRecord, name)
+    reruns = read_reruns(run, validation, read_record(run, DerivationRecord, validation.derivation))
     if importlib.util.find_spec("bert_score") is None:
         raise UserError("BERTScore needs the bert-score library: pip install bert-score")
     if model is not None and num_layers is None and Path(model).is_dir():
         raise UsageError(
             f"--num-layers is needed with --model {model}: a folder has no tuned layer"
         )
+    settings = read_record(run, RunRecord).settings
     return QualityPlan(
-        run=run,
-        reruns=reruns,
-        confidence=validation["confidence"],
-        model=model,
-        num_layers=num_layers,
-        batch_size=batch_size,
-        settings=read_json(run, "run.json")["settings"],
-        command=tuple(command),
+        run, name, reruns, validation, settings, model, num_layers, batch_size, tuple(command)
     )
 
 
-def read_reruns(run: Path) -> tuple[Rerun, ...]:
-    """Tokens of every rerun, baselines first.
+def read_reruns(
+    run: Path, validation: ValidationRecord, derivation: DerivationRecord
+) -> tuple[Rerun, ...]:
+    """Tokens of every rerun of a validation, baselines first; one seed and the same prompts.
 
     Raises
     ------
     UserError
-        If the server's two draws are not both there, or the reruns do not belong together.
+        If the server's two draws are not both there.
     """
-    reruns = [_read_rerun(path) for path in sorted((run / "reruns").glob("*.parquet"))]
-    missing = [name for name in ("llm", "hlm") if name not in {r.policy for r in reruns}]
-    if missing:
+    kinds = {info.name: policy_class(info.source or info.name) for info in derivation.policies}
+    reruns = []
+    for one in validation.reruns:
+        trace = read_trace([run / "reruns" / one.file], ["output_token"])
+        ends = np.cumsum(np.bincount(trace.prompt_index, minlength=trace.num_prompts))[:-1]
+        tokens = np.split(trace["output_token"].astype(np.int64), ends)
+        texts = tuple(tuple(part.tolist()) for part in tokens)
+        kind = kinds[one.policy]
+        reruns.append(Rerun(kind, one.policy, one.rule, tuple(trace.prompt_ids), texts))
+    place = {name: i for i, name in enumerate(policy_names())}
+    reruns.sort(key=lambda rerun: (place.get(rerun.policy, len(place)), rerun.rule))
+    try:
+        server_draws(reruns)
+    except ValueError:
+        needed = " ".join(f"--policy {kind.name}" for kind in server_policies())
         raise UserError(
-            f"RUN {run}: no rerun of {' and '.join(missing)} to compare with; run `hlm validate "
-            f"{run} --policy llm --policy hlm` with every other --policy to be scored (it replaces "
-            "the reruns)"
-        )
-    if len({(rerun.seed, rerun.prompt_ids) for rerun in reruns}) > 1:
-        raise UserError(
-            f"RUN {run}: its reruns differ in seed or prompts; run `hlm validate` again"
-        )
-    reruns.sort(key=lambda rerun: (POLICY_NAMES.index(rerun.policy), rerun.rule))
+            f"RUN {run}: no reruns of the server's law to compare with; run `hlm validate {run} "
+            f"{needed}`, which adds them to the others"
+        ) from None
     return tuple(reruns)
 
 
-def _read_rerun(path: Path) -> Rerun:
-    header = read_header(path)
-    trace = read_trace([path], ["output_token"])
-    ends = np.cumsum(np.bincount(trace.prompt_index, minlength=trace.num_prompts))[:-1]
-    tokens = np.split(trace["output_token"].astype(np.int64), ends)
-    point = header["operating_point"]
-    return Rerun(
-        point["policy"],
-        point["rule"],
-        header["seed"],
-        tuple(trace.prompt_ids),
-        tuple(tuple(part.tolist()) for part in tokens),
-    )
+def server_draws(reruns: Sequence[Rerun]) -> tuple[Rerun, Rerun]:
+    """The two draws of the server's law: the server's alone, and a lossless policy's.
+
+    Raises
+    ------
+    ValueError
+        If one of them is missing.
+    """
+    found = [
+        next((r for r in reruns if r.kind.follows_server and r.kind.role == role), None)
+        for role in ("server", "both")
+    ]
+    first, second = found
+    if first is None or second is None:
+        raise ValueError("reruns holds no two draws of the server's law")
+    return first, second
 
 
 def score_texts(
@@ -254,12 +235,12 @@ def score_reruns(
     confidence: float,
     on_row: Callable[[str], None] | None = None,
 ) -> tuple[list[QualityRow], dict[str, Figure]]:
-    """Every rerun but `llm` against the server's draws; see the module's head.
+    """Every rerun but the server's own against its two draws; see the module's head.
 
     Parameters
     ----------
     reruns : sequence of Rerun
-        On the same prompts; `llm` and `hlm` among them.
+        On the same prompts; the two draws among them.
     decode : callable
         Tokens to text.
     measures : mapping of str to Measure
@@ -272,55 +253,56 @@ def score_reruns(
     -------
     rows : list of QualityRow
     mismatched : dict of str to Figure
-        Scores of `hlm` texts against `llm` texts of other prompts; None with one prompt.
+        Scores of the second draw's texts against the server's of other prompts; no value with one
+        prompt.
     """
-    server = {name: next(r for r in reruns if r.policy == name) for name in ("llm", "hlm")}
-    texts = {name: [decode(tokens) for tokens in draw.tokens] for name, draw in server.items()}
-    ceiling = {
-        name: score_texts(measure, texts["hlm"], texts["llm"]) for name, measure in measures.items()
-    }
+    server, second = draws = server_draws(reruns)
+    first_texts, second_texts = ([decode(tokens) for tokens in draw.tokens] for draw in draws)
+    ceiling = {name: score_texts(m, second_texts, first_texts) for name, m in measures.items()}
+    none = Figure(value=None)
     rows = []
     for rerun in reruns:
-        if rerun.policy == "llm":
+        if rerun is server:
             continue
         if on_row is not None:
             on_row(f"scoring {rerun.policy} {rerun.rule}")
-        prefixes = {name: shared_prefix(rerun, draw) for name, draw in server.items()}
-        is_ceiling = rerun is server["hlm"]
-        reference = min(prefixes, key=lambda name: float(prefixes[name].mean()))
-        coupled = "llm" if reference == "hlm" else "hlm"
+        prefixes = [shared_prefix(rerun, draw) for draw in draws]
+        nearer = int(prefixes[1].mean() < prefixes[0].mean())
+        reference, coupled = draws[nearer], draws[1 - nearer]
         own_texts = [decode(tokens) for tokens in rerun.tokens]
-        means, differences = {}, {}
-        for name, measure in measures.items():
-            scores = (
-                ceiling[name] if is_ceiling else score_texts(measure, own_texts, texts[reference])
-            )
-            means[name] = mean_figure(scores, confidence)
-            differences[name] = mean_figure(scores - ceiling[name], confidence)
-        pairs = zip(rerun.tokens, server[coupled].tokens, strict=True)
-        same = [mine == theirs for mine, theirs in pairs]
+        scores = {
+            name: ceiling[name]
+            if rerun is second
+            else score_texts(measure, own_texts, (first_texts, second_texts)[nearer])
+            for name, measure in measures.items()
+        }
+        means = {name: mean_figure(found, confidence) for name, found in scores.items()}
+        same = [mine == theirs for mine, theirs in zip(rerun.tokens, coupled.tokens, strict=True)]
         rows.append(
             QualityRow(
-                rerun.policy,
-                rerun.rule,
-                reference,
-                None if is_ceiling else coupled,
-                means["bertscore"],
-                means["cosine"],
-                Figure(0.0) if is_ceiling else differences["bertscore"],
-                Figure(0.0) if is_ceiling else differences["cosine"],
-                Figure(None) if is_ceiling else share_figure(sum(same), len(same), confidence),
-                mean_figure(prefixes[reference], confidence, "token"),
-                len(rerun.prompt_ids),
+                policy=rerun.policy,
+                rule=rerun.rule,
+                reference=reference.policy,
+                coupled_with=None if rerun is second else coupled.policy,
+                **means,
+                **{
+                    f"{name}_difference": Figure(value=0.0)
+                    if rerun is second
+                    else mean_figure(found - ceiling[name], confidence)
+                    for name, found in scores.items()
+                },
+                identical=none
+                if rerun is second
+                else share_figure(sum(same), len(same), confidence),
+                shared_prefix=mean_figure(prefixes[nearer], confidence, "token"),
+                num_prompts=len(rerun.prompt_ids),
             )
         )
-    num = len(texts["llm"])
+    num = len(first_texts)
     # half a file away, for neighbours by id may be about the same thing
-    other = [texts["hlm"][(i + num // 2) % num] for i in range(num)]
+    other = [second_texts[(i + num // 2) % num] for i in range(num)]
     mismatched = {
-        name: mean_figure(score_texts(measure, other, texts["llm"]), confidence)
-        if num > 1
-        else Figure(None)
+        name: mean_figure(score_texts(measure, other, first_texts), confidence) if num > 1 else none
         for name, measure in measures.items()
     }
     return rows, mismatched
@@ -331,8 +313,8 @@ def run_quality(
     encoder_folder: Path,
     device: str = "auto",
     on_row: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Score every rerun and write quality.json.
+) -> QualityRecord:
+    """Score every rerun and write the quality of that name.
 
     Parameters
     ----------
@@ -342,11 +324,6 @@ def run_quality(
     device : str
     on_row : callable, optional
         Told what is being scored.
-
-    Returns
-    -------
-    dict
-        The content of quality.json.
     """
     from calibrate.pairs.loading import load_tokenizer, resolve_device
     from calibrate.pairs.store import ensure_folder
@@ -360,11 +337,11 @@ def run_quality(
         "source": f"package {ENCODER.requirement}",
         "sha256": ENCODER.weights_sha256,
     }
-    if plan.model is None:
-        folder, layer = encoder_folder, plan.num_layers or ENCODER_LAYER
-        identity = dict(encoder_identity)
-    else:
-        folder, layer, identity = own_backbone(plan.model, plan.num_layers)
+    folder, layer, identity = (
+        (encoder_folder, plan.num_layers or ENCODER_LAYER, encoder_identity)
+        if plan.model is None
+        else own_backbone(plan.model, plan.num_layers)
+    )
     bert = BertScore(folder, layer, device, plan.batch_size)
     encoder = SentenceEncoder(encoder_folder, device, plan.batch_size)
     # The pair's tokenizer alone: its models stay on the disk.
@@ -375,32 +352,35 @@ def run_quality(
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    rows, mismatched = score_reruns(
-        plan.reruns, decode, {"bertscore": bert.f1, "cosine": encoder.cosine},
-        plan.confidence, on_row,
-    )  # fmt: skip
-    texts = sorted({decode(tokens) for rerun in plan.reruns for tokens in rerun.tokens})
-    result: dict[str, Any] = {
-        "model": {
-            **identity, "layer": layer, "max_tokens": bert.max_tokens,
-            "num_cut": bert.num_cut(texts), "note": BACKBONE_NOTE,
-        },
-        "embedding": {
-            **encoder_identity, "max_tokens": MAX_TOKENS, "num_cut": encoder.num_cut(texts)
-        },
-        "reference": "llm",
-        "second_draw": "hlm",
-        "confidence": plan.confidence,
-        "num_prompts": len(plan.reruns[0].prompt_ids),
-        "num_texts": len(texts),
-        "num_empty": sum(
-            not decode(tokens).strip() for rerun in plan.reruns for tokens in rerun.tokens
+    confidence = plan.validation.confidence
+    measures = {"bertscore": bert.f1, "cosine": encoder.cosine}
+    rows, mismatched = score_reruns(plan.reruns, decode, measures, confidence, on_row)
+    all_texts = [decode(tokens) for rerun in plan.reruns for tokens in rerun.tokens]
+    texts = sorted(set(all_texts))
+    draws = server_draws(plan.reruns)
+    result = QualityRecord(
+        derivation=plan.validation.derivation,
+        model=Backbone(
+            **identity,
+            layer=layer,
+            max_tokens=bert.max_tokens,
+            num_cut=bert.num_cut(texts),
+            note=BACKBONE_NOTE,
         ),
-        "max_new_tokens": plan.settings["max_new_tokens"],
-        "seed": plan.reruns[0].seed,
-        "mismatched": {name: asdict(figure) for name, figure in mismatched.items()},
-        "rows": [asdict(row) for row in rows],
-        **provenance(plan.command, "bert-score"),
-    }  # fmt: skip
-    write_json(plan.run / "quality.json", result)
+        embedding=Backbone(
+            **encoder_identity, max_tokens=MAX_TOKENS, num_cut=encoder.num_cut(texts)
+        ),
+        reference=draws[0].policy,
+        second_draw=draws[1].policy,
+        confidence=confidence,
+        num_prompts=len(plan.reruns[0].prompt_ids),
+        num_texts=len(texts),
+        num_empty=sum(not text.strip() for text in all_texts),
+        max_new_tokens=plan.settings.max_new_tokens,
+        seed=plan.validation.seed,
+        mismatched=mismatched,
+        rows=tuple(rows),
+        provenance=provenance(plan.command, "bert-score"),
+    )
+    write_record(plan.run, result, plan.name)
     return result

@@ -7,10 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibrate.run.figure import number_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from calibrate.pairs.registry import PairDescription
+    from calibrate.run.records import (
+        AttenuationRecord,
+        CalibrationRecord,
+        DerivationRecord,
+        GuaranteesRecord,
+        ValidationRecord,
+    )
     from calibrate.terminal.doctor import HealthReport
     from hlmtheory.audit import AuditRow
     from hlmtheory.reconcile import Reconciliation
@@ -48,26 +57,6 @@ def new_table(*columns: str, title: str | None = None) -> Any:
         justify: Any = "right" if name.startswith(">") else "left"
         table.add_column(name.lstrip(">"), justify=justify, no_wrap=name not in WRAPPED)
     return table
-
-
-def _number(figure: dict[str, Any], digits: int = 3) -> str:
-    value = figure["value"]
-    if value is None:
-        return "-"
-    body = f"{value:.{digits}g}"
-    if figure["low"] is not None and figure["high"] is not None:
-        body += f" [{figure['low']:.{digits}g}, {figure['high']:.{digits}g}]"
-    return body
-
-
-def compact(figure: dict[str, Any]) -> str:
-    """Value and interval in as few characters as they need, for wide tables."""
-    value, low, high = figure["value"], figure["low"], figure["high"]
-    if value is None:
-        return "-"
-    if low is None or high is None or low == high:
-        return f"{value:.3g}"
-    return f"{value:.3g} ({low:.2g} to {high:.2g})"
 
 
 def _size(num_bytes: int | None) -> str:
@@ -118,17 +107,15 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     console.print(f"licence: {pair.license}\ncache: {pair.cache_path}")
 
 
-def print_calibration(summary: dict[str, Any], run: Path) -> None:
+def print_calibration(summary: CalibrationRecord, run: Path) -> None:
     """`hlm calibrate`: the line, the estimators, the timings."""
-    fit = summary["fit"]
-    confidence = f"{summary['confidence']:.0%}"
-    console = new_console()
-    sign = "-" if fit["intercept"]["value"] < 0 else "+"
+    fit, console = summary.fit, new_console()
+    slope, intercept = fit.slope.value or 0.0, fit.intercept.value or 0.0
+    sign = "-" if intercept < 0 else "+"
     console.print(
-        f"\n{summary['pair']['name']}: {summary['num_prompts']} prompts, "
-        f"{summary['num_tokens']} tokens; intervals {confidence}, clustered by prompt\n"
-        f"fitted line   beta = {fit['slope']['value']:.3f} u {sign} "
-        f"{abs(fit['intercept']['value']):.3f}"
+        f"\n{summary.pair.name}: {summary.num_prompts} prompts, {summary.num_tokens} tokens; "
+        f"intervals {summary.confidence:.0%}, clustered by prompt\n"
+        f"fitted line   beta = {slope:.3f} u {sign} {abs(intercept):.3f}"
     )
     table = new_table("quantity", ">value", "what it says")
     for key, meaning in (
@@ -140,141 +127,158 @@ def print_calibration(summary: dict[str, Any], run: Path) -> None:
         ("mean_rejection", "mean rejection probability = mean TV(x, y)"),
         ("delta", "share of drafts that can be rejected at all, P(y_d < x_d)"),
     ):
-        table.add_row(key, _number(fit[key]), meaning)
+        table.add_row(key, number_text(getattr(fit, key)), meaning)
     console.print(table)
+    shown = [f"{float(risk):.0%}" for risk in summary.estimators[0].skip_rate_at_risk]
     table = new_table(
-        "estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk",
+        "estimator", ">correlation", ">AUROC", *(f">skip rate at risk {risk}" for risk in shown),
         title="what tells rejections best",
     )  # fmt: skip
-    for estimator in summary["estimators"]:
-        skip = estimator["skip_rate_at_risk"]
-        table.add_row(
-            estimator["name"],
-            _number(estimator["correlation"]),
-            _number(estimator["auroc"]),
-            _number(skip["0.01"]),
-            _number(skip["0.05"]),
-        )
+    for one in summary.estimators:
+        figures = (one.correlation, one.auroc, *one.skip_rate_at_risk.values())
+        table.add_row(one.name, *map(number_text, figures))
     console.print(table)
-    timings = summary["timings"]
     console.print(
         "one token of one user on this machine: "
-        + ", ".join(f"{key[2:-3]} {_number(value)} ms" for key, value in timings.items())
+        + ", ".join(f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings)
         + f"\nin {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"
     )
 
 
-def print_operating_points(result: dict[str, Any]) -> None:
+def print_operating_points(result: DerivationRecord) -> None:
     """`hlm derive`: every point with its predictions."""
-    from hlmtheory.importance import IMPORTANCE_ASSUMPTION
-
     console = new_console()
     console.print(
-        f"derived settings ({result['num_prompts']} prompts, {result['num_tokens']} tokens; link "
-        f"{result['link']['name']}, profile {result['profile']['name']}, accounting "
-        f"{result['accounting']}; intervals {result['confidence']:.0%}, clustered by prompt)"
+        f"derived settings ({result.num_prompts} prompts, {result.num_tokens} tokens; link "
+        f"{result.link['name']}, profile {result.profile['name']}, accounting "
+        f"{result.accounting}; score {result.request.score}; intervals "
+        f"{result.confidence:.0%}, clustered by prompt)"
     )
-    choice = new_table("policy", "rule", ">threshold u_th", ">skip rate", ">risk", ">TV bias")
+    choice = new_table("policy", "rule", ">threshold", ">skip rate", ">risk", ">TV bias")
     price = new_table(
         "policy", "rule", ">uplink bit/token", ">ms/token", ">token/s", ">mean token/s", ">J/token"
     )
     notes: dict[str, list[str]] = {}
-    for point in result["operating_points"]:
-        name = (point["policy"], point["rule"])
-        if point["reason"]:
-            kind = "" if point["feasible"] else "infeasible: "
-            notes.setdefault(kind + point["reason"], []).append("/".join(name))
-        if not point["feasible"]:
+    for point in result.operating_points:
+        if point.reason:
+            kind = "" if point.feasible else "infeasible: "
+            notes.setdefault(kind + point.reason, []).append(point.key)
+        if not point.feasible:
             continue
-        predicted = point["predicted"]
-        shown = ("skip_rate", "rejection_risk", "tv_bias")
-        choice.add_row(
-            *name,
-            compact(point["uncertainty_threshold"]),
-            *(compact(predicted[metric]) for metric in shown),
+        name, predicted = (point.policy, point.rule), point.predicted
+        shown = [predicted[metric] for metric in ("skip_rate", "rejection_risk", "tv_bias")]
+        choice.add_row(*name, *map(number_text, (point.uncertainty_threshold, *shown)))
+        price.add_row(
+            *name, *(number_text(predicted[metric], 4, interval=False) for metric in PRICE_METRICS)
         )
-        price.add_row(*name, *(f"{predicted[metric]['value']:.4g}" for metric in PRICE_METRICS))
     console.print(choice)
     console.print("at which the policies cost (means over tokens)")
     console.print(price)
-    for optimum in result["optima"]:
-        choice = optimum["choice"]
-        if not choice["feasible"]:
-            found = choice["reason"]
-        else:
-            size = f", k = {choice['num_entries']}" if choice["num_entries"] else ""
-            found = (
-                f"{choice['policy']} at u_th = {choice['uncertainty_threshold']:.3g}{size}: "
-                f"{choice['throughput_tok_s']:.4g} token/s, {choice['energy_j_per_token']:.4g} "
-                f"J/token, bias at most {choice['total_bias']:.2g}"
+    for best in result.optima:
+        if best.feasible:
+            size = f", k = {best.num_entries}" if best.num_entries else ""
+            at = number_text(best.uncertainty_threshold)
+            found = f"{best.policy} at u_th = {at}{size}: " + ", ".join(
+                f"{name} {number_text(value)}" for name, value in best.predicted.items()
             )
+        else:
+            found = best.reason
         console.print(
-            f"  best {optimum['objective']} within risk {optimum['risk']:g}: {found}",
-            soft_wrap=True,
+            f"  best {best.objective} within risk {best.budget:g}: {found}", soft_wrap=True
         )
-    assumed = result["profile"].get("assumed", ())
+    assumed = result.profile.get("assumed", ())
     if assumed:
         console.print(f"  energy: {', '.join(assumed)} are assumed, not measured")
-    if any("importance" in point["settings"] for point in result["operating_points"]):
-        console.print(f"  ui-hlm: {IMPORTANCE_ASSUMPTION}", soft_wrap=True)
     for reason, names in notes.items():
         console.print(f"  {', '.join(names)}: {reason}", soft_wrap=True)
     console.print()
 
 
-def print_validation(result: dict[str, Any]) -> None:
+def print_validation(result: ValidationRecord) -> None:
     """`hlm validate`: cell by cell, and the coverage."""
-    from calibrate.run.figure import excludes_zero
+    from calibrate.run.figure import excludes_zero, scaled
     from calibrate.validate.comparison import coverage_text
 
     console = new_console()
     console.print(
-        f"predicted against measured ({result['num_prompts']} fresh prompts, "
-        f"{result['num_tokens']} tokens, seed {result['seed']}; "
-        f"{result['confidence']:.0%} prediction intervals)"
+        f"predicted against measured ({result.num_prompts} fresh prompts, "
+        f"{result.num_tokens} tokens, seed {result.seed}; "
+        f"{result.confidence:.0%} prediction intervals)"
     )
     table = new_table("policy", "rule", "metric", ">predicted", ">measured", "holds")
     last = ("", "")
-    for cell in result["cells"]:
-        key = (cell["policy"], cell["rule"])
-        if key != last and last != ("", ""):
+    for cell in result.cells:
+        key = (cell.policy, cell.rule)
+        if last not in (key, ("", "")):
             table.add_section()
-        shown = key if key != last else ("", "")
-        last = key
-        unit = cell["measured"]["unit"]
+        unit = cell.measured.unit
         table.add_row(
-            *shown,
-            cell["metric"] + (f" ({unit})" if unit else ""),
-            _number(cell["predicted"], 4),
-            f"{cell['measured']['value']:.4g}",
-            {True: "yes", False: "NO", None: "-"}[cell["covered"]],
+            *(key if key != last else ("", "")),
+            cell.metric + (f" ({unit})" if unit else ""),
+            number_text(cell.predicted, 4),
+            number_text(cell.measured, 4, interval=False),
+            {True: "yes", False: "NO", None: "-"}[cell.covered],
         )
+        last = key
     console.print(table)
-    for point in result["infeasible"]:
-        console.print(
-            f"  not rerun: {point['policy']}/{point['rule']}: {point['reason']}", soft_wrap=True
-        )
+    for point in result.infeasible:
+        console.print(f"  not rerun: {point.policy}/{point.rule}: {point.reason}", soft_wrap=True)
     console.print(f"covered: {coverage_text(result)}", soft_wrap=True)
-    moved = [one for one in result["context_shift"] if excludes_zero(one["below_threshold"])]
-    if result["context_shift"]:
+    moved = [one for one in result.context_shift if excludes_zero(one.below_threshold)]
+    if result.context_shift:
         console.print(
-            f"  contexts: beside the outputs of hlm on the same prompts, {len(moved)} of "
-            f"{len(result['context_shift'])} reruns have another share of tokens below their "
-            f"threshold ({1 - result['confidence']:.0%} would by chance)"
-            + "".join(f"\n    {_shift(one)}" for one in moved),
+            "  contexts: beside the outputs of lossless decoding on the same prompts, "
+            f"{len(moved)} of {len(result.context_shift)} reruns have another share of tokens "
+            f"below their threshold ({1 - result.confidence:.0%} would by chance)"
+            + "".join(
+                f"\n    {one.policy}/{one.rule}: "
+                f"{number_text(scaled(one.below_threshold, 100), decimals=1)} points"
+                for one in moved
+            ),
             soft_wrap=True,
         )
     else:
-        console.print("  contexts: their shift is measured beside a rerun of hlm; add --policy hlm")
+        console.print("  contexts: their shift is measured beside a rerun of a lossless policy")
     console.print()
 
 
-def _shift(one: dict[str, Any]) -> str:
-    rate = {key: 100 * one["below_threshold"][key] for key in ("value", "low", "high")}
-    return (
-        f"{one['policy']}/{one['rule']}: {rate['value']:+.1f} [{rate['low']:+.1f}, "
-        f"{rate['high']:+.1f}] points"
+def print_guarantees(result: GuaranteesRecord) -> None:
+    """`hlm guarantees`: how often each rule broke its promise."""
+    console = new_console()
+    console.print(
+        f"rules over {result.num_draws} redrawn calibrations of the run's own "
+        f"{result.num_prompts} prompts ({result.num_tokens} tokens; score {result.score}; "
+        f"{result.confidence:.0%} intervals)"
     )
+    table = new_table(
+        "rule", ">budget", "calibrated on", "mean over", ">above budget", ">infeasible",
+        ">skip rate", ">risk",
+    )  # fmt: skip
+    for row in result.rows:
+        figures = (row.violation_share, row.infeasible_share, row.skip_rate, row.risk)
+        table.add_row(
+            row.family, number_text(row.budget), row.source, row.weighting,
+            *map(number_text, figures),
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_attenuation(result: AttenuationRecord) -> None:
+    """`hlm attenuation`: what drawing K tokens does to the line, predicted and measured."""
+    console = new_console()
+    table = new_table(
+        ">K", ">reliability", ">r predicted", ">r measured", ">slope predicted", ">slope measured"
+    )
+    for row in result.rows:
+        table.add_row(
+            str(row.num_temperatures),
+            *map(number_text, (
+                row.reliability, row.predicted_correlation, row.measured_correlation,
+                row.predicted_slope, row.measured_slope,
+            )),
+        )  # fmt: skip
+    console.print(f"{result.pair.name}: the line on K draws ({result.confidence:.0%} intervals)")
+    console.print(table)
 
 
 def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_json: bool) -> None:
@@ -292,8 +296,8 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
         table.add_row(
             row.system,
             row.quantity,
-            f"{row.published:.4g}",
-            f"{row.implied:.4g}",
+            number_text(row.published, 4),
+            number_text(row.implied, 4),
             "yes" if row.consistent else "NO",
             row.explanation,
         )
@@ -306,11 +310,9 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
         table.add_row(
             entry.system,
             entry.averaging,
-            f"{entry.t_slm:.4g}",
-            f"{entry.t_llm:.4g}",
-            "none" if entry.t_up is None else f"{entry.t_up:.4g}",
+            *(number_text(time, 4) for time in (entry.t_slm, entry.t_llm, entry.t_up)),
             entry.unit,
-            "-" if entry.ratio_of_means is None else f"{entry.ratio_of_means:.3g}x",
+            number_text(entry.ratio_of_means),
             entry.reason,
         )
     console.print(table)

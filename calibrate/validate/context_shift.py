@@ -12,7 +12,7 @@ from calibrate.run.records import ContextShift, Figure, OperatingPoint
 from calibrate.run.traces import Trace
 from calibrate.validate.comparison import common_strata, difference_error, stratum_numbers
 from hlmtheory.clusters import ErrorTerms, RatioEstimate, error_terms, mean_over_tokens
-from hlmtheory.policies import Policy
+from hlmtheory.policies import GatedPolicy, Policy
 
 Loss = Callable[[Trace], np.ndarray]
 
@@ -56,8 +56,7 @@ def context_shift(
     -------
     ContextShift, or None where no threshold decides or prompts differ.
     """
-    threshold = policy.threshold
-    if not policy.gated or threshold is None or rerun.prompt_ids != reference.prompt_ids:
+    if not isinstance(policy, GatedPolicy) or rerun.prompt_ids != reference.prompt_ids:
         return None
     shared = common_strata(calibration.categories, reference.categories)
     strata = stratum_numbers(rerun.categories) if shared else None
@@ -66,7 +65,7 @@ def context_shift(
         return np.asarray(policy.score.of_draft(trace.step()), dtype=float)
 
     def below(trace: Trace) -> np.ndarray:
-        return (score(trace) <= threshold).astype(float)
+        return (score(trace) <= policy.threshold).astype(float)
 
     def risk(trace: Trace) -> np.ndarray:
         return below(trace) * trace["rejection_prob"]

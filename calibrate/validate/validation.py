@@ -31,6 +31,7 @@ from calibrate.run.records import (
 )
 from calibrate.run.traces import read_trace, shard_paths
 from calibrate.validate.rerun import decode_policies, keep_rerun, rerun_identity, rerun_path
+from hlmtheory.policies import policy_class
 
 if TYPE_CHECKING:
     from calibrate.derive.predict import Economics, PolicyTokens
@@ -88,15 +89,26 @@ class ValidationPlan:
             settings.temperature,
         )  # fmt: skip
 
-    def path(self, point: OperatingPoint) -> Path:
-        """Where a rerun of the point lies or will lie; points that decide alike share one."""
-        return rerun_path(self.run, self.identity(point))
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """Where the rerun of each point lies or will lie; points that decide alike share one."""
+        return {point.key: rerun_path(self.run, self.identity(point)) for point in self.points}
 
     @property
     def missing(self) -> dict[Path, OperatingPoint]:
         """A point for each rerun that is still to be decoded."""
-        paths = {self.path(point): point for point in self.points}
+        paths = {self.paths[point.key]: point for point in self.points}
         return {path: point for path, point in paths.items() if not path.is_file()}
+
+    @property
+    def num_kept(self) -> int:
+        """Points whose rerun is there."""
+        return sum(path.is_file() for path in self.paths.values())
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a rerun to be decoded looks at attention."""
+        return any(self.policies[point.key].needs_attention for point in self.missing.values())
 
 
 def prepare_validation(
@@ -131,7 +143,8 @@ def prepare_validation(
         raise UserError(
             f"{run}: holds no trace shard, which predictions are made from; calibrate again"
         )
-    chosen = _chosen_points(derivation, policies, rules, points)
+    wanted = None if policies is None else [policy_class(one).name for one in policies]
+    chosen = _chosen_points(derivation, wanted, rules, points)
     settings = calibration.settings
     source = prompts_source or (None if settings.prompts == "shipped" else settings.prompts)
     seed = settings.seed + 1 if seed is None else seed
@@ -208,7 +221,11 @@ def _with_earlier(plan: ValidationPlan, earlier: ValidationRecord) -> Validation
     for rerun in earlier.reruns:
         key = f"{rerun.policy}/{rerun.rule}"
         point = derived.get(key)
-        if point is None or not point.feasible or plan.path(point).name != rerun.file:
+        if (
+            point is None
+            or not point.feasible
+            or rerun_path(plan.run, plan.identity(point)).name != rerun.file
+        ):
             raise UsageError(
                 f"{file} judged {key} at {rerun.file}, which is not what is derived now; {way_out}"
             )
@@ -305,16 +322,16 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     compared: list[Comparison] = []
     reruns, shifts = [], []
     follows = [point for point in plan.points if is_reference(plan.policies[point.key])]
-    reference = read_trace([plan.path(follows[0])]) if follows else None
+    reference = read_trace([plan.paths[follows[0].key]]) if follows else None
     for point in plan.points:
         policy = plan.policies[point.key]
-        trace = read_trace([plan.path(point)])
+        trace = read_trace([plan.paths[point.key]])
         compared += compare(point, policy, calibration, trace, economics, confidence)
         if reference is not None:
             shift = context_shift(point, policy, calibration, trace, reference, confidence)
             shifts += [] if shift is None else [shift]
         tokens = measured_tokens(trace, policy)
-        reruns.append(_rerun_info(point, plan.path(point).name, tokens, economics, derivation))
+        reruns.append(_rerun_info(point, plan.paths[point.key].name, tokens, economics, derivation))
     strata = common_strata(calibration.categories, [prompt.category for prompt in plan.prompts])
     result = ValidationRecord(
         derivation=plan.name,
