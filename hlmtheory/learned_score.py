@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import expit
 
 from hlmtheory.domain import check_finite, check_unit_interval
 
 Model = Literal["boosting", "logistic"]
+CERTAIN = 50.0
+"""Intercept of a fit to one class alone: its score is 1 - 2e-22, or 2e-22."""
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Logistic regression on standardised features.
+
+    Attributes
+    ----------
+    mean, scale, coefficients : float array (F,)
+        m, s > 0 and w of each feature.
+    intercept : float
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    coefficients: np.ndarray
+    intercept: float
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """1/(1 + exp(-(b + sum_f w_f (v_f - m_f)/s_f))) of rows (N, F), (N,)."""
+        rows = (np.asarray(features, dtype=float) - self.mean) / self.scale
+        return np.asarray(expit(rows @ self.coefficients + self.intercept))
+
+
+def fit_logistic(features: np.ndarray, rejection_prob: np.ndarray) -> Logistic:
+    """Fit E[beta | features] by logistic regression, beta as the weight of class one.
+
+    Parameters
+    ----------
+    features : float array (N, F)
+    rejection_prob : float array (N,)
+        beta in [0, 1].
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    table, beta = np.asarray(features, dtype=float), np.asarray(rejection_prob, dtype=float)
+    mean, scale = table.mean(axis=0), table.std(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    if beta.max() == 0 or beta.min() == 1:  # one class only: nothing to separate
+        return Logistic(mean, scale, 0 * mean, CERTAIN * (2 * beta[0] - 1))
+    rows = (table - mean) / scale
+    # A fractional target is two weighted rows, one of each class.
+    classes = np.repeat([1, 0], len(beta))
+    weights = np.concatenate([beta, 1 - beta])
+    model = LogisticRegression(max_iter=1000)
+    model.fit(np.concatenate([rows, rows]), classes, sample_weight=weights)
+    return Logistic(mean, scale, model.coef_[0], float(model.intercept_[0]))
 
 
 def cross_fitted_score(
@@ -35,7 +86,7 @@ def cross_fitted_score(
         Folds are made of whole prompts.
     model : {"boosting", "logistic"}
         Gradient-boosted trees with squared loss, whose minimum is the conditional mean, clipped to
-        [0, 1]; or logistic regression on standardised features, beta as the weight of class one.
+        [0, 1]; or :func:`fit_logistic`.
     num_folds : int
         2 to the number of prompts.
     seed : int
@@ -68,10 +119,12 @@ def cross_fitted_score(
     if model not in ("boosting", "logistic"):
         raise ValueError(f"model = {model!r}: allowed are 'boosting', 'logistic'")
     score = np.empty(len(beta))
-    fit = _boosted_mean if model == "boosting" else _logistic_mean
     folds = GroupKFold(num_folds, shuffle=True, random_state=seed)
     for train, test in folds.split(table, beta, index):
-        score[test] = fit(table[train], beta[train], table[test], seed)
+        if model == "boosting":
+            score[test] = _boosted_mean(table[train], beta[train], table[test], seed)
+        else:
+            score[test] = fit_logistic(table[train], beta[train]).predict(table[test])
     return np.clip(score, 0.0, 1.0)
 
 
@@ -88,22 +141,4 @@ def _boosted_mean(train: np.ndarray, target: np.ndarray, test: np.ndarray, seed:
         early_stopping=False,
         random_state=seed,
     )
-    return trees.fit(train, target).predict(test)
-
-
-def _logistic_mean(
-    train: np.ndarray, target: np.ndarray, test: np.ndarray, seed: int
-) -> np.ndarray:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    if target.max() == 0 or target.min() == 1:  # one class only: nothing to separate
-        return np.full(len(test), target[0])
-    scaler = StandardScaler().fit(train)
-    rows = scaler.transform(train)
-    # A fractional target is two weighted rows, one of each class.
-    classes = np.repeat([1, 0], len(target))
-    weights = np.concatenate([target, 1 - target])
-    model = LogisticRegression(max_iter=1000, random_state=seed)
-    model.fit(np.concatenate([rows, rows]), classes, sample_weight=weights)
-    return model.predict_proba(scaler.transform(test))[:, 1]
+    return np.asarray(trees.fit(train, target).predict(test))

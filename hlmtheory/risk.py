@@ -144,7 +144,7 @@ class SkipAtoms:
         if not parts["mass"].all():
             parts = {name: values[parts["mass"] > 0] for name, values in parts.items()}
         if np.any(np.diff(parts["score"]) < 0):
-            order = np.argsort(parts["score"], kind="stable")
+            order = np.argsort(parts["score"])
             parts = {name: values[order] for name, values in parts.items()}
         for name, values in {**parts, "num_tokens": num_tokens}.items():
             object.__setattr__(self, name, values)

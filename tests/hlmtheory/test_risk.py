@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hlmtheory.acceptance import total_variation
 from hlmtheory.clusters import mean_over_tokens, resample_prompts
-from hlmtheory.learned_score import cross_fitted_score
+from hlmtheory.learned_score import cross_fitted_score, fit_logistic
 from hlmtheory.risk import (
     SkipAtoms,
     rejection_risk,
@@ -298,6 +298,18 @@ def test_learned_score_of_certain_acceptance():
         np.testing.assert_allclose(
             cross_fitted_score(features, np.zeros(20), index, model, num_folds=2), 0, atol=WORST
         )
+
+
+def test_logistic_fit_finds_the_coefficients():
+    """beta is the very law of the model: coefficients come back but for the weak penalty."""
+    rng = np.random.default_rng(19)
+    features = rng.normal([2.0, -1.0], [0.5, 3.0], size=(20_000, 2))
+    beta = 1 / (1 + np.exp(-(0.4 + 1.5 * features[:, 0] - 0.2 * features[:, 1])))
+    fit = fit_logistic(features, beta)
+    np.testing.assert_allclose(fit.coefficients / fit.scale, [1.5, -0.2], rtol=5e-3)
+    np.testing.assert_allclose(fit.predict(features), beta, atol=2e-3)
+    constant = fit_logistic(np.ones((5, 2)), np.full(5, 0.25))
+    np.testing.assert_allclose(constant.predict(np.ones((1, 2))), 0.25, atol=1e-4)
 
 
 def test_importing_stays_light():
