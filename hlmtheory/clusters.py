@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 def sum_by_prompt(values: np.ndarray, prompt_index: np.ndarray, num_prompts: int) -> np.ndarray:
@@ -76,7 +76,7 @@ class RatioEstimate:
         _check_confidence(confidence)
         if self.num_prompts < 2 or not np.isfinite(self.standard_error):
             return None
-        quantile = float(stats.t.ppf(0.5 + confidence / 2, self.num_prompts - 1))
+        quantile = float(special.stdtrit(self.num_prompts - 1, 0.5 + confidence / 2))
         return (
             self.value - quantile * self.standard_error,
             self.value + quantile * self.standard_error,
@@ -299,5 +299,5 @@ def jackknife_correlation_interval(
     if not (np.isfinite(z) and np.isfinite(left_out).all()):
         return None
     error = ((num - 1) / num * np.sum((left_out - left_out.mean()) ** 2)) ** 0.5
-    quantile = float(stats.t.ppf(0.5 + confidence / 2, num - 1))
+    quantile = float(special.stdtrit(num - 1, 0.5 + confidence / 2))
     return float(np.tanh(z - quantile * error)), float(np.tanh(z + quantile * error))
