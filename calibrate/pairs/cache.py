@@ -12,8 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -26,7 +25,6 @@ Progress: TypeAlias = Callable[[str, int, int | None], None]
 _RECORD_NAME = "hlm-model.json"
 # Raised when a conversion would come out differently: caches of the old number are made anew.
 _LAYOUT = 1
-_CHUNK_BYTES = 1 << 20
 
 
 def cache_root() -> Path:
@@ -44,27 +42,13 @@ def converted_folder(sha256: str) -> Path:
     return cache_root() / "models" / f"{sha256[:16]}-bf16"
 
 
-@dataclass(frozen=True)
-class ConversionRecord:
-    """Written last into a converted folder: what it was made from, and the size of each file."""
-
-    source_sha256: str
-    num_bytes: dict[str, int]
-    layout: int = _LAYOUT
-
-    @classmethod
-    def of_folder(cls, folder: Path, source_sha256: str) -> ConversionRecord:
-        """Describe the files that lie in the folder now."""
-        sizes = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != _RECORD_NAME
-        }
-        return cls(source_sha256, sizes)
-
-    def write(self, folder: Path) -> None:
-        """Save beside the files described."""
-        (folder / _RECORD_NAME).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+def _num_bytes(folder: Path) -> dict[str, int]:
+    """Size of each file of a converted folder, but for its record."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _RECORD_NAME
+    }
 
 
 def is_whole(sha256: str) -> bool:
@@ -72,12 +56,9 @@ def is_whole(sha256: str) -> bool:
     folder = converted_folder(sha256)
     try:
         record = json.loads((folder / _RECORD_NAME).read_text(encoding="utf-8"))
-        if record["layout"] != _LAYOUT or record["source_sha256"] != sha256:
-            return False
-        files: dict[str, int] = record["num_bytes"]
-        return bool(files) and all(
-            (folder / name).stat().st_size == size for name, size in files.items()
-        )
+        recorded = record["num_bytes"].items()
+        of_this = record["source_sha256"] == sha256 and record["layout"] == _LAYOUT
+        return bool(of_this and recorded and recorded <= _num_bytes(folder).items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -87,10 +68,8 @@ def folder_num_bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(OSError):
                 total += os.stat(os.path.join(parent, name)).st_size
-            except OSError:
-                continue
     return total
 
 
@@ -112,16 +91,8 @@ def _file_sha256(path: Path, num_bytes: int, modified_ns: int) -> str:
 def fill(sha256: str, make: Callable[[Path], None], progress: Progress | None, label: str) -> Path:
     """Return the converted folder of this hash, made by `make` unless it is there already.
 
-    Parameters
-    ----------
-    sha256 : str
-        Hash of the source .gguf file.
-    make : callable
-        Called with an empty scratch folder on the same disk; leaves the model in its `model`.
-    progress : callable or None
-        Told when another process is waited for.
-    label : str
-        The model, for messages.
+    `make` is called with an empty scratch folder on the same disk and leaves the model in its
+    `model`; `progress` is told when another process is waited for.
 
     Raises
     ------
@@ -138,7 +109,12 @@ def fill(sha256: str, make: Callable[[Path], None], progress: Progress | None, l
             with _scratch(sha256) as scratch:
                 make(scratch)
                 model = scratch / "model"
-                ConversionRecord.of_folder(model, sha256).write(model)
+                # Written last: what the folder was made from, and the size of each file.
+                record = {
+                    "source_sha256": sha256, "num_bytes": _num_bytes(model), "layout": _LAYOUT
+                }  # fmt: skip
+                text = json.dumps(record, indent=1)
+                (model / _RECORD_NAME).write_text(text, encoding="utf-8")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():  # damaged, or of an older layout
                     shutil.rmtree(target)

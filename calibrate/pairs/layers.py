@@ -13,14 +13,8 @@ from calibrate.run.errors import UserError
 def share_without_layers(model: Any, dropped: Sequence[int]) -> Any:
     """Build a model without some decoder layers; its weights are the given model's own tensors.
 
-    The layers kept are numbered anew from 0, as a KV cache requires.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model to share; it stays as it is.
-    dropped : sequence of int
-        Layers to leave out, counted from 0; may be empty.
+    The model given stays as it is. Layers to leave out are counted from 0; those kept are numbered
+    anew, as a KV cache requires.
 
     Raises
     ------
@@ -78,7 +72,7 @@ def _layers_prefix(model: Any, num_layers: int) -> str:
     """Name of the list of decoder layers, with a dot behind it."""
     from torch import nn
 
-    names = [
+    names: list[str] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers

@@ -29,18 +29,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 class ModelIdentity:
     """Which model a result was measured on.
 
-    Attributes
-    ----------
-    label : str
-        Name shown to the user.
-    sha256 : str
-        Hash of the source .gguf file; else of the weights files; else the hub commit.
-    drop_layers : tuple of int
-        Decoder layers left out.
-    num_parameters : int
-        Parameters in use, tied ones counted once.
-    num_layers : int
-        Decoder layers in use.
+    `sha256` is that of the source .gguf file; else of the weights files; else the hub commit.
+    Parameters and layers are those in use, tied parameters counted once.
     """
 
     label: str
@@ -54,18 +44,9 @@ class ModelIdentity:
 class LoadedPair:
     """Two models on a device, and what they share.
 
-    Attributes
-    ----------
-    slm, llm : transformers.PreTrainedModel
-        In eval mode, without gradients.
-    tokenizer : transformers tokenizer
-        The server model's, or the device model's where only that has a chat template.
-    vocab_size : int
-        Tokens that both know: logits from here on are cut off.
-    eos_token_ids : tuple of int
-        Tokens that end a text.
-    max_context : int
-        The shorter of the two contexts, in tokens.
+    Models are in eval mode, without gradients. The tokenizer is the server model's, or the device
+    model's where only that has a chat template. Both know `vocab_size` tokens: logits from there on
+    are cut off. `max_context` is the shorter of the two, in tokens.
     """
 
     name: str
@@ -112,26 +93,20 @@ def load_pair(
     elif dtype not in _DTYPES:
         raise UserError(f"dtype = {dtype!r}: allowed are auto, {', '.join(_DTYPES)}")
 
-    llm_folder = ensure_folder(spec.llm)
-    slm_folder = ensure_folder(spec.slm)
-    llm_tokenizer = load_tokenizer(llm_folder, spec.llm.label)
-    if slm_folder == llm_folder:
-        whole = _load_model(llm_folder, spec.llm.label, dtype, device)
-        llm = share_without_layers(whole, spec.llm.drop_layers) if spec.llm.drop_layers else whole
-        slm = share_without_layers(whole, spec.slm.drop_layers)
-        slm_tokenizer = llm_tokenizer
-    else:
-        # before two large models are read for nothing
+    llm_folder, slm_folder = ensure_folder(spec.llm), ensure_folder(spec.slm)
+    shared = slm_folder == llm_folder
+    llm_tokenizer = slm_tokenizer = load_tokenizer(llm_folder, spec.llm.label)
+    if not shared:  # before two large models are read for nothing
         slm_tokenizer = load_tokenizer(slm_folder, spec.slm.label)
         common_vocabulary(
             slm_tokenizer, llm_tokenizer, _declared_size(slm_folder), _declared_size(llm_folder)
         )
-        llm = _load_model(llm_folder, spec.llm.label, dtype, device)
-        slm = _load_model(slm_folder, spec.slm.label, dtype, device)
-        if spec.llm.drop_layers:
-            llm = share_without_layers(llm, spec.llm.drop_layers)
-        if spec.slm.drop_layers:
-            slm = share_without_layers(slm, spec.slm.drop_layers)
+    llm = _load_model(llm_folder, spec.llm.label, dtype, device)
+    slm = llm if shared else _load_model(slm_folder, spec.slm.label, dtype, device)
+    if shared or spec.slm.drop_layers:
+        slm = share_without_layers(slm, spec.slm.drop_layers)
+    if spec.llm.drop_layers:
+        llm = share_without_layers(llm, spec.llm.drop_layers)
     if attention:
         allow_recording(slm)
     vocab_size = common_vocabulary(slm_tokenizer, llm_tokenizer, _num_logits(slm), _num_logits(llm))

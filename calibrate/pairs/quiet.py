@@ -8,24 +8,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("transformers", "huggingface_hub", "accelerate", "gguf", "torch", "httpx", "httpx2")
-
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what the libraries imported so far would print; their errors still raise."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
+    """Hold back what libraries would log, warn or draw; their errors still raise."""
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
         bars_were_on = _set_bars(on=False)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)
             if bars_were_on:
                 _set_bars(on=True)
 
@@ -34,11 +29,8 @@ def _set_bars(on: bool) -> bool:
     """Switch transformers' bars, if it is loaded; return whether they were on."""
     if "transformers" not in sys.modules:
         return False
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as bars
 
-    were_on = bool(transformers_logging.is_progress_bar_enabled())
-    if on:
-        transformers_logging.enable_progress_bar()
-    else:
-        transformers_logging.disable_progress_bar()
+    were_on = bool(bars.is_progress_bar_enabled())
+    (bars.enable_progress_bar if on else bars.disable_progress_bar)()
     return were_on

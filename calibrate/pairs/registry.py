@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibrate.pairs.cache import Progress, cache_root, folder_num_bytes
-from calibrate.pairs.loading import LoadedPair, ModelIdentity, default_dtype, load_pair
+from calibrate.pairs.loading import LoadedPair, load_pair
 from calibrate.pairs.sources import (
     HUB_ID,
+    Download,
     GgufFile,
     HubFile,
     HubRepo,
@@ -21,29 +23,25 @@ from calibrate.pairs.sources import (
     Mirrors,
     ModelSpec,
     PairSpec,
-    Source,
     WheelParts,
 )
-from calibrate.pairs.store import cached_folder, download_num_bytes, ensure_folder, source_sha256
-from calibrate.pairs.tokenizers import common_vocabulary
-from calibrate.run.errors import UsageError, UserError
+from calibrate.pairs.store import cached_folder, ensure_folder, source_sha256
+from calibrate.run.errors import UsageError
+
+if TYPE_CHECKING:
+    from calibrate.run.records import RunSettings
 
 __all__ = [
     "REGISTRY",
     "LoadedPair",
-    "ModelIdentity",
-    "ModelSpec",
     "PairDescription",
     "PairSpec",
-    "UsageError",
-    "UserError",
     "cached",
-    "common_vocabulary",
-    "default_dtype",
     "describe",
     "load_pair",
     "pull",
     "resolve_pair",
+    "spec_from_settings",
 ]
 
 _SMOLLM2 = WheelParts(
@@ -189,6 +187,14 @@ def resolve_pair(
     )
 
 
+def spec_from_settings(settings: RunSettings) -> PairSpec:
+    """The pair that a run names, resolved again."""
+    if settings.pair in REGISTRY:
+        return REGISTRY[settings.pair]
+    given = settings.given
+    return resolve_pair(None, given.slm, given.llm, given.drop_layers)
+
+
 def _parse_layers(text: str) -> tuple[int, ...]:
     items = [item.strip() for item in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,4}", item) for item in items):
@@ -227,11 +233,7 @@ def _model_named(name: str, option: str) -> ModelSpec:
 def pull(spec: PairSpec, progress: Progress | None = None) -> None:
     """Fetch, check and convert what the cache lacks of a pair.
 
-    Parameters
-    ----------
-    progress : callable or None
-        Called with the stage, bytes done, and bytes in all (None where unknown); may be called
-        from another thread.
+    `progress` may be called from another thread.
 
     Raises
     ------
@@ -251,16 +253,9 @@ def cached(spec: PairSpec) -> bool:
 class ModelDescription:
     """One model as `hlm pairs show` prints it.
 
-    Attributes
-    ----------
-    source : str
-        Where it comes from, in words.
-    sha256 : str or None
-        Hash of the source .gguf file, None for models used as they are.
-    download_num_bytes, cached_num_bytes : int or None
-        Size of the download and of the folder loaded from; None where unknown or absent.
-    folder : Path or None
-        Where it is loaded from; None if it has to be fetched first.
+    `source` is where it comes from, in words; `sha256` that of its .gguf file, None for models used
+    as they are; `folder` where it is loaded from, None if it has to be fetched first. Sizes are
+    None where unknown or absent.
     """
 
     label: str
@@ -288,26 +283,18 @@ class PairDescription:
 def describe(spec: PairSpec) -> PairDescription:
     """Sizes, hashes, sources and places of a pair; nothing is fetched or loaded."""
     slm, llm = _describe_model(spec.slm), _describe_model(spec.llm)
-    return PairDescription(
-        name=spec.name,
-        description=spec.description,
-        license=spec.license,
-        slm=slm,
-        llm=llm,
-        cache_path=cache_root(),
-        cached=slm.folder is not None and llm.folder is not None,
-    )
+    here = slm.folder is not None and llm.folder is not None
+    return PairDescription(spec.name, spec.description, spec.license, slm, llm, cache_root(), here)
 
 
 def _describe_model(model: ModelSpec) -> ModelDescription:
     folder = cached_folder(model)
-    source: Source = model.source
     return ModelDescription(
         label=model.label,
-        source=str(source),
+        source=str(model.source),
         sha256=source_sha256(model),
         drop_layers=model.drop_layers,
-        download_num_bytes=download_num_bytes(model),
+        download_num_bytes=model.source.num_bytes if isinstance(model.source, Download) else None,
         cached_num_bytes=None if folder is None else folder_num_bytes(folder),
         folder=folder,
     )

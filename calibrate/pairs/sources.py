@@ -13,18 +13,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 @dataclass(frozen=True)
 class WheelParts:
-    """A file cut into parts, each shipped as data inside one wheel of a package index.
+    """A file cut into parts, concatenated in order, each shipped as data inside one wheel.
 
-    Attributes
-    ----------
-    distribution, member : str
-        Name of the distribution and path inside its wheel; `{part}` stands for 1..num_parts.
-    version : str
-        The one version asked for.
-    num_parts : int
-        Parts, concatenated in order.
-    num_bytes : int
-        Size of all wheels together, for the progress bar and the disk check.
+    In the distribution's name and in the member's path inside its wheel, `{part}` stands for
+    1..num_parts. `num_bytes` is the size of all wheels together.
     """
 
     distribution: str
@@ -67,6 +59,11 @@ class Mirrors:
 
     sources: tuple[HubFile | WheelParts, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the larger download."""
+        return max(place.num_bytes for place in self.sources)
+
     def __str__(self) -> str:
         return ", or ".join(map(str, self.sources))
 
@@ -102,23 +99,18 @@ class GgufFile:
         return f"file {self.path}"
 
 
-Source: TypeAlias = WheelParts | HubFile | Mirrors | HubRepo | LocalFolder | GgufFile
+Download: TypeAlias = WheelParts | HubFile | Mirrors
+"""A .gguf file that is fetched, checked by its hash, and converted."""
+
+Source: TypeAlias = Download | HubRepo | LocalFolder | GgufFile
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: where it comes from and which of its decoder layers are left out.
+    """One model: the label shown to the user, and where its weights come from.
 
-    Attributes
-    ----------
-    label : str
-        Name shown to the user.
-    source : Source
-        Where the weights come from.
-    sha256 : str or None
-        Hash of the source .gguf file; required where it is downloaded.
-    drop_layers : tuple of int
-        Decoder layers to leave out, counted from 0, ascending.
+    `sha256` is that of the source .gguf file, required where it is downloaded; `drop_layers` are
+    the decoder layers to leave out, counted from 0, ascending.
     """
 
     label: str
@@ -129,7 +121,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ValueError(f"sha256 = {self.sha256!r}: allowed are 64 lower-case hex digits")
-        if self.sha256 is None and isinstance(self.source, WheelParts | HubFile | Mirrors):
+        if self.sha256 is None and isinstance(self.source, Download):
             raise ValueError(f"{self.label}: a downloaded file needs its sha256")
         if any(layer < 0 for layer in self.drop_layers):
             raise ValueError(f"drop_layers = {self.drop_layers}: allowed are numbers >= 0")

@@ -13,15 +13,7 @@ from calibrate.pairs.cache import (
     fill,
     is_whole,
 )
-from calibrate.pairs.sources import (
-    GgufFile,
-    HubFile,
-    HubRepo,
-    LocalFolder,
-    Mirrors,
-    ModelSpec,
-    WheelParts,
-)
+from calibrate.pairs.sources import Download, GgufFile, HubRepo, LocalFolder, ModelSpec
 from calibrate.run.errors import UserError
 
 # Room for a download: the quantised file, one part of it, and its bfloat16 copy (16 bits for
@@ -31,13 +23,7 @@ _ROOM_FACTOR = 5
 
 def source_sha256(model: ModelSpec) -> str | None:
     """Hash of the .gguf file a model is made from; None for models that are not converted."""
-    match model.source:
-        case GgufFile(path):
-            return file_sha256(path)
-        case LocalFolder() | HubRepo():
-            return None
-        case _:
-            return model.sha256
+    return file_sha256(model.source.path) if isinstance(model.source, GgufFile) else model.sha256
 
 
 def cached_folder(model: ModelSpec) -> Path | None:
@@ -59,42 +45,23 @@ def ensure_folder(model: ModelSpec, progress: Progress | None = None) -> Path:
     UserError
         With what was tried and the way out; nothing half made stays.
     """
-    folder = cached_folder(model)
-    if folder is not None:
-        return folder
     source, label = model.source, model.label
-    match source:
-        case LocalFolder(path):
-            raise UserError(f"{path} is not a folder: give a model folder, .gguf file or hub id")
-        case HubRepo():
-            return fetch.fetch_repo(source, label, progress)
-        case GgufFile(path):
+    if (folder := cached_folder(model)) is not None:
+        return folder
+    if isinstance(source, LocalFolder):
+        raise UserError(f"{source.path} is not a folder: give a model folder, .gguf file or hub id")
+    if isinstance(source, HubRepo):
+        return fetch.fetch_repo(source, label, progress)
+    if isinstance(source, Download):
+        check_room(_ROOM_FACTOR * source.num_bytes, label)
 
-            def make(scratch: Path) -> None:
-                convert.convert_gguf(path, scratch / "model", label, progress)
+    def make(scratch: Path) -> None:
+        if isinstance(source, GgufFile):
+            gguf = source.path
+        else:
+            gguf = fetch.fetch_gguf(model, scratch, progress)
+        convert.convert_gguf(gguf, scratch / "model", label, progress)
 
-            return fill(file_sha256(path), make, progress, label)
-        case WheelParts() | HubFile() | Mirrors():
-            assert model.sha256 is not None  # ModelSpec checks it; for the type checker
-            check_room(_ROOM_FACTOR * _num_bytes(source), label)
-
-            def make(scratch: Path) -> None:
-                gguf = fetch.fetch_gguf(model, scratch, progress)
-                convert.convert_gguf(gguf, scratch / "model", label, progress)
-
-            return fill(model.sha256, make, progress, label)
-
-
-def download_num_bytes(model: ModelSpec) -> int | None:
-    """Size of the download, where it is known beforehand."""
-    match model.source:
-        case WheelParts() | HubFile() | Mirrors() as source:
-            return _num_bytes(source)
-        case _:
-            return None
-
-
-def _num_bytes(source: WheelParts | HubFile | Mirrors) -> int:
-    if isinstance(source, Mirrors):
-        return max(place.num_bytes for place in source.sources)
-    return source.num_bytes
+    sha256 = source_sha256(model)
+    assert sha256 is not None  # ModelSpec checks it; for the type checker
+    return fill(sha256, make, progress, label)

@@ -18,17 +18,8 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "
 def common_vocabulary(slm_tokenizer: Any, llm_tokenizer: Any, slm_size: int, llm_size: int) -> int:
     """Number of tokens that the two models share, from id 0 upwards.
 
-    Parameters
-    ----------
-    slm_tokenizer, llm_tokenizer
-        Anything with `get_vocab() -> dict[str, int]`.
-    slm_size, llm_size : int
-        Numbers of logits; a model may have more than its tokenizer has tokens (padding).
-
-    Returns
-    -------
-    int
-        The smaller of the two sizes. What lies behind it in the larger model is padding.
+    It is the smaller of the two sizes, which are numbers of logits: a model may have more than its
+    tokenizer has tokens, and what lies behind in the larger one is padding.
 
     Raises
     ------
@@ -75,17 +66,15 @@ def end_token_ids(
     A .gguf file declares one id only, so the end-of-document token of a chat model is found by
     its name.
     """
-    found: set[int] = set()
-
-    def add(declared: int | list[int] | None) -> None:
-        if declared is not None:
-            found.update([declared] if isinstance(declared, int) else declared)
-
+    declared: list[int | list[int] | None] = []
     for tokenizer in tokenizers:
-        add(tokenizer.eos_token_id)
+        declared.append(tokenizer.eos_token_id)
         vocabulary = tokenizer.get_vocab()
-        found.update(vocabulary[token] for token in _END_TOKENS if token in vocabulary)
+        declared.append([vocabulary[token] for token in _END_TOKENS if token in vocabulary])
     for model in models:
-        add(getattr(model.config, "eos_token_id", None))
-        add(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        for config in (model.config, getattr(model, "generation_config", None)):
+            declared.append(getattr(config, "eos_token_id", None))
+    found = {
+        i for ids in declared if ids is not None for i in ([ids] if isinstance(ids, int) else ids)
+    }
     return tuple(sorted(token_id for token_id in found if 0 <= token_id < vocab_size))

