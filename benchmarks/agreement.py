@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.workload import Workload, load_workload, transformer_models
 from calibrate.decode.engine import decode
-from hlmtheory.policies import make_policy
+from hlmtheory.policies import calibration_policy
 
 VALUES = ("uncertainty", "rejection_prob", "tv_distance")
 
@@ -29,7 +29,7 @@ def tuples(work: Workload, trace: str) -> dict[str, dict[str, np.ndarray]]:
     """Columns of every prompt, by step."""
     slm, llm = transformer_models(work.pair)
     found = {}
-    for batch in decode(slm, llm, work.prompts, make_policy("hlm"), work.settings(trace), ()):
+    for batch in decode(slm, llm, work.prompts, calibration_policy(), work.settings(trace), ()):
         for row, prompt_id in enumerate(batch.prompt_ids):
             own = batch.columns["row"] == row
             order = np.argsort(batch.columns["step"][own])

@@ -32,7 +32,7 @@ from calibrate.decode.engine import batches_by_length, decode
 from calibrate.decode.models import synchronise
 from calibrate.pairs.attention import RECORDING
 from hlmtheory import domain
-from hlmtheory.policies import make_policy
+from hlmtheory.policies import calibration_policy
 from hlmtheory.uncertainty import exact_uncertainty, log_partitions, temperatures
 
 NUM_PERTURBATIONS = 20
@@ -54,7 +54,7 @@ def engine_run(work: Workload, trace: str) -> Any:
     settings = work.settings(trace)
     begin = time.perf_counter()
     tokens, wall, forward = 0, 0.0, 0.0
-    for batch in decode(slm, llm, work.prompts, make_policy("hlm"), settings, ()):
+    for batch in decode(slm, llm, work.prompts, calibration_policy(), settings, ()):
         tokens += len(batch.columns["row"])
         wall += batch.wall_s
         forward += batch.forward_s

@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth [--json docs/growth.json] [--figure docs/growth.png]
 
-A made-up pair whose forwards cost next to nothing decodes under hlm with full traces and writes
+A made-up pair whose forwards cost next to nothing decodes losslessly with full traces and writes
 shards, so what is seen is the engine itself. Each point is a process of its own on one core, whose
 peak is set against one that has only warmed up: first calls import and set up a good deal.
 """
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibrate.run.folder import atomic_path, write_json
+from calibrate.run.folder import atomic_path, write_text
 
 NUM_REPEATS = 3
 PROMPTS = (100, 1_000, 10_000)
@@ -80,7 +80,7 @@ def decode_load(load: Load) -> tuple[float, int]:
     from calibrate.decode.models import StepOutput
     from calibrate.run.prompts import TokenizedPrompt
     from calibrate.run.traces import write_shard
-    from hlmtheory.policies import make_policy
+    from hlmtheory.policies import calibration_policy
 
     torch.set_num_threads(1)  # on a busy machine two threads mostly wait for each other
     keep_large_buffers()
@@ -116,12 +116,13 @@ def decode_load(load: Load) -> tuple[float, int]:
 
     prompts = [TokenizedPrompt(f"p{i:06d}", (i % 13, i % 7)) for i in range(load.num_prompts)]
     settings = DecodingSettings(max_new_tokens=load.max_new_tokens, batch_size=load.batch_size)
+    axes = settings.axes(load.vocab_size)
     begin, num_tokens = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
-        batches = decode(TableModel(0), TableModel(1), prompts, make_policy("hlm"), settings, ())
+        batches = decode(TableModel(0), TableModel(1), prompts, calibration_policy(), settings, ())
         for number, batch in enumerate(batches):
             path = Path(folder) / f"shard-{number:05d}.parquet"
-            write_shard(path, batch.columns, list(batch.prompt_ids), {})
+            write_shard(path, batch.columns, list(batch.prompt_ids), {}, axes)
             num_tokens += len(batch.columns["row"])
     return time.perf_counter() - begin, num_tokens
 
@@ -222,7 +223,8 @@ def main() -> None:
         "vocabulary": rows_of([Load(32, 32, vocab, 8) for vocab in VOCABULARIES]),
     }
     if options.json is not None:
-        write_json(options.json, panels)
+        content = {name: [asdict(row) for row in rows] for name, rows in panels.items()}
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
     if options.figure is not None:
         draw(panels, options.figure)
 

@@ -15,7 +15,7 @@ import sys
 
 from benchmarks.workload import load_workload, transformer_models
 from calibrate.decode.engine import decode
-from hlmtheory.policies import make_policy
+from hlmtheory.policies import calibration_policy
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     work = load_workload(options.pair, options.limit, options.max_new_tokens, attention=True)
     slm, llm = transformer_models(work.pair)
     num_tokens = 0
-    for batch in decode(slm, llm, work.prompts, make_policy("hlm"), work.settings("full"), ()):
+    for batch in decode(slm, llm, work.prompts, calibration_policy(), work.settings("full"), ()):
         num_tokens += len(batch.columns["row"])
     # A device model made from the server model shares its tensors: they are held once.
     weights = {

@@ -1,4 +1,4 @@
-"""What the benchmarks decode: a pair and its first calibration prompts."""
+"""What the benchmarks decode: a pair and shipped calibration prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from calibrate.decode.engine import DecodingSettings
 from calibrate.decode.memory import automatic_batch_size
 from calibrate.decode.models import TransformerModel
 from calibrate.pairs.registry import LoadedPair, load_pair, resolve_pair
-from calibrate.run.prompts import (
-    TokenizedPrompt,
-    calibration_prompts,
-    read_prompts,
-    tokenize_prompts,
-)
+from calibrate.run.prompts import TokenizedPrompt, draw_prompts, read_prompts, tokenize_prompts
 
 
 @dataclass(frozen=True)
@@ -35,14 +30,10 @@ class Workload:
     max_new_tokens: int
     batch_size: int
 
-    def settings(self, trace: str, temperature: float = 1.0, seed: int = 0) -> DecodingSettings:
+    def settings(self, trace: str) -> DecodingSettings:
         """Settings of the engine for these prompts."""
         return DecodingSettings(
-            temperature=temperature,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            seed=seed,
-            trace=trace,
+            max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, trace=trace
         )
 
 
@@ -54,7 +45,7 @@ def load_workload(
     attention: bool = False,
     dtype: str = "auto",
 ) -> Workload:
-    """Load a pair of the registry and tokenise the first shipped calibration prompts.
+    """Load a pair of the registry and tokenise shipped calibration prompts.
 
     Parameters
     ----------
@@ -70,7 +61,7 @@ def load_workload(
     spec = resolve_pair(pair_name, None, None, None)
     pair = load_pair(spec, dtype=dtype, attention=attention)
     prompts = tokenize_prompts(
-        calibration_prompts(read_prompts(None), limit),
+        draw_prompts(read_prompts(None), "calibration", limit, seed=0),
         pair.tokenizer,
         max_new_tokens,
         pair.max_context,

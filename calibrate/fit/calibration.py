@@ -26,7 +26,7 @@ from calibrate.run.records import (
     RunRecord,
     RunSettings,
 )
-from calibrate.run.traces import finished_prompts, read_header, read_trace, shard_paths, write_shard
+from calibrate.run.traces import finished_prompts, read_axes, read_trace, shard_paths, write_shard
 
 if TYPE_CHECKING:
     from calibrate.decode.engine import DecodingSettings
@@ -145,6 +145,7 @@ def calibrate(
         seed=request.seed,
         trace=request.trace,
     )
+    axes = settings.axes(pair.vocab_size)
     slm = TransformerModel(pair.slm, pair.vocab_size)
     llm = TransformerModel(pair.llm, pair.vocab_size)
     info = RunRecord(
@@ -162,7 +163,7 @@ def calibrate(
     )
     if request.resume and record_path(request.run, RunRecord).is_file():
         earlier = read_record(request.run, RunRecord)
-        _check_same_inputs(request.run, earlier, info, settings.axes(pair.vocab_size))
+        _check_same_inputs(request.run, earlier, info, axes)
         info = info.model_copy(update={"wall_s": earlier.wall_s, "forward_s": earlier.forward_s})
     write_record(request.run, info)
     done = finished_prompts(request.run) if request.resume else set()
@@ -195,17 +196,13 @@ def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord, axes: Axes
                 f"--resume: the {what} are not those of the interrupted run; name another folder"
             )
     for path in shard_paths(run):
-        before = read_header(path)["axes"]
+        before = read_axes(path).to_dict()
         for name, value in axes.to_dict().items():
-            if before.get(name) != _as_json(value):
+            if before[name] != value:
                 raise UserError(
-                    f"--resume: {path.name} has the axis {name} = {before.get(name)}, this "
-                    f"version writes {_as_json(value)}; name another folder"
+                    f"--resume: {path.name} has the axis {name} = {before[name]}, this version "
+                    f"writes {value}; name another folder"
                 )
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _decode_to_shards(
@@ -225,11 +222,11 @@ def _decode_to_shards(
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
     numbers = [int(path.stem.rpartition("-")[2]) for path in shard_paths(run)]
     offset = max(numbers, default=-1) + 1
-    policy = calibration_policy()
+    policy, axes = calibration_policy(), settings.axes(pair.vocab_size)
     batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
     for number, batch in enumerate(batches, start=offset):
         path = run / "traces" / f"shard-{number:05d}.parquet"
-        write_shard(path, batch.columns, batch.prompt_ids, header, batch.axes, batch.categories)
+        write_shard(path, batch.columns, batch.prompt_ids, header, axes, batch.categories)
         spent = {
             name: getattr(info, name) + getattr(batch, name) for name in ("wall_s", "forward_s")
         }

@@ -22,6 +22,7 @@ from hlmtheory.policies import Policy
 if TYPE_CHECKING:
     from calibrate.decode.engine import DecodedBatch, DecodingSettings
     from calibrate.pairs.registry import LoadedPair
+    from hlmtheory.steps import Axes
 
 OnStep = Callable[[int, int], None]
 
@@ -33,6 +34,7 @@ def rerun_identity(
     seed: int,
     max_new_tokens: int,
     temperature: float,
+    thetas: tuple[float, ...],
 ) -> dict[str, Any]:
     """Everything that decides the tokens of a rerun, beside the run's own pair.
 
@@ -45,6 +47,8 @@ def rerun_identity(
         Their ids key the random numbers, so both ids and texts count.
     seed, max_new_tokens : int
     temperature : float
+    thetas : tuple of float
+        Temperatures of the uncertainty.
     """
     return {
         "policy": point.policy,
@@ -56,6 +60,7 @@ def rerun_identity(
         "prompt_keys": {prompt.prompt_id: text_key(prompt.text) for prompt in prompts},
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "thetas": thetas,
     }
 
 
@@ -115,8 +120,10 @@ def decode_policies(
                 yield label, decoded.pop(label)
 
 
-def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: Mapping[str, Any]) -> None:
-    """Keep the batches of one policy in one file; what a header says of columns is theirs."""
+def keep_rerun(
+    path: Path, batches: Sequence[DecodedBatch], header: Mapping[str, Any], axes: Axes
+) -> None:
+    """Keep the batches of one policy in one file."""
     prompt_ids: list[str] = []
     categories: list[str] = []
     parts: dict[str, list[np.ndarray]] = {}
@@ -127,4 +134,4 @@ def keep_rerun(path: Path, batches: Sequence[DecodedBatch], header: Mapping[str,
         prompt_ids += batch.prompt_ids
         categories += batch.categories
     columns = {name: np.concatenate(values) for name, values in parts.items()}
-    write_shard(path, columns, prompt_ids, header, batches[0].axes, categories)
+    write_shard(path, columns, prompt_ids, header, axes, categories)

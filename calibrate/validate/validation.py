@@ -29,9 +29,10 @@ from calibrate.run.records import (
     RunSettings,
     ValidationRecord,
 )
-from calibrate.run.traces import read_trace, shard_paths
+from calibrate.run.traces import read_axes, read_trace, shard_paths
 from calibrate.validate.rerun import decode_policies, keep_rerun, rerun_identity, rerun_path
 from hlmtheory.policies import policy_class
+from hlmtheory.uncertainty import Temperatures
 
 if TYPE_CHECKING:
     from calibrate.derive.predict import Economics, PolicyTokens
@@ -53,6 +54,8 @@ class ValidationPlan:
         Feasible ones: those asked for and those validated before, as they are derived.
     infeasible : tuple of Infeasible
     prompts : tuple of Prompt
+    thetas : tuple of float
+        Temperatures of the calibration's uncertainty.
     order, seed, batch_size
         As asked for.
     command : tuple of str
@@ -65,6 +68,7 @@ class ValidationPlan:
     points: tuple[OperatingPoint, ...]
     infeasible: tuple[Infeasible, ...]
     prompts: tuple[Prompt, ...]
+    thetas: tuple[float, ...]
     order: Literal["random", "file"]
     seed: int
     batch_size: int | None
@@ -86,7 +90,7 @@ class ValidationPlan:
         sources = {policy.name: policy.source for policy in self.derivation.policies}
         return rerun_identity(
             point, sources[point.policy], self.prompts, self.seed, settings.max_new_tokens,
-            settings.temperature,
+            settings.temperature, self.thetas,
         )  # fmt: skip
 
     @cached_property
@@ -163,6 +167,7 @@ def prepare_validation(
             if not point.feasible
         ),
         prompts=tuple(prompts),
+        thetas=read_axes(shard_paths(run)[0]).thetas,
         order=order,
         seed=seed,
         batch_size=batch_size,
@@ -289,6 +294,7 @@ def decode_missing(
         max_new_tokens=max_new_tokens,
         batch_size=plan.batch_size or automatic_batch_size(pair, prompts, max_new_tokens, 2),
         seed=plan.seed,
+        thetas=Temperatures(plan.thetas),
         trace="minimal",
     )
     missing = {point.key: (path, point) for path, point in plan.missing.items()}
@@ -303,7 +309,8 @@ def decode_missing(
     policies = {key: plan.policies[key] for key in missing}
     for key, batches in decode_policies(pair, prompts, policies, settings, on_step, on_batch):
         path, point = missing[key]
-        keep_rerun(path, batches, {**plan.identity(point), "provenance": made})
+        header = {**plan.identity(point), "provenance": made}
+        keep_rerun(path, batches, header, settings.axes(pair.vocab_size))
 
 
 def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
