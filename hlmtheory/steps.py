@@ -7,8 +7,8 @@ Policies are functions of columns, so a prediction is the policy itself run on r
 Of the vocabulary a trace keeps the *head*: the HEAD_SIZE likeliest candidates in falling order,
 with x, y and u of each. Exact uncertainty falls with the logit, so a gate's skip set is a prefix of
 the vocabulary in that order, and as long as the head's last candidate is above the threshold the
-head says everything. Where it is not (thresholds near 1), tokens beyond it are represented by the draft
-that was drawn; see :class:`Skip`.
+head says everything. Where it is not (thresholds near 1), tokens beyond it are represented by the
+draft that was drawn; see :class:`Skip`.
 """
 
 from __future__ import annotations

@@ -15,38 +15,25 @@ import numpy as np
 import torch
 
 from calibrate.decode.memory import release_freed_buffers
-from calibrate.decode.models import LanguageModel, StepOutput
+from calibrate.decode.models import LanguageModel
 from calibrate.decode.recording import (
-    TRUNCATION_STRIDE,
+    HEAD,
+    SCALARS,
+    STRIDE,
     ColumnBuffer,
     Columns,
-    ImportanceTracker,
     attention_columns,
-    skip_set_columns,
+    phase,
+    strided_columns,
     to_numpy,
-    truncation_columns,
-    truncation_phase,
 )
-from calibrate.decode.streams import ACCEPT, DRAFT, PERTURBATION, RESAMPLE, Streams
+from calibrate.decode.streams import PERTURBATION, StepNoise, Streams
 from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory import domain
-from hlmtheory.acceptance import rejection_probability, total_variation
-from hlmtheory.gates import AlwaysSkip, NeverSkip
 from hlmtheory.policies import Policy
-from hlmtheory.sampling import sample_inverse_cdf
-from hlmtheory.uncertainty import (
-    Temperatures,
-    entropy,
-    exact_uncertainty,
-    log_partitions,
-    margin,
-    perturbed_probabilities,
-    sampled_uncertainty,
-    sampled_uncertainty_variance,
-    temperatures,
-)
-from hlmtheory.verification import output_bias
+from hlmtheory.steps import Axes, LawStep
+from hlmtheory.uncertainty import Temperatures, temperatures
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class DecodingSettings:
     thetas : Temperatures
         Perturbation temperatures of the uncertainty.
     trace : {"full", "minimal"}
-        Minimal leaves out skip sets, truncation and attention columns.
+        Minimal leaves out the head, truncation and attention.
     """
 
     temperature: float = 1.0
@@ -84,9 +71,13 @@ class DecodingSettings:
         if self.trace not in ("full", "minimal"):
             raise ValueError(f"trace = {self.trace!r}: allowed are 'full', 'minimal'")
 
+    def axes(self, vocab_size: int) -> Axes:
+        """What the columns of these settings mean."""
+        return Axes(vocab_size, self.temperature, self.thetas.values)
 
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray], Columns]
-"""Extra columns from (slm_logits (B, V), draft (B,), x (B, V), uniforms): for studies."""
+
+Observer = Callable[[LawStep], Columns]
+"""Extra columns from a step with its draft and output: for studies."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +188,9 @@ class _BatchRun:
         self.prompt_ids = [prompt.prompt_id for prompt in batch]
         self.categories = [prompt.category for prompt in batch]
         self.streams = Streams(settings.seed, self.prompt_ids)
-        self.want_attention = settings.trace == "full" or policy.gate.needs_importance
+        self.want_attention = settings.trace == "full" or policy.needs_attention
+        self.axes = settings.axes(slm.vocab_size)
+        self.num_candidates = policy.num_candidates(slm.vocab_size)
         contexts = [prompt.tokens[:-1] for prompt in batch]
         self.slm = slm.start(contexts, self.want_attention)
         self.llm = llm.start(contexts, False)
@@ -205,10 +198,8 @@ class _BatchRun:
         self.tokens = torch.tensor([prompt.tokens[-1] for prompt in batch], device=self.device)
         self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
         self.rows = np.arange(len(batch))
-        self.phase = np.array([truncation_phase(prompt.prompt_id) for prompt in batch])
-        self.tracker = (
-            ImportanceTracker(policy.importance) if policy.importance is not None else None
-        )
+        self.phase = np.array([phase(prompt.prompt_id) for prompt in batch])
+        self.memory = policy.memory()
         self.columns = ColumnBuffer(len(batch) * settings.max_new_tokens)
 
     def to_end(self, on_step: Callable[[int, int], None] | None) -> DecodedBatch:
@@ -239,119 +230,50 @@ class _BatchRun:
         self.slm.keep(index)
         self.llm.keep(index)
         self.streams.keep(left.tolist())
-        if self.tracker is not None:
-            self.tracker.keep(index)
+        self.memory.keep(index)
         self.tokens = self.tokens[index]
         self.rows = self.rows[left]
 
-    def _step(self, step: int) -> np.ndarray:
+    def _step(self, number: int) -> np.ndarray:
         """Advance every row by one token; returns which rows ended."""
-        slm_out = self.slm.step(self.tokens)
-        llm_out = self.llm.step(self.tokens)
-        z = slm_out.logits  # (B, V)
-        x = torch.softmax(z / self.settings.temperature, dim=-1)
-        y = torch.softmax(llm_out.logits / self.settings.temperature, dim=-1)
-        raw_uniforms = self.streams.next_step()
-        uniforms = torch.from_numpy(raw_uniforms).to(self.device)
-
-        rule, gate = self.policy.rule, self.policy.gate
-        size: torch.Tensor | int | None = None
-        if rule.drafts_from_sent:
-            size = self.policy.fixed_size(x.shape[-1])
-            draft = sample_inverse_cdf(rule.reference_law(x, size), uniforms[:, DRAFT])
-        else:
-            draft = sample_inverse_cdf(x, uniforms[:, DRAFT])
-        at_draft = draft[:, None]
-        x_d = x.gather(1, at_draft)[:, 0]
-        y_d = y.gather(1, at_draft)[:, 0]
-
-        thetas = self.settings.thetas
-        log_z = log_partitions(z, thetas)  # (B, K)
-        p_draft = perturbed_probabilities(z, at_draft, thetas, log_z)[:, 0]  # (B, K)
-        uncertainty = exact_uncertainty(z, at_draft, thetas, log_z)[:, 0]
-        draws = uniforms[:, PERTURBATION][:, : len(thetas.values)]
-        sampled = sampled_uncertainty(p_draft, draws.to(p_draft.dtype))
-
-        important = self._important(slm_out)
-        skipped = gate.skip(uncertainty, sampled, important)
-        if not rule.drafts_from_sent:
-            size = self.policy.sizes(x, x_d, uncertainty)
-        reference = rule.reference_law(x, size)
-        reference_d = reference.gather(1, at_draft)[:, 0]
-        accepted = uniforms[:, ACCEPT] < rule.acceptance(reference_d, y_d)
-
-        sigma = self._skip_probability(z, log_z, important)  # (B, V), or None: nothing skips
-        skipped_mass = (
-            torch.zeros_like(x)
-            if sigma is None
-            else sigma * (reference if rule.drafts_from_sent else x)
-        )
-        output = draft.clone()
-        asks = torch.nonzero(~(skipped | accepted))[:, 0]
-        if len(asks):
-            weights = rule.resample_weights(reference[asks], y[asks], skipped_mass[asks])
-            # No residual mass: rounding sent a draft here that x = y would have accepted.
-            weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, y[asks])
-            output[asks] = sample_inverse_cdf(weights, uniforms[asks][:, RESAMPLE])
-        self.tokens = output
-
-        lossless = sigma is None and rule.name == "full"
-        zero = torch.zeros_like(x_d)
-        skip_size = zero if sigma is None else (sigma > 0).sum(-1)
+        policy = self.policy
+        step = self._law_step()
+        step = step.with_columns(self.memory.update(step))
+        step = step.drafted(policy.draft(step))
+        answer = policy.answer(step)
+        step = step.with_columns({"output_token": answer.output})
+        expected, drawn = policy.outcome(step), policy.drawn(step)
         columns: dict[str, torch.Tensor | np.ndarray] = {
             "row": self.rows,
-            "step": np.full(len(self.rows), step),
-            "draft_token": draft,
-            "output_token": output,
-            "draft_prob": x_d,
-            "target_prob": y_d,
-            "rejection_prob": rejection_probability(x_d, y_d),
-            "uncertainty": uncertainty,
-            "uncertainty_sampled": sampled,
-            "uncertainty_variance": sampled_uncertainty_variance(p_draft),
-            "entropy": entropy(x),
-            "max_prob": x.max(-1).values,
-            "margin": margin(x),
-            "tv_distance": total_variation(x, y),
-            "skipped": skipped,
-            "accepted": accepted,
-            "policy_skip_prob": zero if sigma is None else (sigma * x).sum(-1),
-            "policy_bias": zero
-            if lossless
-            else output_bias(rule, x, y, torch.zeros_like(x) if sigma is None else sigma, size),
-            "policy_entries": rule.num_entries(x.shape[-1], size, skip_size.to(torch.int64)),
+            "step": np.full(len(self.rows), number),
+            **{name: step[name] for name in SCALARS},
+            "skipped": drawn.skip > 0.5,
+            "accepted": answer.accepted,
+            "policy_skip_prob": expected.skip,
+            "policy_risk": expected.risk,
+            "policy_bias": expected.bias,
+            "policy_entries": drawn.entries,
         }
         if self.settings.trace == "full":
-            columns |= skip_set_columns(z, x, y, thetas, log_z)
-            due = (step - self.phase[self.rows]) % TRUNCATION_STRIDE == 0
-            columns |= truncation_columns(torch.from_numpy(due).to(self.device), x, y)
-            if slm_out.attention is not None:
-                columns |= attention_columns(slm_out.attention, slm_out.attention_mask)
+            due = (number - self.phase[self.rows]) % STRIDE == 0
+            columns |= {name: step[name] for name in HEAD} | strided_columns(step, due)
+            columns |= self.attention
         if self.observer is not None:
-            columns |= self.observer(z, draft, x, raw_uniforms)
+            columns |= self.observer(step)
         self.columns.append({name: to_numpy(values) for name, values in columns.items()})
-        return torch.isin(output, self.eos).cpu().numpy()
+        self.tokens = answer.output
+        return to_numpy(torch.isin(self.tokens, self.eos))
 
-    def _important(self, slm_out: StepOutput) -> torch.Tensor | None:
-        if self.tracker is None:
-            return None
-        return self.tracker.update(attention_columns(slm_out.attention, slm_out.attention_mask))
-
-    def _skip_probability(
-        self, z: torch.Tensor, log_z: torch.Tensor, important: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Sigma over the vocabulary, (B, V); None where the gate never skips."""
-        gate, vocab = self.policy.gate, z.shape[-1]
-        if isinstance(gate, NeverSkip):
-            return None
-        if isinstance(gate, AlwaysSkip):
-            return torch.ones_like(z)
-        # Uncertainty falls with the logit, so the skip set is a prefix of the sorted vocabulary.
-        num_candidates = min(vocab, gate.max_skip_set_size(vocab) + 1)
-        top = z.topk(num_candidates).indices
-        p_top = perturbed_probabilities(z, top, self.settings.thetas, log_z)  # (B, M, K)
-        sigma = torch.zeros_like(z)
-        sigma.scatter_(1, top, gate.skip_probability(p_top, important).to(z.dtype))
-        if important is not None:
-            sigma = torch.where(important[:, None], sigma, torch.ones_like(sigma))
-        return sigma
+    def _law_step(self) -> LawStep:
+        """Both models advanced, their laws, and the attention behind them."""
+        slm_out, llm_out = self.slm.step(self.tokens), self.llm.step(self.tokens)
+        z, temperature = slm_out.logits, self.settings.temperature  # (B, V)
+        x = torch.softmax(z / temperature, dim=-1)
+        y = torch.softmax(llm_out.logits / temperature, dim=-1)
+        self.attention: dict[str, torch.Tensor] = {}
+        if slm_out.attention is not None:
+            self.attention = attention_columns(
+                slm_out.attention, slm_out.attention_mask, self.axes.attention_sizes
+            )
+        noise: StepNoise = self.streams.next_step(z.shape[-1], self.device)
+        return LawStep(self.axes, z, x, y, noise, self.num_candidates, self.attention)

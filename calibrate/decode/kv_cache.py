@@ -52,7 +52,7 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    class GrowingLayer(DynamicLayer):
+    class GrowingLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         """A layer with spare room behind its tokens, instead of a copy at every token."""
 
         keys: Any

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from calibrate.decode.models import LanguageModel, synchronise
-from calibrate.run.folder import Figure
+from calibrate.run.records import Figure, Timings
 from hlmtheory import domain
 from hlmtheory.uncertainty import Temperatures, exact_uncertainty
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds a token at batch size one, as the median with a distribution-free interval."""
-
-    t_slm_ms: Figure
-    t_llm_ms: Figure
-    t_uncertainty_ms: Figure
 
 
 def measure_timings(
@@ -66,10 +56,10 @@ def measure_timings(
             samples["uncertainty"].append(end - after_llm)
             token = draft[:, 0]
     return Timings(
-        *(
-            _median(np.array(samples[name][3:]) * 1e3, confidence)
-            for name in ("slm", "llm", "uncertainty")
-        )
+        **{
+            f"t_{name}_ms": _median(np.array(taken[3:]) * 1e3, confidence)
+            for name, taken in samples.items()
+        }
     )
 
 
@@ -80,4 +70,4 @@ def _median(values_ms: np.ndarray, confidence: float) -> Figure:
     num = len(ordered)
     rank = int(stats.binom.ppf((1 - confidence) / 2, num, 0.5))
     low, high = ordered[max(rank - 1, 0)], ordered[min(num - rank, num - 1)]
-    return Figure(float(np.median(ordered)), float(low), float(high), "ms")
+    return Figure(value=float(np.median(ordered)), low=float(low), high=float(high), unit="ms")

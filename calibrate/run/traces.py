@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calibrate.run.errors import UserError
-from calibrate.run.folder import SCHEMA_VERSION, atomic_path
+from calibrate.run.folder import atomic_path
+from hlmtheory.steps import Axes, Step
 
 HEADER_KEY = b"hlmtheory"
+SCHEMA_VERSION = 2
 FLOAT_DTYPE = np.float32
 
 
@@ -23,6 +25,7 @@ def write_shard(
     columns: Mapping[str, np.ndarray],
     prompt_ids: Sequence[str],
     header: Mapping[str, Any],
+    axes: Axes,
     categories: Sequence[str] = (),
 ) -> None:
     """Write one batch of token rows.
@@ -36,6 +39,8 @@ def write_shard(
     prompt_ids : sequence of str
     header : mapping
         JSON-serialisable provenance, stored in the file's metadata.
+    axes : Axes
+        What the columns mean, stored beside it: readers take them from there.
     categories : sequence of str
         Of each prompt; left out of the file unless every prompt has one.
     """
@@ -47,7 +52,11 @@ def write_shard(
         if name != "row":
             arrays[name] = _to_arrow(values)
     table = pa.table(arrays).replace_schema_metadata(
-        {HEADER_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **header})}
+        {
+            HEADER_KEY: json.dumps(
+                {"schema_version": SCHEMA_VERSION, "axes": axes.to_dict(), **header}
+            )
+        }
     )
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -85,6 +94,20 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def read_axes(path: Path) -> Axes:
+    """What the columns of a shard mean.
+
+    Raises
+    ------
+    UserError
+        If its header does not say.
+    """
+    try:
+        return Axes.from_dict(read_header(path).get("axes", {}))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}; calibrate again") from None
+
+
 def shard_paths(run: Path) -> list[Path]:
     """Finished shards of a run, in order."""
     return sorted((run / "traces").glob("*.parquet"))
@@ -107,6 +130,8 @@ class Trace:
     columns : dict of str to array (N,) or (N, G)
     prompt_ids : list of str
         The prompts; `prompt_index` (N,) points into it.
+    axes : Axes
+        What the columns mean, as the files say.
     categories : list of str
         Of each prompt; empty where they have none.
     """
@@ -115,11 +140,17 @@ class Trace:
         self,
         columns: dict[str, np.ndarray],
         prompt_ids: list[str],
+        axes: Axes,
         categories: Sequence[str] = (),
     ) -> None:
         self.columns = columns
         self.prompt_ids = prompt_ids
+        self.axes = axes
         self.categories = list(categories)
+
+    def step(self, rows: Any = slice(None)) -> Step:
+        """Some rows, all by default, as a policy reads them."""
+        return Step(self.axes, self.columns, rows)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.columns:
@@ -148,17 +179,22 @@ class Trace:
 def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
     """Read shards into one trace.
 
-    Floats come back as float64, so that sums over a million tokens lose nothing more.
+    Floats of one number a token come back as float64, so that sums over a million tokens lose
+    nothing more; wider columns stay as they are until a step reads them.
 
     Raises
     ------
     UserError
-        If there is no shard, or one is broken.
+        If there is no shard, one is broken, or their axes differ.
     """
     if not paths:
         raise UserError("no finished trace shard; run `hlm calibrate` first")
-    for path in paths:
-        read_header(path)
+    axes = read_axes(paths[0])
+    for path in paths[1:]:
+        if (found := read_axes(path)) != axes:
+            raise UserError(
+                f"{path}: its axes are not those of {paths[0].name}: {found} and {axes}"
+            )
     categorised = all("category" in pq.read_schema(path).names for path in paths)
     of_prompts = ["prompt_id", "category"] if categorised else ["prompt_id"]
     wanted = None if columns is None else [*of_prompts, "step", *columns]
@@ -179,7 +215,7 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
         of_rows = [value for table in tables for value in table["category"].to_pylist()]
         category = dict(zip(ids, of_rows, strict=True))
         categories = [category[prompt_id] for prompt_id in prompt_ids]
-    return Trace(trace_columns, prompt_ids, categories)
+    return Trace(trace_columns, prompt_ids, axes, categories)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
@@ -188,7 +224,7 @@ def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
         array = pa.concat_arrays(array.chunks)
     if pa.types.is_fixed_size_list(array.type):
         width = array.type.list_size
-        values = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    else:
-        values = array.to_numpy(zero_copy_only=False)
+        flat: np.ndarray = array.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(-1, width)
+    values: np.ndarray = array.to_numpy(zero_copy_only=False)
     return values.astype(np.float64) if values.dtype.kind == "f" else values

@@ -1,0 +1,253 @@
+"""Token by token, what a policy does: expected over its drafts, as drawn, or measured in a rerun.
+
+All three go through the same :func:`metrics`, and the first two are the policy itself run on the
+recorded steps of a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
+from calibrate.run.traces import Trace
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens
+from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
+from hlmtheory.link import Link
+from hlmtheory.policies import GatedPolicy, Outcome, Policy, policy_from_settings
+from hlmtheory.risk import SkipAtoms
+from hlmtheory.scores import score_named
+from hlmtheory.steps import Step
+
+UNITS = {
+    "skip_rate": "",
+    "rejection_risk": "",
+    "uplink_bits_per_token": "bit/token",
+    "token_time_ms": "ms",
+    "throughput_tok_s": "token/s",
+    "mean_throughput_tok_s": "token/s",
+    "energy_j_per_token": "J/token",
+    "tv_bias": "",
+}
+METRICS = tuple(UNITS)
+SOURCES: dict[str, Literal["counted", "implied"]] = {
+    metric: "implied" if "time" in metric or "tok_s" in metric or "energy" in metric else "counted"
+    for metric in METRICS
+}
+"""Counted token by token in a rerun, or implied by what was counted and by given times."""
+
+CHUNK = 8192
+"""Steps looked at together: the head of these fits the cache."""
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What one policy does at each token of a set of prompts.
+
+    Attributes
+    ----------
+    policy : Policy
+    skip : float array (N,)
+        Probability that the draft is emitted without the server; 0 or 1 where it was drawn.
+    risk : float array (N,)
+        Rejection risk taken there.
+    bias : float array (N,)
+        TV between the policy's output law and the server's; NaN where unknown.
+    entries : float array (N,)
+        Probabilities sent, 0 where nothing is.
+    prompt_index : int array (N,)
+    num_prompts : int
+    """
+
+    policy: Policy
+    skip: np.ndarray
+    risk: np.ndarray
+    bias: np.ndarray
+    entries: np.ndarray
+    prompt_index: np.ndarray
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class Economics:
+    """Link, device and accounting under which bits and forwards become time and energy."""
+
+    link: Link
+    profile: DeviceProfile
+    vocab_size: int
+    accounting: str = "paper"
+
+
+def point_policy(
+    derivation: DerivationRecord, point: OperatingPoint, learned: LearnedModel | None
+) -> Policy:
+    """The policy that the engine runs at an operating point."""
+    source = {one.name: one.source for one in derivation.policies}.get(point.policy)
+    model = None if learned is None else learned.model_dump()
+    score = None if point.score is None else score_named(point.score, model)
+    return policy_from_settings(
+        source or point.policy, point.settings, point.uncertainty_threshold.value, score
+    )
+
+
+def remembered(trace: Trace, policy: Policy) -> Mapping[str, np.ndarray]:
+    """The trace's columns, and what the policy remembers along each answer, step by step."""
+    memory, steps = policy.memory(), trace["step"]
+    live = np.flatnonzero(steps == 0)  # row of each prompt's current token
+    out: dict[str, np.ndarray] = {}
+    while len(live):
+        for name, values in memory.update(trace.step(live)).items():
+            out.setdefault(name, np.zeros(trace.num_tokens, dtype=np.asarray(values).dtype))
+            out[name][live] = values
+        if not out:
+            break  # it remembers nothing
+        following = live + 1
+        inside = following < trace.num_tokens
+        continues = inside & (steps[np.where(inside, following, 0)] > 0)
+        memory.keep(np.flatnonzero(continues))
+        live = following[continues]
+    return trace.columns | out
+
+
+def policy_steps(trace: Trace, policy: Policy) -> Iterator[Step]:
+    """The trace as the policy reads it, CHUNK steps at a time."""
+    columns = remembered(trace, policy)
+    for begin in range(0, trace.num_tokens, CHUNK):
+        yield Step(trace.axes, columns, slice(begin, begin + CHUNK))
+
+
+def _tokens(trace: Trace, policy: Policy, look: Callable[[Step], Outcome]) -> PolicyTokens:
+    found = [look(step) for step in policy_steps(trace, policy)]
+    skip, risk, bias, entries = (
+        np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in found])
+        for name in ("skip", "risk", "bias", "entries")
+    )
+    return PolicyTokens(policy, skip, risk, bias, entries, trace.prompt_index, trace.num_prompts)
+
+
+def predicted_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
+    """What the policy is expected to do at the contexts of a calibration trace.
+
+    Averaged over the draft wherever the recorded head decides. Valid when the contexts that the
+    policy's own outputs lead to resemble those of the calibration policy; how far they do not is
+    what a rerun measures.
+    """
+    return _tokens(trace, policy, policy.outcome)
+
+
+def drawn_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
+    """What the policy would have done with the drafts that were drawn: a rerun's own spread."""
+    return _tokens(trace, policy, policy.drawn)
+
+
+def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
+    """What a rerun under the policy did."""
+    skipped = trace["skipped"].astype(np.float64)
+    return PolicyTokens(
+        policy,
+        skipped,
+        skipped * trace["rejection_prob"],
+        trace["policy_bias"],
+        trace["policy_entries"],
+        trace.prompt_index,
+        trace.num_prompts,
+    )
+
+
+def policy_atoms(trace: Trace, policy: GatedPolicy) -> SkipAtoms:
+    """Pieces of every draft's probability with the score that the policy's gate sees."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for number, step in enumerate(policy_steps(trace, policy)):
+        score, mass, rejection = policy.atoms(step)
+        index = trace.prompt_index[number * CHUNK : number * CHUNK + len(mass), None]
+        used = mass > 0
+        columns = (score, mass, rejection, np.broadcast_to(index, mass.shape))
+        parts.append(tuple(column[used] for column in columns))
+    score, mass, rejection, index = (np.concatenate(column) for column in zip(*parts, strict=True))
+    num_tokens = np.bincount(trace.prompt_index, minlength=trace.num_prompts).astype(float)
+    return SkipAtoms(score, mass, rejection, index, num_tokens)
+
+
+def unsent_before(skip: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
+    r"""Expected number of tokens emitted alone since the server was last asked, (N,).
+
+    .. math:: n_t = p_{t-1} (1 + n_{t-1}), \qquad n_0 = 0
+
+    along each answer, with p the probability of a skip; a count where p is 0 or 1. Valid for p in
+    between if drafts are drawn independently along the recorded contexts.
+    """
+    out = np.zeros(len(skip))
+    starts = np.flatnonzero(np.diff(prompt_index, prepend=-1) != 0)
+    lengths = np.diff(np.append(starts, len(skip)))
+    for step in range(1, int(lengths.max(initial=0))):
+        rows = starts[lengths > step] + step
+        out[rows] = skip[rows - 1] * (1.0 + out[rows - 1])
+    return out
+
+
+def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
+    """Expected uplink bits of each token, (N,); docs/theory.md, (18)."""
+    if tokens.policy.role != "both":
+        return np.zeros_like(tokens.skip)
+    sent = 1.0 - tokens.skip
+    if_sent = np.where(sent > 0, tokens.entries / np.where(sent > 0, sent, 1.0), 0.0)
+    bits = payload_bits(
+        if_sent,
+        economics.vocab_size,
+        accounting=economics.accounting,
+        draft_sent=tokens.policy.draft_sent,
+        num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
+    )
+    return np.asarray(sent * bits)
+
+
+def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstimate]:
+    """Every metric of METRICS as a mean over tokens with its prompt-clustered standard error.
+
+    docs/theory.md, (11), (18), (27), (28), (29). Throughput is 1/E[token time], mean throughput
+    E[1/token time], expected over skipping and sending; they answer different questions.
+    """
+    sent = 1.0 - tokens.skip
+    bits = uplink_bits(tokens, economics)
+    link, profile = economics.link, economics.profile
+    if not tokens.policy.gated:
+        # Nobody looks at the uncertainty, so nobody computes it.
+        profile = replace(profile, t_uncertainty_ms=0.0)
+    alone = tokens.policy.role == "server"
+    if_sent = np.where(sent > 0, bits / np.where(sent > 0, sent, 1.0), 0.0)
+    uplink_ms = np.asarray(link.uplink_time_ms(if_sent))
+    none, ones = np.zeros_like(sent), np.ones_like(sent)
+
+    def both(of: Callable[..., Any]) -> list[np.ndarray]:
+        """A skipped token's, and a sent one's."""
+        return [
+            np.asarray(of(asked, up, profile, link.round_trip_ms, alone))
+            for asked, up in ((none, none), (ones, uplink_ms))
+        ]
+
+    def expected(skipped: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        return np.asarray(tokens.skip * skipped + sent * asked)
+
+    def mean(values: np.ndarray) -> RatioEstimate:
+        return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
+
+    skipped_ms, sent_ms = both(token_time_ms)
+    time = mean(expected(skipped_ms, sent_ms))
+    return {
+        "skip_rate": mean(tokens.skip),
+        "rejection_risk": mean(tokens.risk),
+        "uplink_bits_per_token": mean(bits),
+        "token_time_ms": time,
+        "throughput_tok_s": RatioEstimate(
+            1e3 / time.value,
+            1e3 * time.standard_error / time.value**2,
+            time.num_prompts,
+            -1e3 * time.influence / time.value**2,
+        ),
+        "mean_throughput_tok_s": mean(expected(1e3 / skipped_ms, 1e3 / sent_ms)),
+        "energy_j_per_token": mean(expected(*both(token_energy_j))),
+        "tv_bias": mean(tokens.bias),
+    }
