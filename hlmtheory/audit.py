@@ -97,13 +97,13 @@ def _threshold_rows(numbers: PublishedTable) -> list[AuditRow]:
     prone = numbers("U-HLM", "risk_prone_threshold")
 
     def averse_at(a: float, b: float) -> float:
-        return risk_averse_threshold(a, b).uncertainty_threshold
+        return risk_averse_threshold(a, b).value
 
     def delta_at(u: float, a: float, b: float) -> float:
         return a * u + b
 
     delta = imply(delta_at, prone, slope, intercept)
-    again = risk_prone_threshold(slope.value, intercept.value, delta.value).uncertainty_threshold
+    again = risk_prone_threshold(slope.value, intercept.value, delta.value).value
     other = (numbers("CU-HLM", "slope"), numbers("CU-HLM", "intercept"))
     return [
         _row(
