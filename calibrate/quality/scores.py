@@ -8,7 +8,7 @@ each other and not with published ones.
 **Yardsticks.** Two texts drawn from the server model for one prompt differ, so even the server
 itself does not score 1. What a second draw from its law scores is the mark that lossless decoding
 reaches: the rerun of a lossless policy is such a draw. It is called the ceiling, but bounds
-nothing: a policy with a narrower law (truncated, sharper) lies nearer to the middle of the server's
+nothing: a policy with a narrower law (truncated, sharper) lies apart to the middle of the server's
 texts and can score more without being closer in law, so a difference above 0 is a deviation like
 one below. The floor is the device alone; what the server's text scores against its text for another
 prompt says where the scale begins.
@@ -49,6 +49,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -267,13 +268,13 @@ def score_reruns(
         if on_row is not None:
             on_row(f"scoring {rerun.policy} {rerun.rule}")
         prefixes = [shared_prefix(rerun, draw) for draw in draws]
-        nearer = int(prefixes[1].mean() < prefixes[0].mean())
-        reference, coupled = draws[nearer], draws[1 - nearer]
+        apart = int(prefixes[1].mean() < prefixes[0].mean())
+        reference, coupled = draws[apart], draws[1 - apart]
         own_texts = [decode(tokens) for tokens in rerun.tokens]
         scores = {
             name: ceiling[name]
             if rerun is second
-            else score_texts(measure, own_texts, (first_texts, second_texts)[nearer])
+            else score_texts(measure, own_texts, (first_texts, second_texts)[apart])
             for name, measure in measures.items()
         }
         means = {name: mean_figure(found, confidence) for name, found in scores.items()}
@@ -294,7 +295,7 @@ def score_reruns(
                 identical=none
                 if rerun is second
                 else share_figure(sum(same), len(same), confidence),
-                shared_prefix=mean_figure(prefixes[nearer], confidence, "token"),
+                shared_prefix=mean_figure(prefixes[apart], confidence, "token"),
                 num_prompts=len(rerun.prompt_ids),
             )
         )
@@ -332,7 +333,7 @@ def run_quality(
     from calibrate.validate.validation import spec_from_settings
 
     device = resolve_device(device)
-    encoder_identity = {
+    encoder_identity: dict[str, Any] = {
         "name": ENCODER.label,
         "source": f"package {ENCODER.requirement}",
         "sha256": ENCODER.weights_sha256,

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from calibrate.run.figure import number_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from calibrate.pairs.registry import PairDescription
     from calibrate.run.records import (
         AttenuationRecord,
         CalibrationRecord,
         DerivationRecord,
+        Figure,
         GuaranteesRecord,
         ValidationRecord,
     )
@@ -91,7 +92,7 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     table = new_table(
         "", "device model (SLM)", "server model (LLM)", title=f"{pair.name}: {pair.description}"
     )
-    rows = {
+    rows: dict[str, Callable[[Any], str]] = {
         "name": lambda m: m.label,
         "source": lambda m: m.source,
         "sha256": lambda m: m.sha256 or "-",
@@ -270,13 +271,11 @@ def print_attenuation(result: AttenuationRecord) -> None:
         ">K", ">reliability", ">r predicted", ">r measured", ">slope predicted", ">slope measured"
     )
     for row in result.rows:
-        table.add_row(
-            str(row.num_temperatures),
-            *map(number_text, (
-                row.reliability, row.predicted_correlation, row.measured_correlation,
-                row.predicted_slope, row.measured_slope,
-            )),
+        shown: tuple[Figure | float, ...] = (
+            row.reliability, row.predicted_correlation, row.measured_correlation,
+            row.predicted_slope, row.measured_slope,
         )  # fmt: skip
+        table.add_row(str(row.num_temperatures), *map(number_text, shown))
     console.print(f"{result.pair.name}: the line on K draws ({result.confidence:.0%} intervals)")
     console.print(table)
 

@@ -215,7 +215,7 @@ def _row(trace: AttenuationTrace, column: int, confidence: float) -> Attenuation
         exact_correlation=float(whole.exact.correlation),
         predicted_correlation=float(whole.predicted.correlation),
         predicted_slope=float(whole.predicted.slope),
-        measured_correlation=figure(whole.measured.correlation, *(interval or (None, None))),
+        measured_correlation=figure(float(whole.measured.correlation), *(interval or (None, None))),
         measured_slope=_jackknife(whole.measured.slope, without.measured.slope, confidence),
         correlation_gap=_jackknife(whole.correlation_gap, without.correlation_gap, confidence),
         slope_gap=_jackknife(whole.slope_gap, without.slope_gap, confidence),

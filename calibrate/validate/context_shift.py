@@ -65,7 +65,7 @@ def context_shift(
         return np.asarray(policy.score.of_draft(trace.step()), dtype=float)
 
     def below(trace: Trace) -> np.ndarray:
-        return (score(trace) <= policy.threshold).astype(float)
+        return np.asarray(score(trace) <= policy.threshold, dtype=float)
 
     def risk(trace: Trace) -> np.ndarray:
         return below(trace) * trace["rejection_prob"]

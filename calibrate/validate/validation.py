@@ -82,7 +82,10 @@ class ValidationPlan:
     @cached_property
     def policies(self) -> dict[str, Policy]:
         """Of every point, by its key."""
-        return {point.key: self.derivation.policy_of(point) for point in self.points}
+        from calibrate.derive.operating_points import policy_of
+
+        learned = self.calibration.learned
+        return {point.key: policy_of(self.derivation, point, learned) for point in self.points}
 
     def identity(self, point: OperatingPoint) -> dict[str, Any]:
         """What a rerun of the point is kept by."""
@@ -318,13 +321,18 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
 
     Decodes nothing.
     """
-    from calibrate.derive.predict import measured_tokens
-    from calibrate.derive.presets import economics_of
+    from calibrate.derive.predict import Economics, measured_tokens
+    from calibrate.derive.presets import link_from_dict, profile_from_dict
     from calibrate.validate.comparison import Comparison, common_strata, compare, coverage
     from calibrate.validate.context_shift import context_shift, is_reference
 
     derivation, confidence = plan.derivation, plan.derivation.confidence
-    economics = economics_of(derivation)
+    economics = Economics(
+        link_from_dict(derivation.link),
+        profile_from_dict(derivation.profile),
+        derivation.pair.vocab_size,
+        derivation.accounting,
+    )
     calibration = read_trace(shard_paths(plan.run))
     compared: list[Comparison] = []
     reruns, shifts = [], []
@@ -381,17 +389,16 @@ def _rerun_info(
             np.where(sent, tokens.entries, np.nan), tokens.prompt_index, tokens.num_prompts
         )
         entries = as_figure(estimate, "", derivation.confidence)
-    sweep = derivation.snr
-    throughput = None
-    if sweep is not None:
-        throughput = throughput_curves(tokens, economics, sweep.snr_db, derivation.confidence)
+    confidence, sweep = derivation.confidence, derivation.snr
     return RerunInfo(
         policy=point.policy,
         rule=point.rule,
         file=file,
         num_tokens=len(tokens.skip),
         entries_per_sent_token=entries,
-        throughput=throughput,
+        throughput=None
+        if sweep is None
+        else throughput_curves(point, tokens, economics, sweep.snr_db, confidence),
         sizes=size_distribution(tokens.entries[sent])
         if tokens.policy.entries_vary and sent.any()
         else None,
