@@ -9,7 +9,7 @@ from types import ModuleType
 
 from matplotlib.figure import Figure
 
-from calibrate.run.folder import atomic_path
+from calibrate.run.folder import DEFAULT_NAME, atomic_path
 from paper_figs.figures import (
     attention,
     attenuation,
@@ -24,7 +24,7 @@ from paper_figs.figures import (
     truncation,
     validation,
 )
-from paper_figs.loaded import LoadedRun, load_run
+from paper_figs.loaded import RECORDS, LoadedRun, load_run
 from paper_figs.report.audit_table import write_audit
 from paper_figs.report.tables import write_tables
 from paper_figs.style import PNG_DPI, styled
@@ -53,14 +53,26 @@ def figure_names() -> list[str]:
     return [module.__name__.rpartition(".")[2] for module in MODULES]
 
 
-def figures(loaded: LoadedRun) -> Iterator[tuple[str, Figure | None]]:
-    """Every figure by name; None where the run lacks what it needs. Consume inside `styled()`."""
+def figures(loaded: LoadedRun) -> Iterator[tuple[str, Figure | str]]:
+    """Every figure by name, or what the run lacks for it. Consume inside `styled()`."""
     for name, module in zip(figure_names(), MODULES, strict=True):
-        yield name, module.figure(loaded)
+        yield name, module.figure(loaded) or lack(loaded, module)
+
+
+def lack(loaded: LoadedRun, module: ModuleType) -> str:
+    """Why a figure cannot be drawn, and the command that makes it possible, in one line."""
+    kind = RECORDS[module.NEEDS]
+    if getattr(loaded, module.NEEDS) is not None:
+        return str(module.LACKS)
+    of = "" if loaded.name == DEFAULT_NAME else f" of derivation {loaded.name}"
+    return f"the run has no {kind.file_name}{of}; make it with `{kind.made_by} {loaded.run}`"
 
 
 def draw_run(
-    run: Path, output: Path, on_figure: Callable[[object], None] | None = None
+    run: Path,
+    output: Path,
+    on_figure: Callable[[object], None] | None = None,
+    name: str = DEFAULT_NAME,
 ) -> list[Path]:
     """Draw a run's figures as PNG and PDF, and its tables as Markdown and CSV.
 
@@ -75,6 +87,8 @@ def draw_run(
         longer allows is removed from it, so that nothing outdated stays among the new ones.
     on_figure : callable, optional
         Told one line about each figure.
+    name : str
+        Of the derivation to draw.
 
     Returns
     -------
@@ -84,22 +98,23 @@ def draw_run(
     Raises
     ------
     UserError
-        If the run has no calibration.
+        If the run has no calibration, or no derivation of that name.
     """
-    loaded = load_run(run)
+    tell = on_figure or (lambda line: None)
+    loaded = load_run(run, name)
     written: list[Path] = []
     with styled():
-        for name, drawn in figures(loaded):
-            paths = [output / f"{name}.{kind}" for kind in METADATA]
-            if drawn is None:
+        for title, drawn in figures(loaded):
+            paths = [output / f"{title}.{kind}" for kind in METADATA]
+            if isinstance(drawn, str):
                 for path in paths:
                     path.unlink(missing_ok=True)
-                _tell(on_figure, f"{name}: left out, the run lacks what it needs")
+                tell(f"{title}: left out, {drawn}")
                 continue
             for path in paths:
                 save(drawn, path)
             written += paths
-            _tell(on_figure, f"{name}: drawn")
+            tell(f"{title}: drawn")
     return [*written, *write_tables(loaded, output), write_audit(output)]
 
 
@@ -115,8 +130,3 @@ def png_bytes(drawn: Figure) -> bytes:
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=PNG_DPI, metadata=METADATA["png"])
     return buffer.getvalue()
-
-
-def _tell(on_figure: Callable[[object], None] | None, text: str) -> None:
-    if on_figure is not None:
-        on_figure(text)

@@ -1,106 +1,89 @@
-"""A run's stored results, read once for every figure."""
+"""The records of one run, read once for every figure."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from calibrate.derive.operating_points import OperatingPoint, policy_from_settings
-from calibrate.derive.policy_tokens import METRICS, Economics, PolicyTokens, measured_tokens
-from calibrate.derive.presets import link_from_dict, profile_from_dict
-from calibrate.run.errors import UserError
-from calibrate.run.folder import Figure, read_json
-from calibrate.run.traces import Trace, read_header, read_trace, shard_paths
-from calibrate.validate.comparison import Cell, coverage_text
-from hlmtheory.policies import Policy
+import numpy as np
 
-RERUN_COLUMNS = ["rejection_prob", "skipped", "policy_bias", "policy_entries"]
+from calibrate.run.folder import DEFAULT_NAME, read_record, record_names
+from calibrate.run.records import (
+    AttenuationRecord,
+    CalibrationRecord,
+    Cell,
+    DerivationRecord,
+    Figure,
+    GuaranteesRecord,
+    OperatingPoint,
+    PolicyInfo,
+    QualityRecord,
+    RerunInfo,
+    RunRecord,
+    StageRecord,
+    ValidationRecord,
+)
+from paper_figs.style import SERIES, SeriesStyle, policy_style
 
 PointKey = tuple[str, str]
+AnyRecord = TypeVar("AnyRecord", bound=StageRecord)
+AnyJudge = TypeVar("AnyJudge", ValidationRecord, QualityRecord)
 
-
-@dataclass(frozen=True)
-class Rerun:
-    """The tokens of one validation rerun and the operating point that it ran.
-
-    Attributes
-    ----------
-    point : OperatingPoint
-    trace : Trace
-        Its RERUN_COLUMNS only.
-    """
-
-    point: OperatingPoint
-    trace: Trace
-
-    def tokens(self) -> PolicyTokens:
-        """What the policy did, as :func:`calibrate.derive.policy_tokens.metrics` takes it."""
-        return measured_tokens(self.trace, self.point.to_policy())
+RECORDS: dict[str, type[StageRecord]] = {
+    "calibration": CalibrationRecord,
+    "derivation": DerivationRecord,
+    "validation": ValidationRecord,
+    "guarantees": GuaranteesRecord,
+    "attenuation": AttenuationRecord,
+}
+"""Fields of a loaded run that figures need, and what each is read from."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """Everything the figures draw from.
+    """Everything that figures draw from; a field is None where its stage was not run.
 
     Attributes
     ----------
     run : Path
-    trace : Trace
-        The calibration trace.
-    info : dict or None
-        run.json.
-    calibration : dict
-        calibration.json.
-    derived : dict or None
-        operating_points.json without its points; None if nothing was derived yet.
-    points : tuple of OperatingPoint
-    validation : dict or None
-        validation.json without its cells; None if nothing was rerun yet.
-    cells : tuple of Cell
-        Every cell of validation.json.
-    reruns : tuple of Rerun
-        Those that ran the points of `points`; older ones are left out.
-    splits, attenuation, quality : dict or None
-        splits.json, attenuation.json and quality.json, where the run has them.
+    calibration : CalibrationRecord
+    info : RunRecord or None
+    name : str
+        Of the derivation.
+    derivation : DerivationRecord or None
+    validation, quality : ValidationRecord, QualityRecord or None
+        Those of that derivation.
+    validation_name : str
+        Empty without one.
+    guarantees, attenuation : GuaranteesRecord, AttenuationRecord or None
     """
 
     run: Path
-    trace: Trace
-    info: dict[str, Any] | None
-    calibration: dict[str, Any]
-    derived: dict[str, Any] | None = None
-    points: tuple[OperatingPoint, ...] = ()
-    validation: dict[str, Any] | None = None
-    cells: tuple[Cell, ...] = ()
-    reruns: tuple[Rerun, ...] = ()
-    splits: dict[str, Any] | None = None
-    attenuation: dict[str, Any] | None = None
-    quality: dict[str, Any] | None = None
-
-    @property
-    def confidence(self) -> float:
-        """Confidence of the intervals drawn."""
-        return float(self.calibration["confidence"])
+    calibration: CalibrationRecord
+    info: RunRecord | None = None
+    name: str = DEFAULT_NAME
+    derivation: DerivationRecord | None = None
+    validation: ValidationRecord | None = None
+    validation_name: str = ""
+    quality: QualityRecord | None = None
+    guarantees: GuaranteesRecord | None = None
+    attenuation: AttenuationRecord | None = None
 
     @property
     def pair_name(self) -> str:
         """Name of the pair."""
-        return str(self.calibration["pair"]["name"])
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens of the shared vocabulary, V."""
-        return int(self.calibration["pair"]["vocab_size"])
+        return self.calibration.pair.name
 
     @property
     def sample(self) -> str:
         """What was measured, on how much: the first words of a caption."""
-        temperature = self.calibration["settings"]["temperature"]
         return (
-            f"Pair {self.pair_name}, T = {temperature:g}; calibration: "
-            f"n = {self.trace.num_prompts:,} prompts, {self.trace.num_tokens:,} tokens."
+            f"Pair {self.pair_name}, T = {self.calibration.settings.temperature:g}; calibration: "
+            f"n = {self.calibration.num_prompts:,} prompts, "
+            f"{self.calibration.num_tokens:,} tokens."
         )
 
     @property
@@ -109,38 +92,51 @@ class LoadedRun:
         if self.validation is None:
             return ""
         return (
-            f"Reruns: n = {self.validation['num_prompts']:,} fresh prompts, "
-            f"{self.validation['num_tokens']:,} tokens over all of them."
+            f"Reruns: n = {self.validation.num_prompts:,} fresh prompts, "
+            f"{self.validation.num_tokens:,} tokens over all of them."
         )
-
-    @property
-    def coverage_note(self) -> str:
-        """Cells inside their intervals, and how many to expect; empty without reruns."""
-        if self.validation is None or not self.cells:
-            return ""
-        return coverage_text(self.validation)
 
     @property
     def interval_note(self) -> str:
         """What every interval of the calibration is."""
-        return f"{self.confidence:.0%} intervals, clustered by prompt"
-
-    @property
-    def derived_confidence(self) -> float:
-        """Of the derived settings and their reruns: what `hlm derive` was asked for."""
-        return float(self.derived["confidence"]) if self.derived is not None else self.confidence
+        return f"{self.calibration.confidence:.0%} intervals, clustered by prompt"
 
     @property
     def derived_note(self) -> str:
         """What every interval of derived settings and their reruns is."""
-        return f"{self.derived_confidence:.0%} intervals, clustered by prompt"
+        confidence = (self.derivation or self.calibration).confidence
+        return f"{confidence:.0%} intervals, clustered by prompt"
+
+    @cached_property
+    def policies(self) -> dict[str, PolicyInfo]:
+        """Derived policies by name."""
+        derived = () if self.derivation is None else self.derivation.policies
+        return {info.name: info for info in derived}
+
+    def style(self, policy: str) -> SeriesStyle:
+        """Look of a policy; one that was not derived looks like the last spare series."""
+        return policy_style(self.policies[policy]) if policy in self.policies else SERIES[-1]
+
+    def label(self, policy: str) -> str:
+        """What figures call a policy."""
+        return self.policies[policy].label if policy in self.policies else policy
+
+    def score_label(self, score: str) -> str:
+        """What figures call a score."""
+        labels = {entry.name: entry.label for entry in self.calibration.estimators}
+        return labels.get(score, score.replace("_", " "))
 
     @property
+    def points(self) -> tuple[OperatingPoint, ...]:
+        """Every derived setting."""
+        return () if self.derivation is None else self.derivation.operating_points
+
+    @cached_property
     def feasible(self) -> tuple[OperatingPoint, ...]:
         """Points that a policy can be run at."""
         return tuple(point for point in self.points if point.feasible)
 
-    @property
+    @cached_property
     def shown(self) -> tuple[OperatingPoint, ...]:
         """Feasible points that were rerun; all of them where none was.
 
@@ -148,13 +144,34 @@ class LoadedRun:
         """
         return tuple(point for point in self.feasible if self.measured(point)) or self.feasible
 
+    def on_curve(self, point: OperatingPoint) -> bool:
+        """Whether the score alone decides at a point: it skips what its threshold says."""
+        curves = None if self.derivation is None else self.derivation.thresholds
+        threshold = point.uncertainty_threshold.value
+        rate = point.predicted["skip_rate"].value if "skip_rate" in point.predicted else None
+        if curves is None or curves.score != point.score or threshold is None or rate is None:
+            return False
+        grid, rates = np.array(curves.skip_rate.grid), np.array(curves.skip_rate.value, dtype=float)
+        above = min(int(np.searchsorted(grid, threshold)), len(grid) - 1)
+        below = max(int(np.searchsorted(grid, threshold, side="right")) - 1, 0)
+        return bool(rates[below] - 1e-6 <= rate <= rates[above] + 1e-6)
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell of the validation."""
+        return () if self.validation is None else self.validation.cells
+
+    @cached_property
+    def cells_of(self) -> dict[PointKey, dict[str, Cell]]:
+        """The same by point and metric."""
+        found: dict[PointKey, dict[str, Cell]] = {}
+        for cell in self.cells:
+            found.setdefault((cell.policy, cell.rule), {})[cell.metric] = cell
+        return found
+
     def measured(self, point: OperatingPoint) -> dict[str, Cell]:
         """Cells of a point by metric; empty where it was not rerun, or was derived anew since."""
-        found = {
-            cell.metric: cell
-            for cell in self.cells
-            if (cell.policy, cell.rule) == (point.policy, point.rule)
-        }
+        found = self.cells_of.get((point.policy, point.rule), {})
         current = all(
             metric in point.predicted
             and _close(cell.predicted.value, point.predicted[metric].value)
@@ -162,124 +179,99 @@ class LoadedRun:
         )
         return found if current else {}
 
+    def rerun_of(self, point: OperatingPoint) -> RerunInfo | None:
+        """The rerun of a point, under the same condition."""
+        if self.validation is None or not self.measured(point):
+            return None
+        key = (point.policy, point.rule)
+        return next((r for r in self.validation.reruns if (r.policy, r.rule) == key), None)
+
     def quality_of(self, point: OperatingPoint, score: str) -> Figure | None:
         """A text score of a point's rerun; None where it was not scored, or derived anew since."""
         if self.quality is None or not self.measured(point):
             return None
-        for row in self.quality["rows"]:
-            if (row["policy"], row["rule"]) == (point.policy, point.rule) and score in row:
-                return Figure(**row[score])
-        return None
+        key = (point.policy, point.rule)
+        scores = (getattr(r, score) for r in self.quality.rows if (r.policy, r.rule) == key)
+        return next(scores, None)
 
     @property
     def outdated(self) -> tuple[PointKey, ...]:
-        """Points of validation.json that operating_points.json no longer holds as they were."""
-        keys = list(dict.fromkeys((cell.policy, cell.rule) for cell in self.cells))
+        """Rerun points that the derivation no longer holds as they were."""
         points = {(point.policy, point.rule): point for point in self.points}
-        return tuple(key for key in keys if key not in points or not self.measured(points[key]))
-
-    def policy_at(self, policy: str, threshold: float | None) -> Policy | None:
-        """A derived policy moved to another threshold; None if it was never derived."""
-        for point in self.feasible:
-            if point.policy == policy:
-                return policy_from_settings(policy, threshold, point.settings)
-        return None
-
-    def economics(self) -> Economics:
-        """Link, device and accounting that the predictions were made with.
-
-        Raises
-        ------
-        UserError
-            If nothing was derived.
-        """
-        if self.derived is None:
-            raise UserError(f"RUN {self.run}: no operating points; run `hlm derive {self.run}`")
-        return Economics(
-            link_from_dict(self.derived["link"]),
-            profile_from_dict(self.derived["profile"]),
-            self.vocab_size,
-            self.derived["accounting"],
+        return tuple(
+            key for key in self.cells_of if key not in points or not self.measured(points[key])
         )
 
+    @property
+    def coverage_note(self) -> str:
+        """Cells inside their intervals, and how many to expect; empty without reruns."""
+        validation = self.validation
+        if validation is None or not validation.cells:
+            return ""
+        coverage = validation.coverage
+        tested, hold = coverage.tested, coverage.if_predictions_hold
+        text = (
+            f"{coverage.covered} of {coverage.total} measured figures fall inside their "
+            f"{validation.confidence:.0%} prediction intervals; of the {tested.total} that a "
+            f"policy does not fix by itself, {tested.covered}"
+        )
+        if hold is not None and hold.share.low is not None and hold.share.high is not None:
+            text += (
+                f" = {100 * tested.covered / tested.total:.1f} %. They share prompts: predictions "
+                f"that hold would cover {100 * hold.share.low:.0f} to {100 * hold.share.high:.0f} "
+                f"% of them in {100 * validation.confidence:g} of 100 repeats, and as few with "
+                f"probability {hold.probability_of_at_most:.2g}; the widest error, "
+                f"{hold.widest_error:.2g} standard errors, is matched with probability "
+                f"{hold.probability_of_as_wide:.2g}"
+            )
+        if validation.strata is not None:
+            plain = coverage.unstratified
+            text += (
+                ". Intervals take prompts by category, of which both sets have the same mix; "
+                f"taken as independent draws, {plain.covered} of {plain.total} would be inside"
+            )
+        return f"{text}."
 
-def load_run(run: Path) -> LoadedRun:
-    """Read a run folder.
+
+def load_run(run: Path, name: str = DEFAULT_NAME) -> LoadedRun:
+    """Read a run folder: its calibration, one of its derivations, and what belongs to that.
 
     Raises
     ------
     UserError, UsageError
-        If there is no such run, it has no calibration, or a file of it is broken.
+        If there is no such run or derivation, it has no calibration, or a file of it is broken.
     """
-    calibration = read_json(run, "calibration.json")
-    info = read_json(run, "run.json") if (run / "run.json").is_file() else None
-    trace = read_trace(shard_paths(run))
-    derived: dict[str, Any] | None = None
-    points: tuple[OperatingPoint, ...] = ()
-    if (run / "operating_points.json").is_file():
-        derived = read_json(run, "operating_points.json")
-        points = tuple(_point(entry) for entry in derived.pop("operating_points"))
-    validation: dict[str, Any] | None = None
-    cells: tuple[Cell, ...] = ()
-    if (run / "validation.json").is_file():
-        validation = read_json(run, "validation.json")
-        cells = tuple(_cell(entry) for entry in validation.pop("cells"))
+    calibration = read_record(run, CalibrationRecord)
+    derivation = None
+    if name != DEFAULT_NAME or record_names(run, DerivationRecord)[:1] == [DEFAULT_NAME]:
+        derivation = read_record(run, DerivationRecord, name)
+    validation_name, validation = _judging(run, ValidationRecord, name)
     return LoadedRun(
-        run, trace, info, calibration, derived, points, validation, cells,
-        _reruns(run, points, cells), _optional(run, "splits.json"),
-        _optional(run, "attenuation.json"), _optional(run, "quality.json"),
-    )  # fmt: skip
+        run=run,
+        calibration=calibration,
+        info=_optional(run, RunRecord),
+        name=name,
+        derivation=derivation,
+        validation=validation,
+        validation_name=validation_name,
+        quality=_judging(run, QualityRecord, name)[1],
+        guarantees=_optional(run, GuaranteesRecord),
+        attenuation=_optional(run, AttenuationRecord),
+    )
 
 
-def _optional(run: Path, name: str) -> dict[str, Any] | None:
+def _optional(run: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     """A file that a run may lack."""
-    return read_json(run, name) if (run / name).is_file() else None
+    return read_record(run, kind) if DEFAULT_NAME in record_names(run, kind) else None
 
 
-def _point(entry: dict[str, Any]) -> OperatingPoint:
-    return OperatingPoint(
-        policy=entry["policy"],
-        rule=entry["rule"],
-        uncertainty_threshold=Figure(**entry["uncertainty_threshold"]),
-        feasible=entry["feasible"],
-        reason=entry["reason"],
-        settings=entry["settings"],
-        predicted={name: Figure(**figure) for name, figure in entry["predicted"].items()},
-    )
-
-
-def _cell(entry: dict[str, Any]) -> Cell:
-    return Cell(
-        entry["policy"],
-        entry["rule"],
-        entry["metric"],
-        Figure(**entry["predicted"]),
-        Figure(**entry["measured"]),
-        entry["covered"],
-    )
-
-
-def _reruns(
-    run: Path, points: tuple[OperatingPoint, ...], cells: tuple[Cell, ...]
-) -> tuple[Rerun, ...]:
-    """Reruns of current points that validation.json speaks of."""
-    validated = {(cell.policy, cell.rule) for cell in cells}
-    current = {(point.policy, point.rule): point for point in points}
-    found: list[Rerun] = []
-    for path in sorted((run / "reruns").glob("*.parquet")):
-        header = read_header(path)
-        ran = _point(header["operating_point"])
-        key = (ran.policy, ran.rule)
-        if key in validated and key in current and _same_setting(ran, current[key]):
-            found.append(Rerun(current[key], read_trace([path], RERUN_COLUMNS)))
-    order = {key: number for number, key in enumerate(current)}
-    return tuple(sorted(found, key=lambda rerun: order[rerun.point.policy, rerun.point.rule]))
-
-
-def _same_setting(one: OperatingPoint, other: OperatingPoint) -> bool:
-    return one.settings == other.settings and _close(
-        one.uncertainty_threshold.value, other.uncertainty_threshold.value
-    )
+def _judging(run: Path, kind: type[AnyJudge], name: str) -> tuple[str, AnyJudge | None]:
+    """The record that judged a derivation, with its name: its namesake before all others."""
+    for own in sorted(record_names(run, kind), key=lambda own: own != name):
+        record = read_record(run, kind, own)
+        if record.derivation == name:
+            return own, record
+    return "", None
 
 
 def _close(one: float | None, other: float | None) -> bool:
@@ -309,4 +301,4 @@ def metric_label(metric: str) -> str:
 def metric_names(cells: tuple[Cell, ...]) -> list[str]:
     """Metrics that occur, in the contract's order, new ones last."""
     present = {cell.metric for cell in cells}
-    return [m for m in METRICS if m in present] + sorted(present - set(METRICS))
+    return [m for m in METRIC_LABELS if m in present] + sorted(present - set(METRIC_LABELS))

@@ -6,7 +6,7 @@ opens windows nor keeps figures alive, and `styled` restores whatever settings t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
-from calibrate.run.folder import Figure as Number
+from calibrate.run.records import Curve, PolicyInfo
+from calibrate.run.records import Figure as Number
 
 WIDTH_IN = 7.0
 """Width of every figure: two columns of a paper."""
@@ -30,6 +31,7 @@ TITLE_HEIGHT_IN = 0.25
 BLACK, GREY, LIGHT = "#000000", "#6b6b6b", "#d0d0d0"
 BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
 ORANGE, SKY, PURPLE = "#e69f00", "#56b4e9", "#b0588e"
+BLUE_BAND, GREEN_BAND, VERMILLION_BAND = "#d1e6f2", "#ccece3", "#f8dfd1"
 
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -119,22 +121,10 @@ SERIES: tuple[SeriesStyle, ...] = tuple(
     for color, linestyle, marker in zip(_COLORS, _LINESTYLES, _MARKERS, strict=True)
 )
 
-POLICY_STYLES: dict[str, SeriesStyle] = {
-    "slm": SeriesStyle(GREY, (0, (1, 3)), "v"),
-    "llm": SeriesStyle(BLACK, (0, (10, 3)), "^"),
-    "hlm": SeriesStyle(BLACK, "solid", "s"),
-    "u-hlm": SeriesStyle(BLUE, (0, (6, 2)), "o"),
-    "cu-hlm-offline": SeriesStyle(ORANGE, (0, (6, 2, 1, 2)), "D"),
-    "cu-hlm-online": SeriesStyle(VERMILLION, (0, (3, 1.5)), "<"),
-    "ui-hlm": SeriesStyle(GREEN, (0, (8, 2, 1, 2, 1, 2)), "P"),
-    "r-hlm": SeriesStyle(PURPLE, (0, (1, 1.4)), "*"),
-    "ask-llm": SeriesStyle(SKY, (0, (4, 1, 4, 3)), "X"),
-}
 
-
-def policy_style(policy: str) -> SeriesStyle:
-    """Look of a policy; one that is not of this release looks like the last spare series."""
-    return POLICY_STYLES.get(policy, SERIES[-1])
+def policy_style(info: PolicyInfo) -> SeriesStyle:
+    """Look of a policy, as its own class gives it."""
+    return SeriesStyle(info.color, (0, info.dashes) if info.dashes else "solid", info.marker)
 
 
 @contextmanager
@@ -219,17 +209,6 @@ def wrap(text: str, width_pt: float, size_pt: float) -> str:
     return "\n".join([*lines, line])
 
 
-def number_text(number: Number, digits: int = 3) -> str:
-    """A number with its interval, kept on one line."""
-    if number.value is None:
-        return "undefined"
-    body = f"{number.value:.{digits}f}"
-    if number.low is not None and number.high is not None:
-        low, high = (f"{bound:.{digits}f}" for bound in (number.low, number.high))
-        body += f"\N{NO-BREAK SPACE}[{low},\N{NO-BREAK SPACE}{high}]"
-    return body.replace("-", "\N{MINUS SIGN}")
-
-
 def _text_width_pt(text: str, font: FontProperties) -> float:
     width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
     return float(width)
@@ -243,6 +222,35 @@ def question_of(figure: Figure) -> str:
 def caption_of(figure: Figure) -> str:
     """The caption that :func:`finish` set, in one line."""
     return str(figure.get_supxlabel()).replace("\n", " ")
+
+
+def parts(numbers: Iterable[Number] | Curve, scale: float = 1.0) -> np.ndarray:
+    """Value, low and high of figures or along a curve, (3, G); NaN where one is not defined."""
+    if isinstance(numbers, Curve):
+        columns = [numbers.value, numbers.low, numbers.high]
+    else:
+        columns = list(zip(*((n.value, n.low, n.high) for n in numbers), strict=True))
+    return scale * np.array(columns, dtype=np.float64).reshape(3, -1)
+
+
+def error_lengths(found: np.ndarray) -> np.ndarray:
+    """Distances below and above, (2, G), as Matplotlib's error bars want them; 0 where unknown."""
+    value, low, high = found
+    return np.nan_to_num(np.maximum([value - low, high - value], 0.0))
+
+
+def error_bars(axes: Any, x: Any, found: np.ndarray, **options: Any) -> None:
+    """Values with their intervals, as :func:`parts` gives them, at x (G,)."""
+    options = {"elinewidth": 0.9, "capsize": 2, "markersize": 4.5} | options
+    axes.errorbar(x, found[0], error_lengths(found), **options)
+
+
+def band(axes: Any, means: Curve, color: str, fill: str, high: float = 1.0, **line: Any) -> None:
+    """A curve over the band of its intervals, which is cut where no mean can lie."""
+    value, lower, upper = parts(means)
+    lower, upper = np.clip([lower, upper], 0.0, high)
+    axes.fill_between(means.grid, lower, upper, color=fill, linewidth=0)
+    axes.plot(means.grid, value, color=color, **line)
 
 
 def panel_letter(axes: Any, letter: str, text: str) -> None:

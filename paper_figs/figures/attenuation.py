@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper_figs.figures.curves import error_lengths
+from calibrate.run.figure import excludes_zero
+from calibrate.run.records import AttenuationRow
 from paper_figs.loaded import LoadedRun
 from paper_figs.style import (
     BLACK,
@@ -15,45 +14,43 @@ from paper_figs.style import (
     GREY,
     VERMILLION,
     direct_legend,
+    error_bars,
     finish,
     new_figure,
     panel_letter,
+    parts,
 )
 
 QUESTION = "Does theory predict how K drawn tokens weaken the correlation?"
-
-
-def attenuation_rows(loaded: LoadedRun) -> list[dict[str, Any]]:
-    """Stored rows by rising K; none where the run has none."""
-    if loaded.attenuation is None:
-        return []
-    return sorted(loaded.attenuation["rows"], key=lambda row: row["num_temperatures"])
+NEEDS, LACKS = "attenuation", "no K was compared"
+MEASURED = {"fmt": "s", "color": VERMILLION, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
     """Correlation of beta with u_K against K, predicted and measured, and their difference."""
-    rows = attenuation_rows(loaded)
-    if not rows:
+    if loaded.attenuation is None or not loaded.attenuation.rows:
         return None
+    rows = sorted(loaded.attenuation.rows, key=lambda row: row.num_temperatures)
     drawn, axes = new_figure(1, 2, 3.1, width_ratios=(1.25, 1.0))
     left, right = axes[0]
-    ks = np.array([row["num_temperatures"] for row in rows])
+    ks = np.array([row.num_temperatures for row in rows])
     left.plot(
-        ks, [row["exact_correlation"] for row in rows], color=GREY, linestyle=(0, (1, 1.4)),
+        ks, [row.exact_correlation for row in rows], color=GREY, linestyle=(0, (1, 1.4)),
         marker="^", markersize=4, label="exact u: nothing is drawn",
     )  # fmt: skip
     left.plot(
-        ks, [row["predicted_correlation"] for row in rows], color=BLUE, marker="o",
+        ks, [row.predicted_correlation for row in rows], color=BLUE, marker="o",
         markerfacecolor="white", markersize=6, label="predicted: √λ_K · r",
     )  # fmt: skip
-    _bars(left, ks * 1.06, [row["measured_correlation"] for row in rows], VERMILLION, "measured")
+    measured = parts(row.measured_correlation for row in rows)
+    error_bars(left, ks * 1.06, measured, label="measured", **MEASURED)
     left.set_ylabel("correlation r(K) with β\n(dimensionless)")
     panel_letter(left, "a", "correlation, token by token")
     low, high = left.get_ylim()
     left.set_ylim(low - 0.5 * (high - low), high)  # room for the legend below the bars
     direct_legend(left, loc="lower right", fontsize=7.5)
     right.axhline(0.0, color=BLUE, linewidth=1.2)
-    _bars(right, ks, [row["correlation_gap"] for row in rows], VERMILLION, "")
+    error_bars(right, ks, parts(row.correlation_gap for row in rows), **MEASURED)
     right.set_ylabel("measured − predicted r(K)\n(dimensionless)")
     panel_letter(right, "b", "what the theory leaves over")
     for axis in (left, right):
@@ -65,33 +62,16 @@ def figure(loaded: LoadedRun) -> Figure | None:
     return finish(drawn, QUESTION, _caption(loaded, rows))
 
 
-def _bars(axis: Any, x: np.ndarray, numbers: list[dict[str, Any]], color: str, label: str) -> None:
-    value, low, high = (
-        np.array([number[part] for number in numbers], dtype=float)
-        for part in ("value", "low", "high")
-    )
-    axis.errorbar(
-        x, value, error_lengths(value, low, high), fmt="s", color=color, markersize=4.5,
-        elinewidth=1.0, capsize=2.5, markeredgecolor=BLACK, markeredgewidth=0.4,
-        label=label or None,
-    )  # fmt: skip
-
-
-def _caption(loaded: LoadedRun, rows: list[dict[str, Any]]) -> str:
-    first = rows[0]
-    inside = [
-        row["correlation_gap"]["low"] <= 0 <= row["correlation_gap"]["high"]
-        for row in rows
-        if row["correlation_gap"]["low"] is not None
-    ]
-    worst = min(rows, key=lambda row: row["reliability"])
+def _caption(loaded: LoadedRun, rows: list[AttenuationRow]) -> str:
+    known = [row.correlation_gap for row in rows if row.correlation_gap.low is not None]
+    worst = min(rows, key=lambda row: row.reliability)
     return (
-        f"{loaded.sample} Here: n = {first['num_prompts']:,} prompts, {first['num_tokens']:,} "
+        f"{loaded.sample} Here: n = {rows[0].num_prompts:,} prompts, {rows[0].num_tokens:,} "
         f"tokens of one trace that recorded every K. Bars: {loaded.interval_note}. Predicted from "
         "exact u alone, docs/theory.md (6); no drawn u_K enters it. (a) Measured bars are drawn a "
         "little to the right; they hold the choice of prompts, which the prediction shares. (b) "
         "The same difference with one prompt left out at a time in both, so that this choice "
-        f"cancels; {sum(inside)} of {len(inside)} intervals contain 0. Draws of different K share "
-        f"their random numbers. Reliability λ_K is {worst['reliability']:.2f} at "
-        f"K = {worst['num_temperatures']}."
+        f"cancels; {sum(not excludes_zero(gap) for gap in known)} of {len(known)} intervals "
+        "contain 0. Draws of different K share their random numbers. Reliability λ_K is "
+        f"{worst.reliability:.2f} at K = {worst.num_temperatures}."
     )

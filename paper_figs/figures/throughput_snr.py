@@ -2,134 +2,103 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.derive.operating_points import OperatingPoint
-from calibrate.derive.policy_tokens import Economics, PolicyTokens, metrics, predicted_tokens
-from hlmtheory.clusters import RatioEstimate
-from hlmtheory.link import AwgnLink
-from hlmtheory.policies import GATED_POLICIES
-from paper_figs.figures.curves import Curve, curve, error_lengths
+from calibrate.run.figure import number_text
+from calibrate.run.records import DerivationRecord, SnrSweep, ThroughputCurves
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import GREY, direct_legend, finish, new_figure, panel_letter, policy_style
-
-QUESTION = "How does each policy's throughput depend on the uplink?"
-SNR_DB = np.linspace(-15.0, 35.0, 51)
-NUM_MARKERS = 4
-DEFAULT_BANDWIDTH_HZ = 20e6
-PANELS = (
-    ("throughput_tok_s", "1 / mean token time"),
-    ("mean_throughput_tok_s", "mean of 1 / token time"),
+from paper_figs.style import (
+    GREY,
+    direct_legend,
+    error_bars,
+    finish,
+    new_figure,
+    panel_letter,
+    parts,
 )
 
-
-def chosen_rule(loaded: LoadedRun) -> str | None:
-    """The rule to compare at: the risk budget of most gated policies that were rerun, nearest 1 %.
-
-    Where none was, of most that could be; without a budget, the first rule that neither skips all
-    nor nothing.
-    """
-    return _commonest_rule(loaded.shown) or _commonest_rule(loaded.feasible)
-
-
-def _commonest_rule(points: tuple[OperatingPoint, ...]) -> str | None:
-    usable: dict[str, int] = {}
-    for point in points:
-        rate = point.predicted["skip_rate"].value
-        if point.policy in GATED_POLICIES and rate is not None and 0 < rate < 1:
-            usable[point.rule] = usable.get(point.rule, 0) + 1
-    if not usable:
-        return None
-    budgets = [rule for rule in usable if re.fullmatch(r"risk-[\d.e-]+", rule)]
-    if budgets:
-        return min(budgets, key=lambda rule: (-usable[rule], abs(np.log(float(rule[5:]) / 0.01))))
-    return max(usable, key=lambda rule: usable[rule])
+QUESTION = "How does each policy's throughput depend on the uplink?"
+NEEDS, LACKS = "derivation", "no rule has gated policies to compare"
+NUM_MARKERS = 4
+PANELS = {
+    "throughput_tok_s": "1 / mean token time",
+    "mean_throughput_tok_s": "mean of 1 / token time",
+}
 
 
-def points_at(loaded: LoadedRun, rule: str) -> list[OperatingPoint]:
-    """One feasible point a policy: at the rule, or the only one of a policy without a gate."""
-    return [point for point in loaded.feasible if point.rule in (rule, "none")]
-
-
-def economics_at(loaded: LoadedRun, snr_db: float) -> Economics:
-    """The run's economics over an AWGN link of that SNR, its own bandwidth and round trip kept."""
-    economics = loaded.economics()
-    bandwidth = getattr(economics.link, "bandwidth_hz", DEFAULT_BANDWIDTH_HZ)
-    return replace(economics, link=AwgnLink(bandwidth, float(snr_db), economics.link.round_trip_ms))
-
-
-def along_snr(loaded: LoadedRun, tokens: PolicyTokens, metric: str, snr_db: np.ndarray) -> Curve:
-    """A throughput metric of given tokens at every SNR."""
-    estimates: list[RatioEstimate] = [
-        metrics(tokens, economics_at(loaded, snr))[metric] for snr in snr_db
-    ]
-    return curve(snr_db, estimates, loaded.derived_confidence)
+def measured_series(loaded: LoadedRun, predicted: ThroughputCurves) -> ThroughputCurves | None:
+    """The rerun of a predicted series, priced along the same SNRs; None without one."""
+    key = (predicted.policy, predicted.rule)
+    points = (point for point in loaded.feasible if (point.policy, point.rule) == key)
+    reruns = (loaded.rerun_of(point) for point in points)
+    return next((rerun.throughput for rerun in reruns if rerun is not None), None)
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
     """Both throughputs against SNR: predicted lines, measured markers."""
-    rule = chosen_rule(loaded)
-    if rule is None or "skip_set_bias" not in loaded.trace:
+    derivation = loaded.derivation
+    if derivation is None or derivation.snr is None or not derivation.snr.series:
         return None
-    points = points_at(loaded, rule)
-    reruns = {(rerun.point.policy, rerun.point.rule): rerun for rerun in loaded.reruns}
+    snr = derivation.snr
     drawn, axes = new_figure(1, 2, 3.9, share_y=True)
     measured = False
-    for number, point in enumerate(points):
-        style = policy_style(point.policy)
-        predicted = predicted_tokens(loaded.trace, point.to_policy(), loaded.vocab_size)
-        rerun = reruns.get((point.policy, point.rule))
-        shift = 50.0 / NUM_MARKERS * (number / max(len(points), 1))
-        at = SNR_DB[0] + 1.0 + shift + 50.0 / NUM_MARKERS * np.arange(NUM_MARKERS)
-        for axis, (metric, _) in zip(axes[0], PANELS, strict=True):
-            line = along_snr(loaded, predicted, metric, SNR_DB)
-            axis.plot(line.grid, line.value, **style.line(), linewidth=1.2)
-            if rerun is not None:
+    for number, series in enumerate(snr.series):
+        style = loaded.style(series.policy)
+        found = measured_series(loaded, series)
+        for axis, metric in zip(axes[0], PANELS, strict=True):
+            line = getattr(series, metric)
+            axis.plot(line.grid, parts(line)[0], **style.line(), linewidth=1.2)
+            if found is not None:
                 measured = True
-                found = along_snr(loaded, rerun.tokens(), metric, at[at <= SNR_DB[-1]])
-                axis.errorbar(
-                    found.grid, found.value, error_lengths(found.value, found.low, found.high),
-                    **style.filled_marker(), markersize=4.5, elinewidth=0.9, capsize=1.5,
+                at = marker_places(len(snr.snr_db), number / len(snr.series))
+                means = getattr(found, metric)
+                error_bars(
+                    axis, np.array(means.grid)[at], parts(means)[:, at], **style.filled_marker(),
+                    capsize=1.5,
                 )  # fmt: skip
         combined = style.filled_marker() | {"linestyle": style.linestyle}
-        axes[0, 1].plot([], [], **combined, label=point.policy)
-    derived_link = loaded.economics().link
-    for axis, letter, (_, name) in zip(axes[0], "ab", PANELS, strict=True):
+        axes[0, 1].plot([], [], **combined, label=loaded.label(series.policy))
+    for axis, letter, name in zip(axes[0], "ab", PANELS.values(), strict=True):
         axis.set_ylim(bottom=0)
-        axis.set_xlim(SNR_DB[0], SNR_DB[-1])
+        axis.set_xlim(snr.snr_db[0], snr.snr_db[-1])
         axis.set_xlabel("uplink SNR (dB)")
-        if isinstance(derived_link, AwgnLink):
-            axis.axvline(derived_link.snr_db, color=GREY, linewidth=0.9, linestyle=(0, (1, 1)))
+        if "snr_db" in derivation.link:
+            axis.axvline(derivation.link["snr_db"], color=GREY, linewidth=0.9,
+                         linestyle=(0, (1, 1)))  # fmt: skip
         axis.set_ylabel("throughput (token/s)")
         panel_letter(axis, letter, name)
     direct_legend(axes[0, 1], loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return finish(drawn, QUESTION, _caption(loaded, rule, measured))
+    return finish(drawn, QUESTION, _caption(loaded, derivation, snr, measured))
 
 
-def _caption(loaded: LoadedRun, rule: str, measured: bool) -> str:
-    economics = economics_at(loaded, 0.0)
-    profile, link = economics.profile, economics.link
-    derived_link = loaded.economics().link
+def marker_places(num: int, share: float) -> np.ndarray:
+    """Where on a grid of `num` a series is marked; `share` moves it away from the others."""
+    return ((np.arange(NUM_MARKERS) + 0.1 + 0.9 * share) * (num - 1) / NUM_MARKERS).astype(int)
+
+
+def _caption(loaded: LoadedRun, derivation: DerivationRecord, snr: SnrSweep, measured: bool) -> str:
+    times = ", ".join(
+        f"{name} {number_text(derivation.profile[key])}"
+        for key, name in (
+            ("t_slm_ms", "device"), ("t_uncertainty_ms", "uncertainty"), ("t_llm_ms", "server")
+        )
+        if key in derivation.profile
+    )  # fmt: skip
+    reruns = (
+        f"; markers: the reruns' tokens priced at that SNR, {loaded.derived_note}. "
+        f"{loaded.validation_sample}"
+        if measured
+        else f"; intervals, where drawn: {loaded.derived_note}. No rerun at this rule is stored."
+    )
+    own = (
+        f"Grey line: {derivation.link['snr_db']:g} dB, the link of the derivation. "
+        if "snr_db" in derivation.link
+        else ""
+    )
     return (
-        f"{loaded.sample} Gated policies at the rule {rule}. Lines: predicted"
-        + (
-            f"; markers: the reruns' tokens priced at that SNR, {loaded.derived_note}. "
-            f"{loaded.validation_sample}"
-            if measured
-            else ". No rerun at this rule is stored."
-        )
-        + f" AWGN link of {getattr(link, 'bandwidth_hz', 0.0) / 1e6:g} MHz at capacity, round trip "
-        f"{link.round_trip_ms:g} ms; token times in ms: device {profile.t_slm_ms:.3g}, uncertainty "
-        f"{profile.t_uncertainty_ms:.3g}, server {profile.t_llm_ms:.3g}. '{economics.accounting}' "
-        "accounting. "
-        + (
-            f"Grey line: {derived_link.snr_db:g} dB, the link of the derivation. "
-            if isinstance(derived_link, AwgnLink)
-            else ""
-        )
-        + "slm sends nothing; llm streams its answer down and sends nothing up."
+        f"{loaded.sample} Gated policies at the rule {snr.rule}. Lines: predicted{reruns} AWGN "
+        f"link of {snr.bandwidth_hz / 1e6:g} MHz at capacity, round trip {snr.round_trip_ms:g} ms; "
+        f"token times in ms: {times}. '{derivation.accounting}' accounting. {own}A policy whose "
+        "line is flat sends nothing up."
     )

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.validate.comparison import Cell
+from calibrate.run.records import Cell
 from paper_figs.loaded import LoadedRun, metric_label, metric_names
 from paper_figs.style import BLUE, VERMILLION, finish, new_figure
 
 QUESTION = "Do fresh reruns fall inside their prediction intervals?"
+NEEDS, LACKS = "validation", "no figure was judged"
 NUM_COLUMNS = 4
 LIMIT = 2.5
 
@@ -98,7 +99,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
                     ha="right" if side > 0 else "left", va="center", fontsize=6.5,
                 )  # fmt: skip
         axis.set_title(_two_lines(metric_label(metric)), fontsize=8, loc="left")
-        axis.set_yticks(range(len(policies)), policies)
+        axis.set_yticks(range(len(policies)), [loaded.label(policy) for policy in policies])
         axis.grid(visible=False, axis="x")
     axes[0, 0].set_ylim(len(policies) - 0.5, -0.5)
     axes[0, 0].set_xlim(-LIMIT - 0.25, LIMIT + 0.25)
@@ -131,7 +132,7 @@ def _caption(loaded: LoadedRun) -> str:
         raise ValueError("validation is None: this figure needs validation.json")
     return (
         f"{loaded.sample} {loaded.validation_sample} Error: measured minus predicted, divided by "
-        f"the half-width of that cell's own {loaded.validation['confidence']:.0%} prediction "
+        f"the half-width of that cell's own {loaded.validation.confidence:.0%} prediction "
         "interval, which counts calibration and rerun sampling, clustered by prompt; grey: inside. "
         "Dots: covered; crosses: not; hollow dots: fixed by their policy, so that they cannot "
         f"miss. {loaded.coverage_note} Errors beyond ±{LIMIT:g} stand at the edge with their size. "

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from calibrate.derive.presets import published_audit
-from calibrate.run.folder import atomic_path
+from calibrate.run.figure import NO_VALUE, number_text
+from calibrate.run.folder import write_text
 from hlmtheory.audit import AuditRow
 from hlmtheory.reconcile import Reconciliation
-from paper_figs.report.tables import markdown_row
+from paper_figs.report.tables import markdown_table
 
 AUDIT_NAME = "audit_table.md"
 COLUMNS = ("system", "quantity", "published", "implied", "consistent", "why")
@@ -28,18 +29,14 @@ TIMES_INTRODUCTION = (
 
 def audit_cells(row: AuditRow) -> tuple[str, ...]:
     """One row as text, in the order of COLUMNS."""
-    published = _number(row.published) + ("†" if row.mark == "second-hand" else "")
-    implied = _number(row.implied)
-    if row.implied_low is not None and row.implied_high is not None:
-        if row.implied_low != row.implied_high:
-            implied += f" [{_number(row.implied_low)}, {_number(row.implied_high)}]"
-    elif row.implied_low is not None:
-        implied += f" [{_number(row.implied_low)}, ∞)"
-    if row.unit:
-        implied += f" {row.unit}"
+    published = number_text(row.published, 4) + ("†" if row.mark == "second-hand" else "")
+    implied = number_text(row.implied, 4)
+    if row.implied_low is not None and row.implied_low != row.implied_high:
+        high = f"{number_text(row.implied_high, 4)}]" if row.implied_high is not None else "∞)"
+        implied += f" [{number_text(row.implied_low, 4)}, {high}"
     return (
-        row.system, row.quantity, published, implied, "yes" if row.consistent else "no",
-        row.explanation,
+        row.system, row.quantity, published, f"{implied} {row.unit}".strip(),
+        "yes" if row.consistent else "no", row.explanation,
     )  # fmt: skip
 
 
@@ -47,9 +44,9 @@ def reconciliation_cells(entry: Reconciliation) -> tuple[str, ...]:
     """One reconciling set of times as text, in the order of TIME_COLUMNS."""
     ratio = entry.ratio_of_means
     return (
-        entry.system, entry.averaging, _number(entry.t_slm), _number(entry.t_llm),
-        "none" if entry.t_up is None else _number(entry.t_up), entry.unit,
-        "–" if ratio is None else f"{ratio:.3g}×", entry.reason,
+        entry.system, entry.averaging, number_text(entry.t_slm, 4), number_text(entry.t_llm, 4),
+        "none" if entry.t_up is None else number_text(entry.t_up, 4), entry.unit,
+        NO_VALUE if ratio is None else f"{number_text(ratio)}×", entry.reason,
     )  # fmt: skip
 
 
@@ -62,15 +59,11 @@ def markdown() -> str:
         "",
         f"{num_consistent} of {len(rows)} comparisons are consistent. {INTRODUCTION}",
         "",
-        markdown_row(COLUMNS),
-        markdown_row(["---"] * len(COLUMNS)),
-        *(markdown_row(audit_cells(row)) for row in rows),
+        *markdown_table(COLUMNS, map(audit_cells, rows)),
         "",
         TIMES_INTRODUCTION,
         "",
-        markdown_row(TIME_COLUMNS),
-        markdown_row(["---"] * len(TIME_COLUMNS)),
-        *(markdown_row(reconciliation_cells(entry)) for entry in times),
+        *markdown_table(TIME_COLUMNS, map(reconciliation_cells, times)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -78,11 +71,5 @@ def markdown() -> str:
 def write_audit(output: Path) -> Path:
     """Write the table into a folder and return its path."""
     path = output / AUDIT_NAME
-    text = markdown()
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, markdown())
     return path
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}".replace("-", "−")

@@ -96,55 +96,67 @@ summary { cursor: pointer; }
 {%- endfor %}
 </ul></div>
 
+{%- macro definitions(rows) %}<dl>
+{%- for name, value in rows %}
+<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{%- endfor %}
+</dl>{% endmacro %}
+{%- macro head(titles, numbers) %}<thead><tr>
+{%- for title in titles %}<th>{{ title }}</th>{% endfor -%}
+{%- for title in numbers %}<th class="n">{{ title }}</th>{% endfor -%}
+</tr></thead>{% endmacro %}
+{%- macro numbers(texts) %}
+{%- for text in texts %}<td class="n">{{ text }}</td>{% endfor -%}
+{% endmacro %}
 <section id="settings"><h2>Settings</h2>
-{{ definition_list(settings) }}
+{{ definitions(settings) }}
 </section>
 
 <section id="fit"><h2>Fit</h2>
 <p>Rejection probability β against uncertainty u, token by token, by least squares. Intervals:
-{{ interval_note }}.</p>
+{{ loaded.interval_note }}.</p>
 <div class="scroll"><table>
 <thead><tr><th>quantity</th><th class="n">value</th><th>what it says</th></tr></thead>
 <tbody>
-{%- for row in fit %}
-<tr><th scope="row">{{ row.name }}</th><td class="n">{{ row.value }}</td>
-<td class="t">{{ row.meaning }}</td></tr>
+{%- for key, name, meaning in fit_rows %}
+<tr><th scope="row">{{ name }}</th><td class="n">{{ loaded.calibration.fit[key] | number }}</td>
+<td class="t">{{ meaning }}</td></tr>
 {%- endfor %}
 </tbody></table></div>
-{%- if estimators %}
+{%- if loaded.calibration.estimators %}
 <h3>Scores that could gate instead</h3>
 <div class="scroll"><table>
 <thead><tr><th>score</th><th class="n">correlation with β</th><th class="n">AUROC</th>
-{%- for level in estimator_levels %}<th class="n">skip rate at {{ level }} risk</th>{% endfor -%}
-</tr></thead>
+{%- for level in levels %}<th class="n">skip rate at {{ "%g" % (100 * level | float) }} % risk</th>
+{%- endfor %}</tr></thead>
 <tbody>
-{%- for row in estimators %}
-<tr><th scope="row">{{ row.name }}</th>
-{%- for value in row.numbers %}<td class="n">{{ value }}</td>{% endfor -%}
-</tr>
+{%- for score in loaded.calibration.estimators %}
+<tr><th scope="row">{{ score.label }}</th><td class="n">{{ score.correlation | number }}</td>
+<td class="n">{{ score.auroc | number }}</td>
+{%- for level in levels %}<td class="n">{{ score.skip_rate_at_risk[level] | number }}</td>
+{%- endfor %}</tr>
 {%- endfor %}
 </tbody></table></div>
 {%- endif %}
 </section>
 
-{% macro points_table(rows) %}
+{% macro points_table(points) %}
 <div class="scroll"><table>
-<thead><tr><th>policy</th><th>rule</th><th class="n">u_th</th>
-{%- for name in point_columns %}<th class="n">{{ name }}</th>{% endfor -%}
-</tr></thead>
+{{ head(["policy", "rule"], ["u_th"] + point_columns) }}
 <tbody>
-{%- for row in rows %}
-<tr><th scope="row">{{ row.policy }}</th><td class="w">{{ row.rule }}</td>
-<td class="n">{{ row.threshold }}</td>
-{%- for value in row.numbers %}<td class="n">{{ value }}</td>{% endfor -%}
+{%- for point in points %}
+<tr><th scope="row">{{ point.policy }}</th><td class="w">{{ point.rule }}</td>
+<td class="n">{{ point.uncertainty_threshold | number }}</td>{{ numbers(predicted_texts(point)) }}
 </tr>
 {%- endfor %}
 </tbody></table></div>
 {%- endmacro %}
 <section id="thresholds"><h2>Thresholds and what they are predicted to do</h2>
-{%- if points %}
-<p>{{ points_note }}{{ " Those that were rerun:" if more_points else "" }}</p>
-{{ points_table(points) }}
+{%- if loaded.points %}
+<p>Derivation <code>{{ loaded.name }}</code>. u_th with its interval, where its rule has one; in
+brackets {{ loaded.derived_note }}, for the calibration sampling alone.
+{{- " Those that were rerun:" if more_points else "" }}</p>
+{{ points_table(loaded.shown) }}
 {%- if more_points %}
 <details><summary>The other {{ more_points | length }} derived settings</summary>
 {{ points_table(more_points) }}
@@ -166,25 +178,28 @@ why</summary>
 </section>
 
 <section id="validation"><h2>Predictions against reruns</h2>
-{%- if matrix %}
-<p>{{ coverage }}</p>
-{%- if outdated %}
+{%- if loaded.cells %}
+<p>Validation <code>{{ loaded.validation_name }}</code>, of derivation
+<code>{{ loaded.validation.derivation }}</code>. {{ loaded.coverage_note }}</p>
+{%- if loaded.outdated %}
 <p class="no">Derived anew since the rerun, so not compared with today's settings elsewhere on this
-page: {{ outdated }}. Run <code>hlm validate</code> again.</p>
+page:{% for policy, rule in loaded.outdated %} {{ policy }}/{{ rule }}{{ "," if not loop.last }}
+{%- endfor %}. Run <code>hlm validate</code> again.</p>
 {%- endif %}
 <p class="soft">Measured, and in small what was predicted. Marked ✗: outside its prediction
 interval.</p>
 <div class="scroll"><table>
 <thead><tr><th>policy</th><th>rule</th>
-{%- for name in matrix_columns %}<th class="n">{{ name }}</th>{% endfor -%}
+{%- for name in metrics %}<th class="n">{{ name | metric }}</th>{% endfor -%}
 </tr></thead>
 <tbody>
-{%- for row in matrix %}
-<tr><th scope="row">{{ row.policy }}</th><td class="w">{{ row.rule }}</td>
-{%- for cell in row.cells -%}
-{%- if cell %}<td class="n{{ ' missed' if cell.covered == false else '' }}">
-{{- '✗ ' if cell.covered == false else '' }}{{ cell.measured }}<br>
-{{- '' }}<small>{{ cell.predicted }}</small></td>
+{%- for (policy, rule), found in loaded.cells_of.items() %}
+<tr><th scope="row">{{ policy }}</th><td class="w">{{ rule }}</td>
+{%- for name in metrics -%}
+{%- if name in found %}{% set cell = found[name] %}
+<td class="n{{ ' missed' if cell.covered == false else '' }}">
+{{- '✗ ' if cell.covered == false else '' }}{{ cell.measured | number(4, interval=false) }}<br>
+{{- '' }}<small>{{ cell.predicted | number(4, interval=false) }}</small></td>
 {%- else %}<td class="n">–</td>{% endif -%}
 {%- endfor -%}
 </tr>
@@ -192,24 +207,27 @@ interval.</p>
 </tbody></table></div>
 <div class="scroll"><table>
 <caption>Cells inside their prediction intervals</caption>
-<thead><tr><th>metric</th><th class="n">covered</th><th class="n">cells</th></tr></thead>
+{{ head(["metric"], ["covered", "cells"]) }}
 <tbody>
-{%- for row in by_metric %}
-<tr><th scope="row">{{ row.name }}</th><td class="n">{{ row.covered }}</td>
-<td class="n">{{ row.total }}</td></tr>
+{%- for name in metrics %}
+{%- set own = loaded.cells | selectattr("metric", "equalto", name) | list %}
+<tr><th scope="row">{{ name | metric }}</th>
+<td class="n">{{ own | selectattr("covered") | list | length }}</td>
+<td class="n">{{ own | rejectattr("covered", "none") | list | length }}</td></tr>
 {%- endfor %}
 </tbody></table></div>
-<details><summary>Every cell with its intervals ({{ cells|length }})</summary>
+<details><summary>Every cell with its intervals ({{ loaded.cells | length }})</summary>
 <div class="scroll"><table>
 <thead><tr><th>policy</th><th>rule</th><th>metric</th><th class="n">predicted</th>
 <th class="n">measured</th><th>inside</th></tr></thead>
 <tbody>
-{%- for cell in cells %}
+{%- for cell in loaded.cells %}
 <tr><th scope="row">{{ cell.policy }}</th><td class="w">{{ cell.rule }}</td>
-<td class="w">{{ cell.metric }}</td>
-<td class="n">{{ cell.predicted }}</td><td class="n">{{ cell.measured }}</td>
+<td class="w">{{ cell.metric | metric }}</td>
+<td class="n">{{ cell.predicted | number(4) }}</td>
+<td class="n">{{ cell.measured | number(4) }}</td>
 <td class="{{ 'no' if cell.covered == false else 'yes' }}">
-{{- 'yes' if cell.covered else ('no' if cell.covered == false else '-') }}</td></tr>
+{{- 'yes' if cell.covered else ('no' if cell.covered == false else '–') }}</td></tr>
 {%- endfor %}
 </tbody></table></div>
 </details>
@@ -220,17 +238,14 @@ interval.</p>
 
 <section id="quality"><h2>How close the texts are to the server model's own</h2>
 {%- if quality %}
-<p>Means over prompts of the reruns' texts; ± is the half-width of the interval. The backbone is not
+<p>Means over prompts of the reruns' texts, with intervals in brackets. The backbone is not
 the papers': compare these figures with each other, not with published ones.</p>
 <div class="scroll"><table>
-<thead><tr><th>policy</th><th>rule</th>
-{%- for name in quality_columns %}<th class="n">{{ name }}</th>{% endfor -%}
-</tr></thead>
+{{ head(["policy", "rule"], quality_columns) }}
 <tbody>
-{%- for row in quality %}
-<tr><th scope="row">{{ row.policy }}</th><td class="w">{{ row.rule }}</td>
-{%- for value in row.numbers %}<td class="n">{{ value }}</td>{% endfor -%}
-</tr>
+{%- for point, texts in quality %}
+<tr><th scope="row">{{ point.policy }}</th><td class="w">{{ point.rule }}</td>
+{{- numbers(texts) }}</tr>
 {%- endfor %}
 </tbody></table></div>
 {%- else %}
@@ -246,14 +261,19 @@ the papers': compare these figures with each other, not with published ones.</p>
 <figcaption>{{ figure.caption }}</figcaption></figure>
 {%- endfor %}
 {%- if left_out %}
-<p class="soft">Left out, for this run lacks what they need: {{ left_out }}.</p>
+<p class="soft">Left out:</p>
+<ul class="soft">
+{%- for name, reason in left_out.items() %}
+<li>{{ name }}: {{ reason }}</li>
+{%- endfor %}
+</ul>
 {%- endif %}
 </section>
 
 <section id="audit"><h2>Can the papers' numbers come from one setting?</h2>
 <p class="soft">{{ audit_note }}</p>
 <div class="scroll"><table>
-<thead><tr>{% for name in audit_columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+{{ head(audit_columns, []) }}
 <tbody>
 {%- for row in audit %}
 <tr><th scope="row">{{ row[0] }}</th>
@@ -264,16 +284,9 @@ the papers': compare these figures with each other, not with published ones.</p>
 </section>
 
 <section id="provenance"><h2>Provenance</h2>
-{{ definition_list(provenance) }}
+{{ definitions(provenance) }}
 </section>
 </main>
 </body>
 </html>
 """
-"""The template; `definition_list` is given by the report's environment."""
-
-DEFINITIONS = """<dl>
-{%- for name, value in rows %}
-<dt>{{ name }}</dt><dd>{{ value }}</dd>
-{%- endfor %}
-</dl>"""

@@ -1,0 +1,476 @@
+"""A run's records, built directly: small, and right by construction.
+
+The pair is one whose laws can be written down. Uncertainty u is uniform on [0, 1] and beta = u**2,
+so a gate at threshold t skips t of the tokens at risk t**3 / 3, and what sends f bits with a token
+sends (1 - t) f. Intervals are a tenth of the value to either side. The figures' arithmetic can be
+held against these formulas.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibrate.run.folder import write_record
+from calibrate.run.records import (
+    AttentionSummary,
+    AttenuationRecord,
+    AttenuationRow,
+    Backbone,
+    Bin,
+    CalibrationRecord,
+    Cell,
+    ContextShift,
+    Coverage,
+    CoverageSummary,
+    Curve,
+    DerivationRecord,
+    DeriveRequest,
+    EstimatorScore,
+    Figure,
+    GivenModels,
+    GuaranteeRow,
+    GuaranteesRecord,
+    Histogram,
+    ImportanceExample,
+    ImportancePlane,
+    LineFit,
+    ModelIdentity,
+    OperatingPoint,
+    PairIdentity,
+    PlaneCell,
+    PolicyInfo,
+    PolicyPath,
+    Provenance,
+    QualityRecord,
+    QualityRow,
+    Relation,
+    Repeats,
+    RerunInfo,
+    RunRecord,
+    RunSettings,
+    SizeDistribution,
+    SnrSweep,
+    StageRecord,
+    ThresholdCurves,
+    ThroughputCurves,
+    Timings,
+    TruncationCurves,
+    ValidationRecord,
+)
+from paper_figs.loaded import LoadedRun
+
+VOCAB = 32_000
+NUM_PROMPTS, NUM_TOKENS = 12, 480
+CONFIDENCE = 0.95
+SNR_DB = tuple(float(snr) for snr in range(-15, 36))
+KS, GAMMAS = (1, 4, 16), (0.5, 1.0, 2.0)
+METRICS = (
+    "skip_rate", "rejection_risk", "uplink_bits_per_token", "token_time_ms", "throughput_tok_s",
+    "mean_throughput_tok_s", "energy_j_per_token", "tv_bias",
+)  # fmt: skip
+# Name, published system, gated, color, dashes, marker, bits of a sent token, added bias.
+POLICIES: tuple[tuple[str, str | None, bool, str, tuple[float, ...], str, float, float], ...] = (
+    ("slm", None, False, "#6b6b6b", (1, 3), "v", 0.0, 0.0),
+    ("llm", None, False, "#000000", (10, 3), "^", 0.0, 0.0),
+    ("hlm", None, False, "#000000", (), "s", 1e6, 0.0),
+    ("u-hlm", "U-HLM", True, "#0072b2", (6, 2), "o", 1e6, 0.0),
+    ("cu-hlm-online", "CU-HLM", True, "#d55e00", (3, 1.5), "<", 1.6e4, 0.02),
+    ("ui-hlm", "UI-HLM", True, "#009e73", (8, 2, 1, 2, 1, 2), "P", 1e6, 0.0),
+    ("r-hlm", None, True, "#b0588e", (1, 1.4), "*", 2.0, 0.0),
+    ("coupled", None, True, "#3b3b98", (4, 1, 1, 1), "h", 0.0, 0.01),
+)
+BUDGETS = {"risk-0.01": 0.01, "risk-0.02": 0.02, "risk-0.05": 0.05}
+SKIP_ALL = "risk-prone"
+INFEASIBLE = "ltt-0.01"
+
+
+def fig(value: float, unit: str = "", width: float = 0.1) -> Figure:
+    """A figure whose interval is a tenth of its value to either side."""
+    half = width * abs(value)
+    return Figure(value=value, low=value - half, high=value + half, unit=unit)
+
+
+def curve(grid: Any, values: Any) -> Curve:
+    """A curve with such intervals."""
+    values = np.asarray(values, dtype=float)
+    return Curve(
+        grid=tuple(float(place) for place in grid),
+        value=tuple(values.tolist()),
+        low=tuple((0.9 * values).tolist()),
+        high=tuple((1.1 * values).tolist()),
+    )
+
+
+def pair(name: str = "synthetic") -> PairIdentity:
+    """Two models that never were."""
+    model = ModelIdentity(
+        label="made up", sha256="ab" * 32, drop_layers=(), num_parameters=1, num_layers=1
+    )
+    return PairIdentity(
+        name=name, slm=model, llm=model, vocab_size=VOCAB, dtype="float32", device="cpu"
+    )
+
+
+def settings(prompts: str = "shipped") -> RunSettings:
+    return RunSettings(
+        pair="synthetic", given=GivenModels(), prompts=prompts, order="random", limit=NUM_PROMPTS,
+        max_new_tokens=40, batch_size=None, temperature=1.0, seed=0, dtype="auto", device="auto",
+        trace="full",
+    )  # fmt: skip
+
+
+PROVENANCE = Provenance(versions={"hlmtheory": "0"}, revision="cd" * 20, command=("hlm", "derive"))
+TIMINGS = Timings(t_slm_ms=fig(20, "ms"), t_llm_ms=fig(60, "ms"), t_uncertainty_ms=fig(1, "ms"))
+
+
+def run_record(prompts: str = "shipped") -> RunRecord:
+    return RunRecord(
+        complete=True, pair=pair(), settings=settings(prompts), prompt_ids=("a",),
+        prompt_keys=("k",), provenance=PROVENANCE, timings=TIMINGS, num_prompts=NUM_PROMPTS,
+        num_tokens=NUM_TOKENS, wall_s=12.5, forward_s=10.0,
+    )  # fmt: skip
+
+
+def calibration_record(prompts: str = "shipped") -> CalibrationRecord:
+    """beta = u**2: the least-squares line is u - 1/6, correlation sqrt(15)/4."""
+    u = np.linspace(0.05, 0.95, 10)
+    grid = np.linspace(0, 1, 21)
+    budgets = ("0.01", "0.05")
+    names = {"uncertainty": "uncertainty u, exact", "uncertainty_sampled": "uncertainty, 20 draws",
+             "entropy": "entropy", "one_minus_max_prob": "1 − max probability",
+             "one_minus_margin": "1 − margin of the top two", "max_logit": "largest logit",
+             "learned": "learned, logistic", "learned_boosting": "learned, boosting"}  # fmt: skip
+    rate = np.linspace(0, 1, 101)
+    estimators = tuple(
+        EstimatorScore(
+            name=name, label=label, correlation=fig(0.9 - 0.05 * number),
+            auroc=fig(0.95 - 0.05 * number, width=0.02),
+            # A worse score has more risk at the same rate, up to the mean rejection, 1/3.
+            risk=tuple((rate ** (3 - 0.2 * number) / 3).tolist()), skip_rate=tuple(rate.tolist()),
+            skip_rate_at_risk={
+                budget: fig((3 * float(budget)) ** (1 / (3 - 0.2 * number))) for budget in budgets
+            },
+        )
+        for number, (name, label) in enumerate(names.items())
+    )  # fmt: skip
+    steps = np.arange(40)
+    return CalibrationRecord(
+        pair=pair(), settings=settings(prompts), num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS,
+        confidence=CONFIDENCE,
+        fit=LineFit(
+            slope=fig(1.0), intercept=fig(-1 / 6), correlation=fig(15**0.5 / 4, width=0.02),
+            correlation_binned=fig(0.97, width=0.01), mean_rejection=fig(1 / 3), delta=fig(0.9),
+            curvature=fig(1.0), covariance=((0.01, 0.0), (0.0, 0.01)), num_bins=10,
+        ),
+        relation=Relation(
+            bins=tuple(
+                Bin(uncertainty=x, rejection_prob=fig(x**2), num_tokens=48) for x in u.tolist()
+            ),
+            line=curve(grid, np.clip(grid - 1 / 6, 0, 1)),
+            isotonic_uncertainty=tuple(grid.tolist()),
+            isotonic_rejection=tuple((grid**2).tolist()),
+            tokens=Histogram(
+                uncertainty_edges=tuple(np.linspace(0, 1, 11).tolist()),
+                rejection_edges=tuple(np.linspace(0, 1, 11).tolist()),
+                counts=tuple(
+                    tuple(48 * int(int(10 * x**2) == row) for row in range(10)) for x in u.tolist()
+                ),
+            ),
+        ),
+        estimators=estimators, learned=None,
+        attention=AttentionSummary(
+            entropy=fig(2.0), sink=fig(0.5), context=fig(0.1),
+            normalised_entropy_by_step=curve(steps, 0.8 - 0.005 * steps),
+            sink_by_step=curve(steps, 0.3 + 0.01 * steps),
+        ),
+        timings=TIMINGS,
+    )  # fmt: skip
+
+
+def predictions(policy: str, threshold: float | None) -> dict[str, Figure]:
+    """What a policy does at a threshold; 0 sends all, 1 sends nothing."""
+    entry = next(entry for entry in POLICIES if entry[0] == policy)
+    skip = 1.0 if policy == "slm" else (threshold or 0.0)
+    if policy == "ui-hlm":
+        skip = min(1.0, 1.3 * skip)  # unimportant contexts are skipped whatever u is
+    risk = skip**3 / 3
+    time = 20.0 + (1 - skip) * (60.0 + entry[6] / 2e4)
+    values = (skip, risk, (1 - skip) * entry[6], time, 1e3 / time, 1.1e3 / time, 3 - 2 * skip,
+              risk + (1 - skip) * entry[7])  # fmt: skip
+    return {name: fig(value) for name, value in zip(METRICS, values, strict=True)}
+
+
+def point(policy: str, rule: str) -> OperatingPoint:
+    """A derived setting: risk budgets are t**3 / 3, `risk-prone` skips all, none has no gate."""
+    gated = rule != "none"
+    feasible = rule != INFEASIBLE
+    budget = BUDGETS.get(rule)
+    threshold = 1.2 if rule == SKIP_ALL else None if budget is None else (3 * budget) ** (1 / 3)
+    importance = {"importance": {"variant": "topk", "k": 16, "gamma": 1.0}}
+    return OperatingPoint(
+        policy=policy, rule=rule, family=rule.rpartition("-0")[0] or rule, variant="",
+        score="uncertainty" if gated else None,
+        budget=0.01 if rule == INFEASIBLE else budget,
+        weighting="tokens" if gated else None, confidence=None, bound=None,
+        uncertainty_threshold=Figure(value=None) if threshold is None else fig(threshold),
+        feasible=feasible,
+        reason="" if feasible else "12 prompts cannot certify 1 %; calibrate more prompts",
+        settings=importance if policy == "ui-hlm" else {},
+        predicted=predictions(policy, None if threshold is None else min(threshold, 1.0))
+        if feasible else {name: Figure(value=None) for name in METRICS},
+    )  # fmt: skip
+
+
+def throughputs(policy: str, rule: str, factor: float = 1.0) -> ThroughputCurves:
+    rate = factor * 20 / (1 + np.exp(-np.array(SNR_DB) / 5)) * (1 + len(policy) / 10)
+    return ThroughputCurves(
+        policy=policy, rule=rule, throughput_tok_s=curve(SNR_DB, rate),
+        mean_throughput_tok_s=curve(SNR_DB, 1.2 * rate),
+    )  # fmt: skip
+
+
+def sizes(scale: float = 1.0) -> SizeDistribution:
+    """Log-uniform from 1 to 1000 entries."""
+    levels = np.linspace(0, 1, 101)
+    return SizeDistribution(
+        levels=tuple(levels.tolist()), quantiles=tuple((scale * 1000**levels).tolist()),
+        mean=scale * 999 / np.log(1000), num_tokens=300,
+    )  # fmt: skip
+
+
+def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord:
+    gated = [entry[0] for entry in POLICIES if entry[2]]
+    points = [point(entry[0], "none") for entry in POLICIES if not entry[2]]
+    points += [point(policy, rule) for policy in gated for rule in (*BUDGETS, SKIP_ALL, INFEASIBLE)]
+    grid = np.linspace(0, 1, 101)
+    plane_threshold = point("ui-hlm", "risk-0.02").uncertainty_threshold.value
+    sizes_grid = (1, 4, 16, 64, 256, 1024)
+    bias = 0.5 / np.sqrt(sizes_grid)
+    steps = tuple(range(40))
+    importance = tuple(0.2 / (1 + step % 7) for step in steps)
+    content: dict[str, Any] = {
+        "name": name,
+        "request": DeriveRequest(policies=tuple(entry[0] for entry in POLICIES)),
+        "provenance": PROVENANCE, "pair": pair(), "num_prompts": NUM_PROMPTS,
+        "num_tokens": NUM_TOKENS, "confidence": CONFIDENCE,
+        "link": {"name": "wifi", "model": "awgn", "bandwidth_hz": 2e7, "snr_db": 20.0,
+                 "round_trip_ms": 5.0},
+        "profile": {"name": "measured", "t_slm_ms": 20.0, "t_llm_ms": 60.0,
+                    "t_uncertainty_ms": 1.0},
+        "accounting": "paper",
+        "policies": tuple(
+            PolicyInfo(name=entry[0], label=entry[0], source=None, paper=entry[1], gated=entry[2],
+                       color=entry[3], dashes=entry[4], marker=entry[5])
+            for entry in POLICIES
+        ),
+        "operating_points": tuple(points), "optima": (),
+        "thresholds": ThresholdCurves(
+            score="uncertainty", skip_rate=curve(grid, grid), risk=curve(grid, grid**3 / 3)
+        ),
+        "paths": tuple(
+            PolicyPath(
+                policy=policy, thresholds=tuple(grid.tolist()),
+                skip_rate=tuple(grid.tolist()),
+                **{
+                    metric: tuple(predictions(policy, float(t))[metric].value for t in grid)
+                    for metric in ("uplink_bits_per_token", "tv_bias")
+                },
+            )
+            for policy in gated
+        ),
+        "snr": SnrSweep(
+            rule="risk-0.02", bandwidth_hz=2e7, round_trip_ms=5.0, snr_db=SNR_DB,
+            series=tuple(
+                throughputs(entry[0], "risk-0.02" if entry[2] else "none") for entry in POLICIES
+            ),
+        ),
+        "truncation": TruncationCurves(
+            theta=0.1, soft_bound=curve(sizes_grid, 4 * bias),
+            sharp_bound=curve(sizes_grid, 1.2 * bias), exact=curve(sizes_grid, bias),
+            num_tokens=NUM_TOKENS, num_exact=NUM_TOKENS // 4, chosen_size=200, online=sizes(),
+            online_point="cu-hlm-online/risk-0.02",
+        ),
+        "importance_plane": ImportancePlane(
+            policy="ui-hlm", threshold_rule="risk-0.02", uncertainty_threshold=plane_threshold,
+            reason="", num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS, ks=KS, gammas=GAMMAS,
+            cells=tuple(
+                PlaneCell(
+                    k=k, gamma=gamma,
+                    predicted={
+                        "skip_rate": fig(min(1.0, 0.2 + 0.2 * gamma + 0.01 * k)),
+                        "tv_bias": fig(0.01 * gamma), "throughput_tok_s": fig(10 + gamma),
+                        "energy_j_per_token": fig(3 / gamma),
+                    },
+                )
+                for k in KS for gamma in GAMMAS
+            ),
+        ),
+        "importance_example": ImportanceExample(
+            prompt_id="math-007", setting="topk-16-1", step=steps, importance=importance,
+            threshold=(None, *(0.08 for _ in steps[1:])),
+            important=(True, *(value >= 0.08 for value in importance[1:])),
+        ),
+    }  # fmt: skip
+    return DerivationRecord(**(content | changes))
+
+
+def validation_record(derivation: DerivationRecord, **changes: Any) -> ValidationRecord:
+    """Every feasible point but `risk-prone`, measured 5 % off; the online rule 15 %: outside."""
+    cells, reruns, shifts = [], [], []
+    for own in derivation.operating_points:
+        if not own.feasible or own.rule == SKIP_ALL:
+            continue
+        off = 1.15 if own.policy == "cu-hlm-online" else 1.05
+        for metric, predicted in own.predicted.items():
+            value = float(predicted.value or 0.0)
+            fixed = value == 0 or not own.score
+            cells.append(
+                Cell(
+                    policy=own.policy, rule=own.rule, metric=metric, source="implied",
+                    predicted=predicted, measured=predicted if fixed else fig(off * value),
+                    covered=fixed or off < 1.1, fixed=fixed,
+                )
+            )  # fmt: skip
+        bits = next(entry[6] for entry in POLICIES if entry[0] == own.policy)
+        compared = own.rule in ("none", "risk-0.02")
+        online = own.policy == "cu-hlm-online"
+        reruns.append(
+            RerunInfo(
+                policy=own.policy, rule=own.rule, file=f"{own.policy}.parquet", num_tokens=300,
+                entries_per_sent_token=fig(bits / 16),
+                throughput=throughputs(own.policy, own.rule, 1.05) if compared else None,
+                sizes=sizes(1.2) if online else None,
+            )
+        )  # fmt: skip
+        if own.score:
+            move = 0.05 if online else 0.01
+            shift = Figure(value=move, low=move - 0.02, high=move + 0.02)
+            shifts.append(
+                ContextShift(
+                    policy=own.policy, rule=own.rule, below_threshold=shift,
+                    risk_below_threshold=shift, score=shift, prompts_below_threshold=shift,
+                    prompts_risk=shift, num_prompts=6,
+                )
+            )  # fmt: skip
+    tested = [cell for cell in cells if not cell.fixed]
+    covered = sum(bool(cell.covered) for cell in cells)
+    inside = sum(bool(cell.covered) for cell in tested)
+    counts = Coverage(covered=inside, total=len(tested), share=fig(inside / len(tested)))
+    content: dict[str, Any] = {
+        "derivation": derivation.name, "provenance": PROVENANCE, "pair": pair(), "seed": 1,
+        "order": "random", "prompt_ids": ("v1",), "confidence": CONFIDENCE, "num_prompts": 6,
+        "num_calibration_prompts": NUM_PROMPTS, "num_tokens": 300 * len(reruns),
+        "strata": "category", "reruns": tuple(reruns), "infeasible": (),
+        "context_shift": tuple(shifts), "cells": tuple(cells),
+        "coverage": CoverageSummary(
+            covered=covered, total=len(cells), share=fig(covered / len(cells)), tested=counts,
+            if_predictions_hold=Repeats(
+                num_repeats=1000, share=Figure(value=0.95, low=0.6, high=1.0),
+                probability_of_at_most=0.2, probability_of_at_least=0.85, widest_error=2.5,
+                probability_of_as_wide=0.3,
+            ),
+            unstratified=counts,
+        ),
+    }  # fmt: skip
+    return ValidationRecord(**(content | changes))
+
+
+def guarantees_record() -> GuaranteesRecord:
+    """Plug-in breaks its budget every other time, the certified one hardly ever."""
+    rows = []
+    for source in ("all-prompts", "halves"):
+        for family, weighting, share in (
+            ("risk", "tokens", 0.5), ("conformal", "prompts", 0.3), ("ltt", "prompts", 0.02)
+        ):  # fmt: skip
+            for budget in (0.005, 0.01, 0.02, 0.05):
+                infeasible = {("ltt", 0.005): 1.0, ("ltt", 0.01): 0.4}.get((family, budget), 0.0)
+                rate = (3 * budget) ** (1 / 3) * (1 - infeasible)
+                rows.append(
+                    GuaranteeRow(
+                        family=family, budget=budget, source=source, weighting=weighting,
+                        num_draws=500, num_calibration_prompts=12 if source != "halves" else 6,
+                        violation_share=fig(share * (1 - infeasible)),
+                        infeasible_share=fig(infeasible), skip_rate=fig(rate),
+                        risk=fig(rate**3 / 3),
+                    )
+                )  # fmt: skip
+    return GuaranteesRecord(
+        score="uncertainty", num_draws=500, num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS,
+        confidence=CONFIDENCE, seed=0, provenance=PROVENANCE, rows=tuple(rows),
+    )  # fmt: skip
+
+
+def attenuation_record() -> AttenuationRecord:
+    """r = 0.5, lambda = K / (K + 2), and a gap of 0.03 at the largest K; rows in no order."""
+    rows = []
+    for k, gap in ((100, 0.03), (5, -0.01), (20, 0.0)):
+        reliability = k / (k + 2)
+        predicted = 0.5 * reliability**0.5
+        rows.append(
+            AttenuationRow(
+                num_temperatures=k, reliability=reliability, exact_correlation=0.5,
+                predicted_correlation=predicted, predicted_slope=0.8 * reliability,
+                measured_correlation=Figure(
+                    value=predicted + gap, low=predicted - 0.1, high=predicted + 0.1
+                ),
+                measured_slope=fig(0.8 * reliability),
+                correlation_gap=Figure(value=gap, low=gap - 0.02, high=gap + 0.02),
+                slope_gap=Figure(value=0.0, low=-0.1, high=0.1), num_tokens=640, num_prompts=20,
+            )
+        )  # fmt: skip
+    return AttenuationRecord(
+        pair=pair(), confidence=CONFIDENCE, provenance=PROVENANCE, rows=tuple(rows)
+    )
+
+
+def quality_record(derivation: DerivationRecord, policies: tuple[str, ...]) -> QualityRecord:
+    """Text scores of every rerun of some policies."""
+    rows = tuple(
+        QualityRow(
+            policy=own.policy, rule=own.rule, reference="llm", coupled_with=None,
+            bertscore=Figure(value=0.9, low=0.88, high=0.92),
+            cosine=Figure(value=0.7, low=0.6, high=0.8),
+            bertscore_difference=Figure(value=0.0, low=-0.01, high=0.01),
+            cosine_difference=Figure(value=0.0, low=-0.1, high=0.1), identical=fig(0.2),
+            shared_prefix=fig(5.0), num_prompts=6,
+        )
+        for own in derivation.operating_points
+        if own.policy in policies and own.feasible
+    )  # fmt: skip
+    encoder = Backbone(name="made up", source="nowhere", sha256=None, max_tokens=512, num_cut=0)
+    return QualityRecord(
+        derivation=derivation.name, model=encoder, embedding=encoder, reference="llm",
+        second_draw="hlm", confidence=CONFIDENCE, num_prompts=6, num_texts=60, num_empty=0,
+        max_new_tokens=40, seed=1, mismatched={}, rows=rows, provenance=PROVENANCE,
+    )  # fmt: skip
+
+
+def records(name: str = "default") -> list[StageRecord]:
+    """One of each kind, as a run that went through every stage has them."""
+    derivation = derivation_record(name)
+    return [
+        run_record(), calibration_record(), derivation, validation_record(derivation),
+        guarantees_record(), attenuation_record(), quality_record(derivation, ("u-hlm", "slm")),
+    ]  # fmt: skip
+
+
+def write_run(run: Path) -> Path:
+    """The same as a folder."""
+    run.mkdir(parents=True)
+    for record in records():
+        write_record(run, record)
+    return run
+
+
+def full_run(run: Path = Path("RUN")) -> LoadedRun:
+    """The same as figures take it, without files."""
+    derivation = derivation_record()
+    return LoadedRun(
+        run=run, calibration=calibration_record(), info=run_record(), derivation=derivation,
+        validation=validation_record(derivation), validation_name="default",
+        quality=quality_record(derivation, ("u-hlm", "slm")), guarantees=guarantees_record(),
+        attenuation=attenuation_record(),
+    )  # fmt: skip
