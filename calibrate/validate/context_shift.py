@@ -65,10 +65,10 @@ def context_shift(
         return np.asarray(policy.score.of_draft(trace.step()), dtype=float)
 
     def below(trace: Trace) -> np.ndarray:
-        return np.asarray(score(trace) <= policy.threshold, dtype=float)
+        return np.asarray(policy.score.skips(trace.step(), policy.threshold), dtype=float)
 
     def risk(trace: Trace) -> np.ndarray:
-        return below(trace) * trace["rejection_prob"]
+        return np.asarray(below(trace) * trace["rejection_prob"])
 
     def estimate(loss: Loss, trace: Trace) -> RatioEstimate:
         return mean_over_tokens(loss(trace), trace.prompt_index, trace.num_prompts)

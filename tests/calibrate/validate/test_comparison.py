@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from calibrate.run.folder import Figure
+from calibrate.run.figure import figure
+from calibrate.run.records import Cell, Figure, OperatingPoint
 from calibrate.run.traces import Trace
 from calibrate.validate.comparison import (
     NUM_REPEATS,
-    Cell,
     Comparison,
     common_strata,
+    difference_error,
     prediction_interval,
     repeats,
     stratum_numbers,
 )
-from calibrate.validate.context_shift import context_shift
-from hlmtheory.clusters import ErrorTerms, error_terms, mean_over_tokens, pooled_difference
+from calibrate.validate.context_shift import context_shift, is_reference
+from hlmtheory.clusters import ErrorTerms, error_terms, mean_over_tokens, prediction_error
+from hlmtheory.policies import Policy, policy_class, policy_from_settings
+from hlmtheory.steps import Axes
 
 
 @pytest.fixture
@@ -61,25 +62,94 @@ def test_numbering_of_strata_does_not_matter(rng):
     assert same.terms == pytest.approx(error_terms(influence, strata).terms, abs=1e-15)
 
 
-def test_pooled_error_is_that_of_the_two_sample_t_test(rng):
-    """One token a prompt: the interval holds the other mean where the t test says 5 % or more."""
-    for shift in (0.0, 0.4, 0.6, 0.8, 1.2):
-        first, second = rng.normal(size=30), rng.normal(shift, size=18)
-        sides = [mean_over_tokens(x, np.arange(len(x)), len(x)) for x in (first, second)]
-        error = pooled_difference(*(error_terms(side.influence) for side in sides))
-        test = stats.ttest_ind(second, first)
-        statistic = (sides[1].value - sides[0].value) / error.standard_error
-        # The standard error of RatioEstimate has n / (n - 1) where s^2 has 1 / (n - 1): the same.
-        assert statistic == pytest.approx(test.statistic, rel=1e-12)
-        assert error.freedom == test.df == 46
-        low, high = prediction_interval(sides[0].value, error, 0.95)
-        assert (low <= sides[1].value <= high) == (test.pvalue >= 0.05)
+def spread(values: np.ndarray) -> tuple[float, int]:
+    """s and degrees of freedom of values, one a prompt."""
+    return float(values.std(ddof=1)), len(values) - 1
+
+
+def errors(*sides: np.ndarray) -> ErrorTerms:
+    """prediction_error of means of (averaged, drawn, rerun), one token a prompt."""
+    estimates = (mean_over_tokens(side, np.arange(len(side)), len(side)) for side in sides)
+    return prediction_error(*(error_terms(one.influence) for one in estimates))
+
+
+def test_prediction_error_adds_the_prediction_and_the_drawn_rerun(rng):
+    """One token a prompt: se^2 = s_a^2 / n + s^2 / m, s pooled over the drawn and the rerun."""
+    averaged, drawn, rerun = rng.normal(size=30), 3 * rng.normal(size=30), 3 * rng.normal(size=18)
+    error = errors(averaged, drawn, rerun)
+    (s_a, nu), (s_d, _), (s_m, nu_m) = (spread(side) for side in (averaged, drawn, rerun))
+    first = s_a**2 / 30
+    second = (nu * s_d**2 + nu_m * s_m**2) / (nu + nu_m) / 18
+    assert error.standard_error == pytest.approx((first + second) ** 0.5, rel=1e-12)
+    welch = (first + second) ** 2 / (first**2 / nu + second**2 / (nu + nu_m))
+    assert error.freedom == min(int(welch), nu + nu_m)
+    assert len(error.terms) == 30 + 30 + 18
+
+
+def test_equal_spreads_give_the_two_sample_t_test(rng):
+    """The same values on both sides, averaged and drawn alike: pooling changes nothing."""
+    values = rng.normal(size=24)
+    error = errors(values, values, values)
+    test = stats.ttest_ind(values + 1.0, values)
+    assert 1.0 / error.standard_error == pytest.approx(test.statistic, rel=1e-12)
+    assert error.freedom == test.df == 46
+
+
+def test_a_rare_event_missing_in_the_rerun_keeps_its_spread(rng):
+    drawn = np.zeros(40)
+    drawn[3] = 1.0
+    averaged = np.full(40, 1 / 40) + 1e-3 * rng.normal(size=40)
+    error = errors(averaged, drawn, np.zeros(20))
+    s, nu = spread(drawn)
+    assert error.standard_error**2 >= nu * s**2 / (nu + 19) / 20
 
 
 def test_no_freedom_is_refused_in_one_line():
-    single = error_terms(np.array([0.0]))
-    with pytest.raises(ValueError, match="no degree of freedom on either side: give more"):
-        pooled_difference(single, single)
+    single, more = error_terms(np.array([0.0])), error_terms(np.array([0.1, -0.1]))
+    with pytest.raises(ValueError, match="no degree of freedom in the prediction: give more"):
+        prediction_error(single, single, more)
+    assert difference_error(np.zeros(1), np.zeros(1), np.array([0.1, -0.1]), None) is None
+
+
+def toy_chain(rng: np.random.Generator, num_prompts: int, num_steps: int = 12) -> np.ndarray:
+    """Probability (P, T) that the draft is skipped, along chains of two kinds of context.
+
+    Kinds follow one another with probability 0.8; prompts differ in how likely a draft is skipped
+    in the first kind. The mean of the second kind is 0.25, of both 0.4875: the truth.
+    """
+    base = rng.uniform(0.6, 0.85, size=num_prompts)
+    kind = rng.uniform(size=num_prompts) < 0.5
+    out = np.empty((num_prompts, num_steps))
+    for step in range(num_steps):
+        out[:, step] = np.where(kind, base, 0.25)
+        kind = np.where(rng.uniform(size=num_prompts) < 0.8, kind, ~kind)
+    return out
+
+
+def test_prediction_intervals_cover_and_averaged_spreads_cover_too_little(rng):
+    """A rerun draws its drafts; a prediction is averaged over them. 95 % of reruns fall inside.
+
+    Negative control: an interval whose rerun has the spread of averaged figures too.
+    """
+    num_runs, held = 2_000, {"drawn": 0, "averaged": 0}
+    for _ in range(num_runs):
+        p, q = toy_chain(rng, 40), toy_chain(rng, 16)
+        drawn, rerun = (rng.uniform(size=law.shape) < law for law in (p, q))
+        averaged, sampled, measured, smooth = (
+            mean_over_tokens(a.ravel().astype(float), np.repeat(np.arange(len(a)), 12), len(a))
+            for a in (p, drawn, rerun, q)
+        )
+        for name, sides in (
+            ("drawn", (averaged, sampled, measured)),
+            ("averaged", (averaged, averaged, smooth)),
+        ):
+            error = prediction_error(*(error_terms(side.influence) for side in sides))
+            low, high = prediction_interval(averaged.value, error, 0.95)
+            held[name] += low <= measured.value <= high
+    # Nearly normal sums of 12 steps: within a percentage point, and binomial bounds at 1 in 1,000.
+    assert stats.binom.ppf(1e-3, num_runs, 0.94) <= held["drawn"]
+    assert held["drawn"] <= stats.binom.ppf(1 - 1e-3, num_runs, 0.96)
+    assert held["averaged"] < 0.9 * num_runs
 
 
 def stratified_draw(rng: np.random.Generator, per_stratum: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,14 +165,15 @@ def test_stratified_intervals_cover_and_plain_ones_cover_too_much(rng):
         (first, of_first), (second, of_second) = stratified_draw(rng, 10), stratified_draw(rng, 4)
         sides = [mean_over_tokens(x, np.arange(len(x)), len(x)) for x in (first, second)]
         for name, strata in (("strata", (of_first, of_second)), ("plain", (None, None))):
-            error = pooled_difference(
-                *(error_terms(side.influence, c) for side, c in zip(sides, strata, strict=True))
+            first, second = (
+                error_terms(side.influence, c) for side, c in zip(sides, strata, strict=True)
             )
+            error = prediction_error(first, first, second)
             low, high = prediction_interval(sides[0].value, error, 0.95)
             held[name] += low <= sides[1].value <= high
-    # Normal values and equal shares: exact. Binomial bounds at 1 in 1,000 each.
-    assert stats.binom.ppf(1e-3, num_runs, 0.95) <= held["strata"]
-    assert held["strata"] <= stats.binom.ppf(1 - 1e-3, num_runs, 0.95)
+    # Normal values and equal shares; Satterthwaite's degrees of freedom are good to half a point.
+    assert stats.binom.ppf(1e-3, num_runs, 0.945) <= held["strata"]
+    assert held["strata"] <= stats.binom.ppf(1 - 1e-3, num_runs, 0.955)
     assert held["plain"] > 0.995 * num_runs
 
 
@@ -126,7 +197,14 @@ def comparison(terms: np.ndarray, off: float) -> Comparison:
     low, high = prediction_interval(0.5, error, 0.95)
     measured = 0.5 + off * error.standard_error
     cell = Cell(
-        "u-hlm", "r", "skip_rate", Figure(0.5, low, high), Figure(measured), low <= measured <= high
+        policy="u-hlm",
+        rule="r",
+        metric="skip_rate",
+        source="counted",
+        predicted=figure(0.5, low, high),
+        measured=figure(measured),
+        covered=low <= measured <= high,
+        fixed=False,
     )
     return Comparison(cell, error, cell.covered)
 
@@ -142,13 +220,13 @@ def test_count_of_one_figure_said_forty_times(rng):
     result = repeats([comparison(terms, 1.0)] * 40, 0.95)
     expected = normal_share(58)
     error = 4 * (expected * (1 - expected) / NUM_REPEATS) ** 0.5
-    assert result["share"]["value"] == pytest.approx(expected, abs=error)
-    assert (result["share"]["low"], result["share"]["high"]) == (0.0, 1.0)
-    assert result["probability_of_at_least"] == pytest.approx(expected, abs=error)
-    assert result["probability_of_at_most"] == 1.0
-    assert result["widest_error"] == pytest.approx(1.0)
+    assert result.share.value == pytest.approx(expected, abs=error)
+    assert (result.share.low, result.share.high) == (0.0, 1.0)
+    assert result.probability_of_at_least == pytest.approx(expected, abs=error)
+    assert result.probability_of_at_most == 1.0
+    assert result.widest_error == pytest.approx(1.0)
     wide = 2 * stats.norm.sf(1.0)
-    assert result["probability_of_as_wide"] == pytest.approx(wide, abs=4 * 0.5 / NUM_REPEATS**0.5)
+    assert result.probability_of_as_wide == pytest.approx(wide, abs=4 * 0.5 / NUM_REPEATS**0.5)
 
 
 def test_count_of_independent_cells_is_binomial():
@@ -156,22 +234,20 @@ def test_count_of_independent_cells_is_binomial():
     cells = [comparison(np.eye(100)[i], 3.0 if i < 10 else 0.5) for i in range(100)]
     result = repeats(cells, 0.95)
     expected = normal_share(98)
-    assert result["share"]["value"] == pytest.approx(expected, abs=0.001)
+    assert result.share.value == pytest.approx(expected, abs=0.001)
     low, high = stats.binom.ppf([0.025, 0.975], 100, expected) / 100
-    assert result["share"]["low"] == pytest.approx(low, abs=0.0101)
-    assert result["share"]["high"] == pytest.approx(high, abs=0.0101)
+    assert result.share.low == pytest.approx(low, abs=0.0101)
+    assert result.share.high == pytest.approx(high, abs=0.0101)
     few = stats.binom.cdf(90, 100, expected)
-    assert result["probability_of_at_most"] == pytest.approx(
-        few, abs=4 * (few / NUM_REPEATS) ** 0.5
-    )
+    assert result.probability_of_at_most == pytest.approx(few, abs=4 * (few / NUM_REPEATS) ** 0.5)
     wide = 1 - (1 - 2 * stats.norm.sf(3.0)) ** 100
-    assert result["probability_of_as_wide"] == pytest.approx(wide, abs=0.02)
+    assert result.probability_of_as_wide == pytest.approx(wide, abs=0.02)
 
 
 def test_without_a_spread_there_is_no_count_to_expect():
     still = comparison(np.zeros(5), 0.0)
-    assert repeats([still], 0.95) == {}
-    assert repeats([], 0.95) == {}
+    assert repeats([still], 0.95) is None
+    assert repeats([], 0.95) is None
 
 
 def trace(uncertainty: np.ndarray, categories: tuple[str, ...] = ()) -> Trace:
@@ -182,25 +258,41 @@ def trace(uncertainty: np.ndarray, categories: tuple[str, ...] = ()) -> Trace:
         "rejection_prob": uncertainty.ravel() / 2,
         "prompt_index": np.repeat(np.arange(num), steps),
     }
-    return Trace(columns, [f"p{i}" for i in range(num)], categories)
+    return Trace(columns, [f"p{i}" for i in range(num)], Axes(100), categories)
 
 
-def point(policy: str = "u-hlm") -> dict[str, Any]:
-    return {
-        "policy": policy, "rule": "risk-0.05", "uncertainty_threshold": {"value": 0.5},
-        "settings": {},
-    }  # fmt: skip
+def point(policy: str) -> OperatingPoint:
+    return OperatingPoint(
+        policy=policy, rule="risk-0.05", family="risk", variant="", score="uncertainty",
+        budget=0.05, weighting="tokens", confidence=None, bound=None,
+        uncertainty_threshold=Figure(value=0.5), feasible=True, reason="", settings={},
+        predicted={},
+    )  # fmt: skip
+
+
+def shift_of(cal: Trace, own: Trace, base: Trace, policy: str = "u-hlm"):
+    ran = policy_from_settings(policy, {}, 0.5)
+    return context_shift(point(policy), ran, cal, own, base, 0.95)
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> Figure:
+    """Interval of (36) for the mean of `second` less that of `first`, one value a prompt."""
+    sides = [mean_over_tokens(x, np.arange(len(x)), len(x)) for x in (first, second)]
+    error = difference_error(sides[0].influence, sides[0].influence, sides[1].influence, None)
+    half = stats.t.ppf(0.975, error.freedom) * error.standard_error
+    value = sides[1].value - sides[0].value
+    return figure(value, value - half, value + half)
 
 
 def test_shift_of_contexts_is_the_paired_difference(rng):
     base = rng.uniform(size=(40, 6))
     own = np.clip(base + 0.1 * rng.normal(size=base.shape) + 0.05, 0, 1)
-    shift = context_shift(point(), trace(base), trace(own), trace(base), 0.95)
+    shift = shift_of(trace(base), trace(own), trace(base))
     assert shift is not None
     by_prompt = own.mean(1) - base.mean(1)
     test = stats.ttest_1samp(by_prompt, 0.0).confidence_interval(0.95)
-    assert shift.uncertainty.value == pytest.approx(by_prompt.mean(), abs=1e-12)
-    assert (shift.uncertainty.low, shift.uncertainty.high) == pytest.approx((test.low, test.high))
+    assert shift.score.value == pytest.approx(by_prompt.mean(), abs=1e-12)
+    assert (shift.score.low, shift.score.high) == pytest.approx((test.low, test.high))
     under = (own <= 0.5).mean() - (base <= 0.5).mean()
     assert shift.below_threshold.value == pytest.approx(under, abs=1e-12)
     risk = (own / 2 * (own <= 0.5)).mean() - (base / 2 * (base <= 0.5)).mean()
@@ -209,10 +301,10 @@ def test_shift_of_contexts_is_the_paired_difference(rng):
 
 def test_the_same_outputs_shift_nothing(rng):
     same = trace(rng.uniform(size=(12, 4)), ("a", "b") * 6)
-    shift = context_shift(point(), same, same, same, 0.95)
+    shift = shift_of(same, same, same)
     assert shift is not None
-    for figure in (shift.below_threshold, shift.risk_below_threshold, shift.uncertainty):
-        assert (figure.value, figure.low, figure.high) == (0.0, 0.0, 0.0)
+    for found in (shift.below_threshold, shift.risk_below_threshold, shift.score):
+        assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
 def test_what_categories_differ_in_is_no_error_of_a_shift(rng):
@@ -221,26 +313,28 @@ def test_what_categories_differ_in_is_no_error_of_a_shift(rng):
     moved = base + np.repeat([0.0, 0.2, 0.4], 4)[:, None]
     names = tuple(np.repeat(["a", "b", "c"], 4))
     with_names, without = trace(base, names), trace(base)
-    strict = context_shift(point(), with_names, trace(moved, names), with_names, 0.95)
-    loose = context_shift(point(), without, trace(moved), without, 0.95)
-    assert strict.uncertainty.high - strict.uncertainty.low == pytest.approx(0, abs=1e-12)
-    assert loose.uncertainty.high - loose.uncertainty.low > 0.1
-    assert strict.uncertainty.value == loose.uncertainty.value == pytest.approx(0.2)
+    strict = shift_of(with_names, trace(moved, names), with_names)
+    loose = shift_of(without, trace(moved), without)
+    assert strict.score.high - strict.score.low == pytest.approx(0, abs=1e-12)
+    assert loose.score.high - loose.score.low > 0.1
+    assert strict.score.value == loose.score.value == pytest.approx(0.2)
 
 
 def test_shift_and_prompts_add_up_to_measured_less_predicted(rng):
     """Other prompts, and a different number of them; the second term is a two-sample t interval."""
     cal, base = trace(rng.uniform(size=(30, 4))), trace(rng.uniform(size=(20, 4)))
     own = trace(np.clip(rng.uniform(size=(20, 4)) - 0.1, 0, 1))
-    shift = context_shift(point(), cal, own, base, 0.95)
+    shift = shift_of(cal, own, base)
     assert shift is not None
     shares = [one["uncertainty"].reshape(-1, 4) <= 0.5 for one in (cal, own, base)]
     measured_less_predicted = shares[1].mean() - shares[0].mean()
     total = shift.below_threshold.value + shift.prompts_below_threshold.value
     assert total == pytest.approx(measured_less_predicted, abs=1e-12)
-    test = stats.ttest_ind(shares[2].mean(1), shares[0].mean(1)).confidence_interval(0.95)
-    found = shift.prompts_below_threshold
-    assert (found.low, found.high) == pytest.approx((test.low, test.high))
+    expected, found = (
+        difference(shares[0].mean(1), shares[2].mean(1)),
+        shift.prompts_below_threshold,
+    )
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     risks = [np.where(s, one["rejection_prob"].reshape(-1, 4), 0).mean()
              for s, one in zip(shares, (cal, own, base), strict=True)]  # fmt: skip
     assert shift.risk_below_threshold.value + shift.prompts_risk.value == pytest.approx(
@@ -250,7 +344,16 @@ def test_shift_and_prompts_add_up_to_measured_less_predicted(rng):
 
 def test_shift_is_of_thresholds_and_of_the_same_prompts(rng):
     base = trace(rng.uniform(size=(5, 4)))
-    assert context_shift(point("slm"), base, base, base, 0.95) is None
-    assert context_shift(point("hlm"), base, base, base, 0.95) is None
-    others = Trace(base.columns, [f"q{i}" for i in range(5)])
-    assert context_shift(point(), base, base, others, 0.95) is None
+    assert shift_of(base, base, base, "slm") is None
+    assert shift_of(base, base, base, "hlm") is None
+    others = Trace(base.columns, [f"q{i}" for i in range(5)], base.axes)
+    assert shift_of(base, base, others) is None
+
+
+def test_the_reference_drafts_on_the_device_and_follows_the_server():
+    def reference(name: str) -> bool:
+        policy: type[Policy] = policy_class(name)
+        return is_reference(policy_from_settings(name, {}, 0.5 if policy.gated else None))
+
+    names = ("slm", "llm", "hlm", "u-hlm", "r-hlm")
+    assert [name for name in names if reference(name)] == ["hlm"]
