@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.analysis [--num-tokens 1000000] [--num-prompts 10000]
 
-What is timed is what `hlm calibrate` and `hlm derive` run after decoding: the fitted line, every
-estimator with its bootstrap (2,000 resamples by prompt), and the thresholds of every rule at four
-risk budgets. Learned scores are not in it: a trace of more than 200,000 tokens has none.
+What is timed is what `hlm calibrate` and `hlm derive` run after decoding: the summary of a trace
+(line, relation, every score with its bootstrap of 2,000 resamples by prompt, the learned ones
+on at most 200,000 tokens), and the thresholds of every rule at four risk budgets, once on the drawn
+drafts and once averaged over 33 candidates each.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from calibrate.derive.operating_points import DeriveRequest, derive_thresholds
-from calibrate.fit.line import ESTIMATORS, NUM_RESAMPLES, estimator_score, fit_line, score_estimator
+from calibrate.fit.estimators import NUM_RESAMPLES, compare_scores
+from calibrate.fit.line import fit_line, relation
+from calibrate.fit.thresholds import derive_thresholds
+from calibrate.run.records import CalibrationRecord, DeriveRequest
 from calibrate.run.traces import Trace
+from hlmtheory.risk import SkipAtoms
+from hlmtheory.scores import ExactUncertainty
+from hlmtheory.steps import Axes
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
 
@@ -40,6 +45,8 @@ def made_up_trace(num_tokens: int, num_prompts: int, seed: int = 0) -> Trace:
         "uncertainty": u,
         "uncertainty_sampled": rng.binomial(20, u) / 20,
         "entropy": 3 * u + rng.uniform(size=num_tokens),
+        "step": np.arange(num_tokens) - np.searchsorted(index, index),
+        "max_logit": 20 - 5 * u + rng.normal(size=num_tokens),
         "max_prob": np.clip(1 - 0.8 * u - 0.1 * rng.uniform(size=num_tokens), 0, 1),
         "margin": np.clip(1 - u - 0.2 * rng.uniform(size=num_tokens), 0, 1),
         "rejection_prob": beta,
@@ -47,7 +54,18 @@ def made_up_trace(num_tokens: int, num_prompts: int, seed: int = 0) -> Trace:
         "target_prob": draft_prob * (1 - beta),
         "prompt_index": index,
     }
-    return Trace(columns, [f"p{i}" for i in range(num_prompts)])
+    return Trace(columns, [f"p{i}" for i in range(num_prompts)], Axes(1000))
+
+
+def made_up_atoms(trace: Trace, num_candidates: int = 33, seed: int = 0) -> SkipAtoms:
+    """Each token's draft cut in candidates of random mass, score and rejection around its own."""
+    rng = np.random.default_rng(seed)
+    shape = (trace.num_tokens, num_candidates)
+    mass = rng.exponential(size=shape)
+    mass /= mass.sum(axis=1, keepdims=True)
+    score = np.clip(trace["uncertainty"][:, None] + 0.2 * rng.normal(size=shape), 0, 1)
+    rejection = mass * trace["rejection_prob"][:, None]
+    return SkipAtoms.of_candidates(score, mass, rejection, trace.prompt_index, trace.num_prompts)
 
 
 def main() -> None:
@@ -67,17 +85,23 @@ def main() -> None:
         seconds[name] = time.perf_counter() - begin
         return out
 
+    u = trace["uncertainty"]
     can_reject = trace["target_prob"] < trace["draft_prob"]
-    line = timed("fit", lambda: fit_line(trace["uncertainty"], beta, can_reject, index, num))
-    for name in ESTIMATORS:
-        score = estimator_score(trace, name)
-        timed(f"estimator {name}", partial(score_estimator, name, score, beta, index, num))
-    request = DeriveRequest(("u-hlm",), RISKS)
-    calibration = {"fit": asdict(line)}
-    thresholds = timed(
-        "thresholds",
-        lambda: derive_thresholds(trace, trace["uncertainty"], calibration, request),
-    )
+    line = timed("fit", lambda: fit_line(u, beta, can_reject, index, num))
+    timed("relation", lambda: relation(u, beta, index, num, line))
+    estimators, _ = timed("estimators", lambda: compare_scores(trace))
+    request = DeriveRequest(policies=(), risks=RISKS)
+    # Of a calibration, thresholds read the fit alone.
+    calibration = CalibrationRecord.model_construct(fit=line)
+    for name, make in (
+        ("drafts", lambda: SkipAtoms.of_drafts(u, beta, index, num)),
+        ("candidates", lambda: made_up_atoms(trace)),
+    ):
+        atoms = timed(f"{name}: pieces", make)
+        thresholds = timed(
+            f"{name}: thresholds",
+            partial(derive_thresholds, atoms, ExactUncertainty(), trace, calibration, request),
+        )
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     total = sum(seconds.values())
@@ -86,7 +110,8 @@ def main() -> None:
                           "peak_gib": peak_gib}, indent=1))  # fmt: skip
         return
     print(
-        f"{trace.num_tokens:,} tokens of {num:,} prompts, {len(thresholds)} thresholds, "
+        f"{trace.num_tokens:,} tokens of {num:,} prompts, {len(estimators)} scores, "
+        f"{len(thresholds)} thresholds, "
         f"{NUM_RESAMPLES} resamples"
     )
     for name, value in seconds.items():

@@ -162,6 +162,20 @@ class SkipAtoms:
         num_tokens = np.bincount(prompt_index, minlength=num_prompts)[:num_prompts]
         return cls(score, np.ones(np.shape(score)), rejection_prob, prompt_index, num_tokens)
 
+    @classmethod
+    def of_candidates(
+        cls,
+        score: np.ndarray,
+        mass: np.ndarray,
+        rejection: np.ndarray,
+        prompt_index: np.ndarray,
+        num_prompts: int,
+    ) -> SkipAtoms:
+        """Candidates of each context, (N, J) each, with the contexts' prompts (N,)."""
+        num_tokens = np.bincount(prompt_index, minlength=num_prompts)
+        index = np.repeat(np.asarray(prompt_index, dtype=np.int32), np.shape(mass)[1])
+        return cls(score.reshape(-1), mass.reshape(-1), rejection.reshape(-1), index, num_tokens)
+
     @property
     def num_prompts(self) -> int:
         """P, prompts without tokens included."""
@@ -271,7 +285,7 @@ def skip_risk_sums(atoms: SkipAtoms, thresholds: np.ndarray | None = None) -> Sk
     ends = np.searchsorted(atoms.score, grid, side="right")
     place = np.repeat(np.arange(len(grid)), np.diff(ends, prepend=0))
     kept = slice(0, len(place))
-    cell = atoms.prompt_index[kept] * len(grid) + place
+    cell = atoms.prompt_index[kept].astype(np.int64) * len(grid) + place
     shape = (atoms.num_prompts, len(grid))
     skipped, rejected = (
         np.cumsum(

@@ -188,13 +188,7 @@ def split_atoms(rng: np.random.Generator, num: int) -> tuple[SkipAtoms, SkipAtom
     x, y = rng.dirichlet(np.full(5, 0.6), size=(2, num))
     score = np.round(rng.uniform(size=(num, 5)), 1)
     index = np.arange(num) % 25
-    whole = SkipAtoms(
-        score.reshape(-1),
-        x.reshape(-1),
-        np.maximum(x - y, 0).reshape(-1),
-        np.repeat(index, 5),
-        np.bincount(index, minlength=25),
-    )
+    whole = SkipAtoms.of_candidates(score, x, np.maximum(x - y, 0), index, 25)
     drawn = np.array([rng.choice(5, p=row) for row in x])
     at = (np.arange(num), drawn)
     beta = np.maximum(0.0, 1 - y[at] / x[at])

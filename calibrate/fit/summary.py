@@ -1,0 +1,71 @@
+"""Everything that calibration.json says, from a trace."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from calibrate.fit.estimators import compare_scores
+from calibrate.fit.line import fit_line, relation
+from calibrate.run.figure import as_figure, curve
+from calibrate.run.records import AttentionSummary, CalibrationRecord, Curve, Figure, RunRecord
+from calibrate.run.traces import Trace
+from hlmtheory.clusters import mean_over_tokens, ratio_of_sums
+from hlmtheory.importance import normalised_entropy
+
+ATTENTION_COLUMNS = ("attention_entropy", "attention_sink", "context_attention", "num_attended")
+
+
+def summarise(trace: Trace, info: RunRecord, confidence: float = 0.95) -> CalibrationRecord:
+    """The content of calibration.json from a run's trace and its run.json."""
+    u, beta, index = trace["uncertainty"], trace["rejection_prob"], trace.prompt_index
+    can_reject = trace["target_prob"] < trace["draft_prob"]
+    fit = fit_line(u, beta, can_reject, index, trace.num_prompts, confidence)
+    estimators, learned = compare_scores(trace, confidence)
+    return CalibrationRecord(
+        pair=info.pair,
+        settings=info.settings,
+        num_prompts=trace.num_prompts,
+        num_tokens=trace.num_tokens,
+        confidence=confidence,
+        fit=fit,
+        relation=relation(u, beta, index, trace.num_prompts, fit, confidence),
+        estimators=estimators,
+        learned=learned,
+        attention=_attention(trace, confidence),
+        timings=info.timings,
+    )
+
+
+def _attention(trace: Trace, confidence: float) -> AttentionSummary | None:
+    """Statistics of the attention rows; None where the trace has none."""
+    if any(name not in trace for name in ATTENTION_COLUMNS):
+        return None
+
+    def mean(name: str, unit: str = "") -> Figure:
+        estimate = mean_over_tokens(trace[name], trace.prompt_index, trace.num_prompts)
+        return as_figure(estimate, unit, confidence)
+
+    # The sink is no part of the entropy.
+    share = normalised_entropy(trace["attention_entropy"], trace["num_attended"] - 1.0)
+    return AttentionSummary(
+        entropy=mean("attention_entropy", "nat"),
+        sink=mean("attention_sink"),
+        context=mean("context_attention"),
+        normalised_entropy_by_step=_by_step(trace, share, confidence),
+        sink_by_step=_by_step(trace, trace["attention_sink"], confidence),
+    )
+
+
+def _by_step(trace: Trace, values: np.ndarray, confidence: float) -> Curve:
+    """Means by position in the answer, from 0; positions without a value are left out."""
+    known = np.isfinite(values)
+    steps = trace["step"].astype(np.int64)
+    shape = (trace.num_prompts, int(steps.max()) + 1)
+    cell = trace.prompt_index[known] * shape[1] + steps[known]
+    sums, counts = (
+        np.bincount(cell, weights=weights, minlength=shape[0] * shape[1]).reshape(shape)
+        for weights in (values[known], np.ones(int(known.sum())))
+    )
+    grid = np.flatnonzero(counts.any(axis=0))
+    estimates = [ratio_of_sums(sums[:, step], counts[:, step]) for step in grid]
+    return curve(grid, estimates, confidence)
