@@ -19,7 +19,7 @@ from hlmtheory.cost import (
     token_energy_j,
     token_time_ms,
 )
-from hlmtheory.domain import check_nonnegative, check_unit_interval
+from hlmtheory.domain import check_finite, check_nonnegative, check_unit_interval
 from hlmtheory.link import Link
 
 Objective: TypeAlias = Literal["throughput", "mean-throughput", "energy"]
@@ -38,7 +38,7 @@ class PolicyCurve:
     rule : str
         Verification rule.
     uncertainty_threshold : float array (G,)
-        u_th; 0 for a policy without a gate.
+        Threshold of the policy's score; 0 for a policy without a gate.
     skip_rate : float array (G,)
         Share of tokens emitted without the server.
     risk : float array (G,)
@@ -76,7 +76,9 @@ class PolicyCurve:
             values = np.asarray(getattr(self, name), dtype=np.float64)
             if values.shape != shape:
                 raise ValueError(f"{name} has shape {values.shape}: allowed is {shape}, the grid's")
-            if name == "payload_bits":
+            if name == "uncertainty_threshold":
+                check_finite(values, name)
+            elif name == "payload_bits":
                 check_nonnegative(values, name)
             else:
                 check_unit_interval(values, name)

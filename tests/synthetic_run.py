@@ -1,148 +1,209 @@
-"""A small run whose columns are known by construction, made by the project's own stages."""
+"""A small run of random laws, known to the last digit, made by the project's own stages."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from calibrate.decode.recording import (
-    BIAS_SIZE_GRID,
-    SIZE_GRID,
-    THRESHOLD_GRID,
-    TOPK_ATTENTION_GRID,
-)
 from calibrate.derive.derivation import derive_run
-from calibrate.derive.operating_points import policy_from_settings
-from calibrate.derive.policy_tokens import predicted_tokens
-from calibrate.fit.calibration import summarise
-from calibrate.run.folder import read_json, write_json
-from calibrate.run.traces import read_trace, shard_paths, write_shard
-from calibrate.validate.validation import compare_reruns
-from hlmtheory.policies import POLICY_NAMES
+from calibrate.derive.predict import point_policy, remembered
+from calibrate.fit.summary import summarise
+from calibrate.run.folder import DEFAULT_NAME, provenance, read_record, write_record
+from calibrate.run.prompts import Prompt
+from calibrate.run.records import (
+    CalibrationRecord,
+    DerivationRecord,
+    DeriveRequest,
+    Figure,
+    GivenModels,
+    ModelIdentity,
+    PairIdentity,
+    RunRecord,
+    RunSettings,
+    Timings,
+    ValidationRecord,
+)
+from calibrate.run.traces import Trace, read_trace, shard_paths, write_shard
+from calibrate.validate.validation import ValidationPlan, compare_reruns
+from hlmtheory.policies import Policy, calibration_policy, policy_names
+from hlmtheory.steps import COLUMNS, Axes, LawStep
 
-VOCAB = 32_000
+VOCAB = 256
 NUM_PROMPTS, NUM_STEPS = 12, 16
 CATEGORIES = ("code", "prose")
+RISKS = (0.02, 0.05)
+STRIDE = 4
+AXES = Axes(VOCAB)
+OF_THE_ENGINE = {"prompt_id", "step", "skipped", "accepted"}
 
 
-def synthetic_columns(seed: int, num_prompts: int = NUM_PROMPTS) -> dict[str, np.ndarray]:
-    """Columns of a full trace: beta rises with u, prompts differ, answers end at various steps."""
+@dataclass(frozen=True)
+class UniformNoise:
+    """Random numbers of a step, from one generator."""
+
+    generator: np.random.Generator
+    num: int
+
+    def __post_init__(self) -> None:
+        draw = self.generator.random
+        for name, shape in (("draft", (2,)), ("accept", ()), ("resample", (2,))):
+            object.__setattr__(self, name, draw((self.num, *shape)))
+        object.__setattr__(self, "perturbation", draw((self.num, len(AXES.thetas))))
+        object.__setattr__(self, "_races", self.generator.exponential(size=(self.num, VOCAB)))
+
+    def races(self) -> np.ndarray:
+        return self._races  # type: ignore[attr-defined]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def synthetic_step(
+    seed: int, policy: Policy | None = None, num_prompts: int = NUM_PROMPTS
+) -> tuple[LawStep, np.ndarray, np.ndarray]:
+    """Contexts with both laws, decoded under a policy: the step, prompt and step of each row.
+
+    Contexts are drawn from one law whatever the outputs, so that predictions hold.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(NUM_STEPS // 2, NUM_STEPS + 1, size=num_prompts)
     lengths[0] = NUM_STEPS
     row = np.repeat(np.arange(num_prompts), lengths)
-    step = np.concatenate([np.arange(length) for length in lengths])
+    steps = np.concatenate([np.arange(length) for length in lengths])
     num = len(row)
-    u = np.clip(rng.beta(0.6, 0.6, num) + 0.05 * rng.normal(size=num_prompts)[row], 0, 1)
-    beta = np.where(rng.uniform(size=num) < 0.2 + 0.6 * u, np.clip(u + 0.1, 0, 1), 0.0)
-    draft_prob = np.clip(1 - u, 0.01, 1)
-    inside = u[:, None] <= np.array(THRESHOLD_GRID)
-    deviation = 1.6 * np.exp(-0.5 * np.log(np.array(SIZE_GRID)) * rng.uniform(0.8, 1.6, (num, 1)))
-    bias = 0.3 * np.exp(-0.6 * np.log(np.array(BIAS_SIZE_GRID)) * rng.uniform(0.8, 1.6, (num, 1)))
-    unrecorded = step % 4 != 0
-    deviation[unrecorded] = bias[unrecorded] = np.nan
-    attended = 20 + step
+    sharpness = np.exp(rng.normal(1.3, 0.8, num) + 0.2 * rng.normal(size=num_prompts)[row])
+    z = sharpness[:, None] * rng.normal(size=(num, VOCAB))
+    y = softmax(z + 0.5 * rng.normal(size=(num, VOCAB)))
+    attended = 20 + steps
     entropy = np.log(attended - 1) * rng.uniform(0.6, 0.95, num)
-    return {
-        "row": row,
-        "step": step,
-        "draft_token": rng.integers(0, VOCAB, num),
-        "output_token": rng.integers(0, VOCAB, num),
-        "draft_prob": draft_prob,
-        "target_prob": draft_prob * (1 - beta),
-        "rejection_prob": beta,
-        "uncertainty": u,
-        "uncertainty_sampled": np.round(20 * np.clip(u + 0.05 * rng.normal(size=num), 0, 1)) / 20,
-        "entropy": 3 * u + rng.uniform(size=num),
-        "max_prob": 1 - 0.9 * u,
-        "margin": 1 - u,
-        "tv_distance": np.clip(beta.mean() + 0.05 * rng.normal(size=num), 0, 1),
-        "skipped": np.zeros(num, dtype=bool),
-        "accepted": rng.uniform(size=num) > beta,
-        "policy_bias": np.zeros(num),
-        "policy_entries": np.full(num, VOCAB),
-        "skip_set_size": inside.astype(np.int16),
-        "skip_set_mass": inside * draft_prob[:, None],
-        "skip_set_bias": inside * (beta * draft_prob)[:, None],
-        "skip_set_ask_bias": inside * (0.5 * draft_prob)[:, None],
-        "tail_deviation": deviation,
-        "truncation_bias": np.minimum(bias, 0.1),
+    width = len(AXES.attention_sizes)
+    attention = {
         "attention_sink": rng.uniform(0.2, 0.5, num),
         "attention_entropy": entropy,
         "context_attention": rng.uniform(0.2, 0.6, num),
         "num_attended": attended,
-        "topk_attention": np.exp(-entropy)[:, None]
-        * rng.uniform(0.7, 2.0, (num, len(TOPK_ATTENTION_GRID))),
+        "topk_attention": np.exp(-entropy)[:, None] * rng.uniform(0.95, 2.0, (num, width)),
     }
+    step = LawStep(AXES, z, softmax(z), y, UniformNoise(rng, num), VOCAB, attention)
+    policy = policy or calibration_policy()
+    known = Trace({"step": steps, "prompt_index": row, **attention}, [], AXES)
+    step = step.with_columns(dict(remembered(known, policy)))
+    return step.drafted(policy.draft(step)), row, steps
 
 
-def identity(name: str) -> dict[str, Any]:
-    model = {"label": "M", "sha256": "ab" * 32, "drop_layers": []}
-    return {
-        "name": name, "slm": model, "llm": model, "vocab_size": VOCAB, "dtype": "float32",
-        "device": "cpu",
-    }  # fmt: skip
+def synthetic_columns(
+    seed: int, policy: Policy | None = None, num_prompts: int = NUM_PROMPTS
+) -> dict[str, np.ndarray]:
+    """Columns of a full trace of these contexts, worked out as the engine does."""
+    policy = policy or calibration_policy()
+    step, row, steps = synthetic_step(seed, policy, num_prompts)
+    answer = policy.answer(step)
+    step = step.with_columns({"output_token": answer.output})
+    expected, drawn = policy.outcome(step), policy.drawn(step)
+    columns = {
+        "row": row,
+        "step": steps,
+        "skipped": drawn.skip > 0.5,
+        "accepted": answer.accepted,
+        "policy_skip_prob": expected.skip,
+        "policy_risk": expected.risk,
+        "policy_bias": expected.bias,
+        "policy_entries": drawn.entries,
+    }
+    for name, column in COLUMNS.items():
+        if column.text and name not in columns and name not in OF_THE_ENGINE:
+            columns[name] = np.array(step[name])
+    for name in ("truncation_bias", "head_agreement", "head_race"):
+        columns[name][(steps + row) % STRIDE != 0] = np.nan
+    return columns
+
+
+def identity(name: str) -> PairIdentity:
+    model = ModelIdentity(
+        label="M", sha256="ab" * 32, drop_layers=(), num_parameters=1000, num_layers=2
+    )
+    return PairIdentity(
+        name=name, slm=model, llm=model, vocab_size=VOCAB, dtype="float32", device="cpu"
+    )
+
+
+def run_record(pair: str, prompts: str, prompt_ids: tuple[str, ...], num_tokens: int) -> RunRecord:
+    """run.json of a finished calibration."""
+    times = {"t_slm_ms": 20.0, "t_llm_ms": 30.0, "t_uncertainty_ms": 1.0}
+    return RunRecord(
+        complete=True,
+        pair=identity(pair),
+        settings=RunSettings(
+            pair=pair, given=GivenModels(), prompts=prompts, order="random",
+            limit=len(prompt_ids), max_new_tokens=NUM_STEPS, batch_size=4, temperature=1.0, seed=0,
+            dtype="float32", device="cpu", trace="full",
+        ),
+        prompt_ids=prompt_ids,
+        prompt_keys=(),
+        provenance=provenance(["hlm", "calibrate", "--prompts", prompts]),
+        timings=Timings(**{key: Figure(value=one, unit="ms") for key, one in times.items()}),
+        num_prompts=len(prompt_ids),
+        num_tokens=num_tokens,
+        wall_s=1.0,
+        forward_s=0.5,
+    )  # fmt: skip
+
+
+def make_calibration(
+    run: Path, pair: str = "synthetic", prompts: str = "p.jsonl", prompt_name: str = "prompt"
+) -> None:
+    """A calibrated run in two shards."""
+    columns = synthetic_columns(0)
+    names = tuple(f"{prompt_name}-{i:02d}" for i in range(NUM_PROMPTS))
+    half = NUM_PROMPTS // 2
+    for number, first in enumerate((0, half)):
+        rows = (columns["row"] >= first) & (columns["row"] < first + half)
+        part = {name: values[rows] for name, values in columns.items()}
+        part["row"] = part["row"] - first
+        path = run / "traces" / f"shard-{number:05d}.parquet"
+        categories = CATEGORIES * (half // 2)
+        write_shard(path, part, names[first : first + half], {}, AXES, categories)
+    info = run_record(pair, prompts, names, len(columns["row"]))
+    write_record(run, info)
+    write_record(run, summarise(read_trace(shard_paths(run)), info))
 
 
 def make_run(run: Path, prompts_file: str = "p.jsonl", prompt_name: str = "prompt") -> None:
     """A calibrated and derived run, by the project's own stages from synthetic shards on."""
-    columns = synthetic_columns(0)
-    half = columns["row"] < NUM_PROMPTS // 2
-    header = {"pair": identity("synthetic"), "settings": {}}
-    for number, rows in enumerate((half, ~half)):
-        part = {name: values[rows] for name, values in columns.items()}
-        offset = number * NUM_PROMPTS // 2
-        part["row"] = part["row"] - offset
-        names = [f"{prompt_name}-{offset + i:02d}" for i in range(NUM_PROMPTS // 2)]
-        path = run / "traces" / f"shard-{number:05d}.parquet"
-        write_shard(path, part, names, header, CATEGORIES * (len(names) // 2))
-    timing = {"low": None, "high": None, "unit": "ms"}
-    info = {
-        "pair": identity("synthetic"),
-        "settings": {
-            "prompts": prompts_file, "temperature": 1.0, "seed": 0, "max_new_tokens": NUM_STEPS,
-        },
-        "timings": {
-            "t_slm_ms": {"value": 20.0, **timing},
-            "t_llm_ms": {"value": 30.0, **timing},
-            "t_uncertainty_ms": {"value": 1.0, **timing},
-        },
-        "command": ["hlm", "calibrate", "--prompts", prompts_file],
-        "revision": "0" * 40,
-        "versions": {"python": "3"},
-        "wall_s": 1.0,
-    }  # fmt: skip
-    write_json(run / "run.json", info)
-    write_json(run / "calibration.json", summarise(read_trace(shard_paths(run)), info))
-    derive_run(run, policies=POLICY_NAMES, risks=(0.02, 0.05))
+    make_calibration(run, prompts=prompts_file, prompt_name=prompt_name)
+    derive_run(run, DeriveRequest(policies=policy_names(), risks=RISKS))
 
 
-def add_validation(run: Path) -> None:
-    """Reruns of every feasible point on other synthetic prompts, compared as the project does."""
-    derived = read_json(run, "operating_points.json")
-    fresh = run / "fresh.parquet"
-    columns, rng = synthetic_columns(1), np.random.default_rng(2)
-    names = [f"fresh-{i:02d}" for i in range(NUM_PROMPTS)]
-    write_shard(fresh, columns, names, {})
-    trace = read_trace([fresh])
-    fresh.unlink()
-    points = [point for point in derived["operating_points"] if point["feasible"]]
-    for point in points:
-        policy = policy_from_settings(
-            point["policy"], point["uncertainty_threshold"]["value"], point["settings"]
-        )
-        tokens = predicted_tokens(trace, policy, VOCAB)
-        ran = {name: columns[name] for name in ("row", "step", "rejection_prob", "uncertainty")} | {
-            "skipped": tokens.skipped > 0.5,
-            "policy_bias": np.nan_to_num(tokens.bias),
-            "policy_entries": np.nan_to_num(tokens.num_entries, nan=50.0).astype(np.int64),
-        }
-        path = run / "reruns" / f"{point['policy']}_{point['rule']}.parquet"
-        if point["policy"] != "hlm":  # its outputs lead it into other contexts
-            ran["uncertainty"] = np.clip(
-                columns["uncertainty"] + 0.05 * rng.normal(size=trace.num_tokens), 0, 1
-            )
-        write_shard(path, ran, names, {"operating_point": point}, CATEGORIES * (NUM_PROMPTS // 2))
-    compare_reruns(run, points, derived, {"seed": 1, "command": ["hlm", "validate"]})
+def add_validation(run: Path, name: str = DEFAULT_NAME) -> ValidationRecord:
+    """Reruns of every feasible point on other contexts, compared as the project does."""
+    derivation = read_record(run, DerivationRecord, name)
+    calibration = read_record(run, CalibrationRecord)
+    ids = [f"fresh-{i:02d}" for i in range(NUM_PROMPTS)]
+    categories = CATEGORIES * (NUM_PROMPTS // 2)
+    plan = ValidationPlan(
+        run=run,
+        name=name,
+        derivation=derivation,
+        calibration=calibration,
+        points=tuple(point for point in derivation.operating_points if point.feasible),
+        infeasible=(),
+        prompts=tuple(
+            Prompt(prompt_id=one, text=one, category=category, split=None)
+            for one, category in zip(ids, categories, strict=True)
+        ),
+        thetas=AXES.thetas,
+        order="random",
+        seed=1,
+        batch_size=None,
+        command=("hlm", "validate"),
+    )
+    for point in plan.points:
+        path = plan.paths[point.key]
+        if not path.is_file():
+            policy = point_policy(derivation, point, calibration.learned)
+            write_shard(path, synthetic_columns(1, policy), ids, {}, AXES, categories)
+    return compare_reruns(plan)

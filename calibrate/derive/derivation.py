@@ -1,125 +1,218 @@
-"""`hlm derive`: read a calibrated run, derive its operating points, write them."""
+"""`hlm derive`: read a calibrated run, derive its operating points, keep them under a name."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calibrate.run.errors import UsageError
-from calibrate.run.folder import read_json, write_json
+from calibrate.run.errors import UsageError, UserError
+from calibrate.run.folder import (
+    DEFAULT_NAME,
+    provenance,
+    read_record,
+    record_path,
+    write_record,
+)
+from calibrate.run.records import (
+    CalibrationRecord,
+    DerivationRecord,
+    DeriveRequest,
+    QualityRecord,
+    StageRecord,
+    ValidationRecord,
+)
 
-DEFAULT_LINK = "wifi"
-MEASURED = "measured"
-
-
-def policy_names() -> tuple[str, ...]:
-    """Policies of the command line."""
-    from hlmtheory.policies import POLICY_NAMES
-
-    return POLICY_NAMES
+JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, QualityRecord)
+"""What is held against a derivation, and so loses its meaning with it."""
 
 
 def derive_run(
     run: Path,
-    policies: tuple[str, ...],
-    risks: tuple[float, ...] = (0.01,),
-    confidence: float = 0.95,
-    link_name: str = DEFAULT_LINK,
-    profile_name: str = MEASURED,
-    accounting: str = "paper",
-    thetas: tuple[float, ...] = (0.1,),
-    importances: tuple[str, ...] = ("topk:16:1",),
-    draft_from_sent: bool = False,
-) -> dict[str, Any]:
-    """Derive operating points and write operating_points.json.
+    request: DeriveRequest,
+    name: str = DEFAULT_NAME,
+    replace: bool = False,
+    command: Sequence[str] = (),
+) -> DerivationRecord:
+    """Derive operating points, curves and optima, and keep them under a name.
+
+    A derivation that was validated stays as it was judged: deriving the same again gives it back.
 
     Parameters
     ----------
     run : Path
         A calibrated run.
-    policies : tuple of str
-    risks : tuple of float
-    confidence : float
-    link_name, profile_name : str
-        Preset or JSON file; profile `measured` takes model times from the calibration.
-    accounting : {"paper", "full"}
-    thetas : tuple of float
-        Tolerances of the truncation bound; see :class:`DeriveRequest` for the rules' names.
-    importances : tuple of str
-        variant:k:gamma each.
-    draft_from_sent : bool
-        Whether to derive cu-hlm-offline with drafts from the sent law too.
+    request : DeriveRequest
+    name : str
+    replace : bool
+        Whether another derivation may take the place of a validated one, whose validation and text
+        scores go with it. Reruns stay: they are kept by their own settings.
+    command : sequence of str
+        The command line, for the record.
 
-    Returns
-    -------
-    dict
-        The content of operating_points.json.
+    Raises
+    ------
+    UsageError
+        If the name's derivation was validated and would change, or the request is not possible.
     """
-    # Rules are named by their budget as it is printed: one of each name.
-    risks = tuple({f"{risk:g}": risk for risk in risks}.values())
-    thetas = tuple({f"{theta:g}": theta for theta in thetas}.values())
-    parsed = tuple(
-        {setting.label: setting for setting in map(parse_importance, importances)}.values()
+    request = tidy(request)
+    replaced_note(run, request, name, replace)
+    record = _derived(run, request, name, command)
+    judges = _judges(run, name)
+    if judges and not replace:
+        before = read_record(run, DerivationRecord, name)
+        if not _alike(_content(before), _content(record)):
+            raise _refusal(run, name, judges, "would hold other numbers")
+        return before
+    for judge in judges:
+        judge.unlink()
+    write_record(run, record, name)
+    return record
+
+
+def replaced_note(run: Path, request: DeriveRequest, name: str, replace: bool = False) -> str:
+    """What deriving under this name replaces, in one line; empty if nothing.
+
+    Raises
+    ------
+    UsageError
+        If that was validated for another request, and `replace` is not set.
+    """
+    path = record_path(run, DerivationRecord, name)
+    if not path.is_file():
+        return ""
+    judges = _judges(run, name)
+    if not judges:
+        return f"{path.name} is replaced: nobody validated it"
+    if replace:
+        return f"{path.name} is replaced, and {', '.join(j.name for j in judges)} removed"
+    if read_record(run, DerivationRecord, name).request != tidy(request):
+        raise _refusal(run, name, judges, "was derived for another request")
+    return ""
+
+
+def tidy(request: DeriveRequest) -> DeriveRequest:
+    """The request with every option once: rules are named by their options as they are printed."""
+    return request.model_copy(
+        update={
+            "policies": tuple(dict.fromkeys(request.policies)),
+            "risks": tuple({f"{risk:g}": risk for risk in request.risks}.values()),
+            "thetas": tuple({f"{theta:g}": theta for theta in request.thetas}.values()),
+            "importances": tuple(dict.fromkeys(request.importances)),
+        }
     )
-    calibration = read_json(run, "calibration.json")
-    from calibrate.derive.importance_plane import derive_plane
-    from calibrate.derive.operating_points import DeriveRequest, derive
-    from calibrate.derive.optimum import optima
-    from calibrate.derive.policy_tokens import Economics
-    from calibrate.derive.presets import link_to_dict, load_link, load_profile
+
+
+def _derived(
+    run: Path, request: DeriveRequest, name: str, command: Sequence[str]
+) -> DerivationRecord:
+    """The derivation itself: a function of traces, calibration and request alone."""
+    from calibrate.derive import curves
+    from calibrate.derive.importance_plane import importance_plane
+    from calibrate.derive.operating_points import Study, operating_points, policy_infos
+    from calibrate.derive.optimum import optima, policy_paths
+    from calibrate.derive.predict import Economics, point_policy
+    from calibrate.derive.presets import link_to_dict, load_link, load_profile, profile_to_dict
     from calibrate.run.traces import read_trace, shard_paths
+    from hlmtheory.policies import DeriveOptions
 
-    link = load_link(link_name)
-    profile = load_profile(profile_name, calibration["timings"])
-    economics = Economics(link, profile, calibration["pair"]["vocab_size"], accounting)
-    request = DeriveRequest(
-        policies=policies,
-        risks=risks,
-        confidence=confidence,
-        thetas=thetas,
-        importances=parsed,
-        draft_from_sent=draft_from_sent,
-    )
+    calibration = read_record(run, CalibrationRecord)
+    infos = policy_infos(request.policies)
+    importances = tuple(parse_importance(text) for text in request.importances)
+    link, profile = load_link(request.link), load_profile(request.profile, calibration.timings)
     trace = read_trace(shard_paths(run))
-    points = derive(trace, calibration, request, economics)
-    best = optima(trace, economics, risks) if "skip_set_bias" in trace else []
-    result: dict[str, Any] = {
-        "pair": calibration["pair"],
-        "num_prompts": calibration["num_prompts"],
-        "num_tokens": calibration["num_tokens"],
-        "confidence": confidence,
-        "link": {"name": link_name, **link_to_dict(link)},
-        "profile": {"name": profile_name, **asdict(profile)},
-        "accounting": accounting,
-        "operating_points": [asdict(point) for point in points],
-        "optima": [asdict(optimum) for optimum in best],
-        "importance_plane": derive_plane(trace, calibration, economics, parsed, risks, confidence),
-    }
-    write_json(run / "operating_points.json", result)
-    return result
+    if "head_prob" not in trace:
+        raise UserError(
+            f"RUN {run}: minimal traces lack the candidates that predictions need; calibrate with "
+            "--trace full"
+        )
+    study = Study(
+        trace,
+        calibration,
+        request,
+        Economics(link, profile, calibration.pair.vocab_size, request.accounting),
+        DeriveOptions(request.thetas, request.eta, importances, request.draft_from_sent),
+    )
+    points = operating_points(study)
+    paths, resized = policy_paths(study)
+    record = DerivationRecord(
+        name=name,
+        request=request,
+        provenance=provenance(command),
+        pair=calibration.pair,
+        num_prompts=trace.num_prompts,
+        num_tokens=trace.num_tokens,
+        confidence=request.confidence,
+        link={"name": request.link, **link_to_dict(link)},
+        profile={"name": request.profile, **profile_to_dict(profile)},
+        accounting=request.accounting,
+        policies=infos,
+        operating_points=tuple(points),
+        optima=tuple(optima(study, paths + resized)),
+        thresholds=None,
+        paths=tuple(path.record() for path in paths if path.policy.gated),
+        snr=None,
+        truncation=None,
+        importance_plane=None,
+        importance_example=None,
+    )
+    runnable = [
+        (point, point_policy(record, point, calibration.learned))
+        for point in points
+        if point.feasible
+    ]
+    return record.model_copy(
+        update={
+            "thresholds": curves.threshold_curves(study),
+            "snr": curves.snr_sweep(study, runnable),
+            "truncation": curves.truncation_curves(study, runnable),
+            "importance_plane": importance_plane(study),
+            "importance_example": curves.importance_example(study),
+        }
+    )
 
 
-def parse_importance(text: str) -> Any:
-    """Read variant:k:gamma."""
-    from calibrate.decode.recording import topk_column
-    from hlmtheory.policies import ImportanceSettings
+def parse_importance(text: str) -> dict[str, Any]:
+    """Read variant:k:gamma.
 
-    parts = text.split(":")
+    Raises
+    ------
+    UsageError
+        If it is not that.
+    """
+    variant, *numbers = text.split(":")
     way_out = "give variant:k:gamma, like topk:16:1 or context:0:0.9"
-    if len(parts) != 3 or parts[0] not in ("topk", "context"):
-        raise UsageError(f"--importance {text}: {way_out}")
     try:
-        k, gamma = float(parts[1]), float(parts[2])
+        k, gamma = (float(number) for number in numbers)
     except ValueError:
-        raise UsageError(f"--importance {text}: k and gamma are numbers; {way_out}") from None
-    if not (math.isfinite(k) and math.isfinite(gamma)):
-        raise UsageError(f"--importance {text}: k and gamma must be finite")
-    try:
-        settings = ImportanceSettings(parts[0], k, gamma)  # type: ignore[arg-type]
-        if settings.variant == "topk":
-            topk_column(settings)
-        return settings
-    except ValueError as error:
-        raise UsageError(f"--importance {text}: {error}") from None
+        raise UsageError(f"--importance {text}: k and gamma are two numbers; {way_out}") from None
+    return {"variant": variant, "k": k, "gamma": gamma}
+
+
+def _judges(run: Path, name: str) -> list[Path]:
+    paths = [record_path(run, kind, name) for kind in JUDGES]
+    return [path for path in paths if path.is_file()]
+
+
+def _refusal(run: Path, name: str, judges: list[Path], why: str) -> UsageError:
+    path = record_path(run, DerivationRecord, name)
+    return UsageError(
+        f"{path} {why}, and {judges[0].name} rests on it; give --name for another derivation, or "
+        f"--replace to remove {' and '.join(judge.name for judge in judges)} with it"
+    )
+
+
+def _content(record: DerivationRecord) -> dict[str, Any]:
+    return record.model_dump(mode="json", exclude={"provenance"})
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two JSON values say the same, numbers up to rounding on another processor."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_alike(first[k], second[k]) for k in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_alike, first, second))
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(first == second)

@@ -1,4 +1,4 @@
-"""What the two strictness parameters of ui-hlm trade: predictions over a grid of (k, gamma).
+"""What the two strictness parameters of an importance trade: predictions over (k, gamma).
 
 Assumption: the importance is ours, docs/theory.md, (31); see hlmtheory.importance.
 """
@@ -6,163 +6,24 @@ Assumption: the importance is ours, docs/theory.md, (31); see hlmtheory.importan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from calibrate.decode.recording import TOPK_ATTENTION_GRID
+from calibrate.derive.operating_points import Study
 from calibrate.derive.optimum import thin_prompts
-from calibrate.derive.policy_tokens import UNITS, Economics, metrics, predicted_tokens
+from calibrate.derive.predict import UNITS, metrics, predicted_tokens
+from calibrate.fit.thresholds import DerivedThreshold
 from calibrate.run.figure import as_figure
-from calibrate.run.folder import Figure
+from calibrate.run.records import ImportancePlane, PlaneCell
 from calibrate.run.traces import Trace
-from hlmtheory.policies import ImportanceSettings, make_policy
-from hlmtheory.thresholds import (
-    Threshold,
-    risk_averse_threshold,
-    risk_budget_threshold,
-    risk_prone_threshold,
-)
 
+MAX_TOKENS = 200_000
 NUM_GAMMAS = 9
 NEUTRAL_GAMMA = 1.0
 """Where a uniform attention row lies on its own threshold: docs/theory.md, (31)."""
-
 PLANE_METRICS = ("skip_rate", "tv_bias", "throughput_tok_s", "energy_j_per_token")
-
-
-@dataclass(frozen=True)
-class PlaneCell:
-    """ui-hlm at one k and gamma, at the plane's uncertainty threshold.
-
-    Attributes
-    ----------
-    k : int
-    gamma : float
-    predicted : dict of str to Figure
-        PLANE_METRICS, intervals clustered by prompt.
-    """
-
-    k: int
-    gamma: float
-    predicted: dict[str, Figure]
-
-
-@dataclass(frozen=True)
-class ImportancePlane:
-    """Predictions of ui-hlm over (k, gamma).
-
-    Attributes
-    ----------
-    threshold_rule : str
-        Rule of u-hlm whose threshold every cell uses.
-    uncertainty_threshold : float or None
-        None if the rule has no solution; then there are no cells.
-    reason : str
-        Why it has none, or what is degenerate.
-    num_prompts, num_tokens : int
-    ks, gammas : tuple
-        Rising.
-    cells : tuple of PlaneCell
-        Every pair, gamma the faster index.
-    """
-
-    threshold_rule: str
-    uncertainty_threshold: float | None
-    reason: str
-    num_prompts: int
-    num_tokens: int
-    ks: tuple[int, ...]
-    gammas: tuple[float, ...]
-    cells: tuple[PlaneCell, ...]
-
-
-def importance_plane(
-    trace: Trace,
-    calibration: dict[str, Any],
-    economics: Economics,
-    ks: Sequence[int],
-    gammas: Sequence[float],
-    threshold_rule: str = "risk-averse",
-    confidence: float = 0.95,
-) -> ImportancePlane:
-    """Predict ui-hlm with the `topk` importance at every k and gamma.
-
-    The same predictions as `hlm derive` makes of one setting: docs/theory.md, (11), (18), (27),
-    (28), (29). The threshold is u-hlm's, for all cells alike, so that only the importance differs.
-
-    Parameters
-    ----------
-    trace : Trace
-        The calibration trace, with attention.
-    calibration : dict
-        calibration.json.
-    economics : Economics
-    ks : sequence of int
-        Of the sizes that traces record.
-    gammas : sequence of float
-        >= 0. gamma = 0 calls every context important: u-hlm.
-    threshold_rule : str
-        risk-averse, risk-prone or risk-ALPHA.
-    confidence : float
-
-    Returns
-    -------
-    ImportancePlane
-
-    Raises
-    ------
-    ValueError
-        If the rule is unknown, or a k was not recorded.
-    """
-    threshold = u_hlm_threshold(trace, calibration, threshold_rule)
-    sizes, levels = tuple(sorted(set(ks))), tuple(sorted(set(gammas)))
-    thinned = thin_prompts(trace)
-    cells: list[PlaneCell] = []
-    if threshold.feasible:
-        for k in sizes:
-            for gamma in levels:
-                policy = make_policy(
-                    "ui-hlm",
-                    threshold.uncertainty_threshold,
-                    importance=ImportanceSettings("topk", float(k), float(gamma)),
-                )
-                found = metrics(predicted_tokens(thinned, policy, economics.vocab_size), economics)
-                predicted = {
-                    name: as_figure(found[name], UNITS[name], confidence) for name in PLANE_METRICS
-                }
-                cells.append(PlaneCell(k, gamma, predicted))
-    return ImportancePlane(
-        threshold_rule,
-        threshold.uncertainty_threshold if threshold.feasible else None,
-        threshold.reason,
-        thinned.num_prompts,
-        thinned.num_tokens,
-        sizes,
-        levels,
-        tuple(cells),
-    )
-
-
-def u_hlm_threshold(trace: Trace, calibration: dict[str, Any], rule: str) -> Threshold:
-    """Threshold of u-hlm by the name of its rule, without an interval."""
-    fit = calibration["fit"]
-    slope, intercept = fit["slope"]["value"], fit["intercept"]["value"]
-    if rule == "risk-averse":
-        return risk_averse_threshold(slope, intercept)
-    if rule == "risk-prone":
-        return risk_prone_threshold(slope, intercept, fit["delta"]["value"])
-    kind, _, level = rule.partition("-")
-    try:
-        alpha = float(level)
-    except ValueError:
-        alpha = float("nan")
-    if kind != "risk" or not 0 <= alpha <= 1:
-        raise ValueError(
-            f"threshold_rule = {rule!r}: allowed are risk-averse, risk-prone, risk-ALPHA"
-        )
-    return risk_budget_threshold(trace["uncertainty"], trace["rejection_prob"], alpha)
 
 
 def gamma_grid(trace: Trace, num_gammas: int = NUM_GAMMAS) -> tuple[float, ...]:
@@ -183,32 +44,56 @@ def gamma_grid(trace: Trace, num_gammas: int = NUM_GAMMAS) -> tuple[float, ...]:
     return tuple(sorted({float(f"{gamma:.2g}") for gamma in grid}))
 
 
-def derive_plane(
-    trace: Trace,
-    calibration: dict[str, Any],
-    economics: Economics,
-    importances: Sequence[ImportanceSettings],
-    risks: Sequence[float],
-    confidence: float,
-) -> dict[str, Any] | None:
-    """The plane that operating_points.json holds; None for a trace without attention.
+def importance_plane(study: Study, gammas: Sequence[float] | None = None) -> ImportancePlane | None:
+    """Predict the first policy with a `topk` importance at every recorded k and these gammas.
 
-    At the risk-averse threshold, or at the first risk budget's where that has no solution. The
-    grid holds the derived settings themselves, so that their reruns have a place on it; grid values
-    within a tenth of one of them give way to it.
+    One threshold for all cells, that of the score alone, so that only the importance differs: the
+    risk-averse one, or the first risk budget's where that has no solution. Unless given, gammas
+    are :func:`gamma_grid` with the derived ones in it, so that their reruns have a place; values
+    within a tenth of a derived one give way to it. None without such a policy.
     """
-    if "topk_attention" not in trace or "skip_set_bias" not in trace:
+    found: list[Any] = [one for one in study.policies if hasattr(one, "importance")]
+    if not found or "topk_attention" not in study.trace:
         return None
-    derived = {setting.gamma for setting in importances if setting.variant == "topk"}
-    gammas = derived | {
-        gamma
-        for gamma in gamma_grid(trace)
-        if not any(abs(gamma - own) < 0.1 * own for own in derived)
-    }
-    for rule in ("risk-averse", *(f"risk-{risk:g}" for risk in risks)):
-        plane = importance_plane(
-            trace, calibration, economics, TOPK_ATTENTION_GRID, sorted(gammas), rule, confidence
-        )
-        if plane.cells:
-            break
-    return asdict(plane)
+    own = sorted({one.importance.gamma for one in found if one.importance.variant == "topk"})
+    if gammas is None:
+        free = (g for g in gamma_grid(study.trace) if all(abs(g - o) >= 0.1 * o for o in own))
+        gammas = sorted({*own, *free})
+    threshold = _plain_threshold(study, found[0]).threshold
+    ks = study.trace.axes.attention_sizes
+    thinned = thin_prompts(study.trace, MAX_TOKENS)
+    cells: list[PlaneCell] = []
+    for k in ks if threshold.feasible else ():
+        for gamma in gammas:
+            moved = _with_importance(found[0], k, gamma).with_threshold(threshold.value)
+            estimates = metrics(predicted_tokens(thinned, moved), study.economics)
+            predicted = {
+                name: as_figure(estimates[name], UNITS[name], study.request.confidence)
+                for name in PLANE_METRICS
+            }
+            cells.append(PlaneCell(k=k, gamma=gamma, predicted=predicted))
+    return ImportancePlane(
+        policy=found[0].name,
+        threshold_rule=threshold.rule,
+        uncertainty_threshold=threshold.value if threshold.feasible else None,
+        reason=threshold.reason,
+        num_prompts=thinned.num_prompts,
+        num_tokens=thinned.num_tokens,
+        ks=ks,
+        gammas=tuple(gammas),
+        cells=tuple(cells),
+    )
+
+
+def _with_importance(policy: Any, k: float, gamma: float) -> Any:
+    importance = replace(policy.importance, variant="topk", k=float(k), gamma=float(gamma))
+    return replace(policy, importance=importance)
+
+
+def _plain_threshold(study: Study, policy: Any) -> DerivedThreshold:
+    """Of the score alone: gamma = 0 calls every context important."""
+    everywhere = _with_importance(policy, study.trace.axes.attention_sizes[0], 0.0)
+    _, derived = study.gate(everywhere)
+    by_family = {one.threshold.family: one for one in reversed(derived)}  # the first budget's
+    averse = by_family["risk-averse"]
+    return averse if averse.threshold.feasible else by_family["risk"]

@@ -1,123 +1,143 @@
-"""Which policy, threshold and size is best under a bias budget: equation (30) on a trace."""
+"""Policies along their thresholds, and the best of all under a bias budget: (30) on a trace."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 import numpy as np
 
-from calibrate.decode.recording import BIAS_SIZE_GRID, THRESHOLD_GRID
-from calibrate.derive.policy_tokens import Economics, payload_of_sent, predicted_tokens
+from calibrate.derive.operating_points import Study
+from calibrate.derive.predict import Economics, metrics, predicted_tokens
+from calibrate.run.records import Optimum, PolicyPath
 from calibrate.run.traces import Trace
-from hlmtheory.optimise import Objective, PolicyCurve, best_choice
-from hlmtheory.policies import FixedSize, Policy, make_policy
+from hlmtheory.optimise import Choice, Objective, PolicyCurve, best_choice
+from hlmtheory.policies import GatedPolicy, Policy
 
-MAX_TOKENS = 200_000
-OBJECTIVES: tuple[Objective, ...] = ("throughput", "mean-throughput", "energy")
+MAX_TOKENS = 50_000
+"""Paths are drawn and searched, not reported: means over at most so many tokens will do."""
+NUM_THRESHOLDS = 27
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+PATH_METRICS = ("skip_rate", "rejection_risk", "uplink_bits_per_token", "tv_bias")
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """The best choice within one budget for one objective.
+class Path:
+    """A policy along rising thresholds, (G,) each; one point if it has none.
 
     Attributes
     ----------
-    risk : float
-        Budget on rejection risk plus truncation bias.
-    objective : str
-    choice : dict
-        Fields of hlmtheory.optimise.Choice; None where a number is not defined.
+    policy : Policy
+    thresholds, skip_rate, rejection_risk, uplink_bits_per_token, tv_bias : float array (G,)
     """
 
-    risk: float
-    objective: str
-    choice: dict[str, Any]
+    policy: Policy
+    thresholds: np.ndarray
+    skip_rate: np.ndarray
+    rejection_risk: np.ndarray
+    uplink_bits_per_token: np.ndarray
+    tv_bias: np.ndarray
+
+    def record(self) -> PolicyPath:
+        """What figures draw of it."""
+        names = ("thresholds", "skip_rate", "uplink_bits_per_token", "tv_bias")
+        columns = {name: tuple(getattr(self, name).tolist()) for name in names}
+        return PolicyPath(policy=self.policy.name, **columns)
+
+    def curve(self) -> PolicyCurve:
+        """What the search looks at; bias that the risk does not explain is truncation's."""
+        sent = 1.0 - self.skip_rate
+        return PolicyCurve(
+            self.policy.name,
+            type(self.policy.rule).__name__,
+            self.thresholds,
+            self.skip_rate,
+            self.rejection_risk,
+            np.where(sent > 0, self.uplink_bits_per_token / np.where(sent > 0, sent, 1.0), 0.0),
+            np.clip(self.tv_bias - self.rejection_risk, 0.0, 1.0),
+            num_entries=getattr(self.policy, "num_entries", None),
+            server_only=self.policy.role == "server",
+        )
 
 
-def policy_curves(trace: Trace, economics: Economics) -> list[PolicyCurve]:
-    """Curves of the gated policies over the stored thresholds, and the two that verify all or none.
-
-    Means over tokens of at most MAX_TOKENS of them; ui-hlm is left out, for it has no curve in u_th
-    alone.
-    """
-    thinned = thin_prompts(trace)
-    vocab = economics.vocab_size
-    curves = [
-        _curve(thinned, economics, "hlm", None, (0.0,)),
-        _curve(thinned, economics, "u-hlm", None),
-        _curve(thinned, economics, "r-hlm", None),
-        _curve(thinned, economics, "ask-llm", None),
-    ]
-    for size in BIAS_SIZE_GRID:
-        if size < vocab:
-            curves.append(_curve(thinned, economics, "cu-hlm-offline", size))
-    zero = np.zeros(1)
-    curves.append(PolicyCurve("llm", "ask", zero, zero, zero, zero, zero, server_only=True))
-    return curves
-
-
-def thin_prompts(trace: Trace) -> Trace:
-    """Every m-th prompt, whole, so that at most MAX_TOKENS tokens are left."""
-    step = -(-trace.num_tokens // MAX_TOKENS)
-    if step == 1:
+def thin_prompts(trace: Trace, most: int = MAX_TOKENS) -> Trace:
+    """Every m-th prompt, whole, so that about at most so many tokens are left."""
+    step = -(-trace.num_tokens // most)
+    if step <= 1:
         return trace
     kept = trace.prompt_index % step == 0
     columns = {name: values[kept] for name, values in trace.columns.items()}
     columns["prompt_index"] = columns["prompt_index"] // step
-    return Trace(columns, trace.prompt_ids[::step])
+    return Trace(columns, trace.prompt_ids[::step], trace.axes, trace.categories[::step])
 
 
-def _curve(
-    trace: Trace,
-    economics: Economics,
-    name: str,
-    size: int | None,
-    thresholds: tuple[float, ...] = THRESHOLD_GRID,
-) -> PolicyCurve:
-    rows = []
-    for threshold in thresholds:
-        policy: Policy = make_policy(
-            name, threshold, size=None if size is None else FixedSize(size)
-        )
-        tokens = predicted_tokens(trace, policy, economics.vocab_size)
-        sent = 1.0 - tokens.skipped
-        bits = payload_of_sent(tokens, economics)
-        num_sent = sent.sum()
-        risk = float(np.mean(tokens.skipped * tokens.rejection_prob))
-        known = np.isfinite(tokens.bias)
-        bias = float(np.mean(tokens.bias[known]))
-        rows.append(
-            (
-                float(np.mean(tokens.skipped)),
-                risk,
-                float((sent * bits).sum() / num_sent) if num_sent else 0.0,
-                max(bias - risk, 0.0),
-            )
-        )
-    skip_rate, risks, payload, extra = (np.array(column) for column in zip(*rows, strict=True))
-    return PolicyCurve(
-        name,
-        policy.rule.name,
-        np.array(thresholds),
-        skip_rate,
-        risks,
-        payload,
-        extra,
-        num_entries=size,
+def path_thresholds(study: Study, policy: GatedPolicy) -> np.ndarray:
+    """Rising thresholds that skip ever more: quantiles of the score, and the derived ones."""
+    atoms, derived = study.gate(policy)
+    own = [one.threshold.value for one in derived if one.threshold.feasible]
+    both = np.append(atoms.quantiles(NUM_THRESHOLDS), own)
+    return np.unique(np.clip(both, policy.score.low, policy.score.high))
+
+
+def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: np.ndarray) -> Path:
+    """A policy along these thresholds of its gate; as it is, if it has none."""
+    moved: list[Policy] = [policy]
+    if isinstance(policy, GatedPolicy):
+        moved = [policy.with_threshold(threshold) for threshold in thresholds]
+    found = [metrics(predicted_tokens(trace, one), economics) for one in moved]
+    columns = ([one[name].value for one in found] for name in PATH_METRICS)
+    return Path(policy, thresholds, *map(np.array, columns))
+
+
+def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:
+    """Paths of the first setting of every policy, and those with another fixed size."""
+    trace = thin_prompts(study.trace)
+    first, resized = [], []
+    for offers in study.offers.values():
+        for offer in offers[:1]:
+            policy, thresholds = offer.policy, np.zeros(1)
+            if isinstance(policy, GatedPolicy):
+                thresholds = path_thresholds(study, policy)
+            first.append(policy_path(trace, study.economics, policy, thresholds))
+            resized += [
+                policy_path(trace, study.economics, other, thresholds)
+                for other in _other_sizes(policy, trace)
+            ]
+    return first, resized
+
+
+def _other_sizes(policy: Policy, trace: Trace) -> Iterator[Policy]:
+    """The policy with every k whose bias was recorded, if it has a k of its own."""
+    own = {one.name: getattr(policy, one.name) for one in fields(policy)}.get("num_entries")
+    if own is not None:
+        for size in trace.axes.truncation_bias_sizes:
+            if size not in (own, trace.axes.vocab_size):
+                yield replace(policy, num_entries=size)  # type: ignore[call-arg]
+
+
+def optima(study: Study, paths: list[Path]) -> list[Optimum]:
+    """The best choice among the requested policies for every budget and objective; (30)."""
+    curves = [path.curve() for path in paths]
+    link, profile = study.economics.link, study.economics.profile
+    return [
+        _optimum(best_choice(curves, link, profile, budget, objective), budget, objective)
+        for budget in study.request.risks
+        for objective in OBJECTIVES
+    ]
+
+
+def _optimum(choice: Choice, budget: float, objective: Objective) -> Optimum:
+    names = ("skip_rate", "risk", "total_bias", "uplink_bits_per_token", "token_time_ms",
+             "throughput_tok_s", "mean_throughput_tok_s", "energy_j_per_token")  # fmt: skip
+    found = choice.feasible
+    return Optimum(
+        budget=budget,
+        objective=objective,
+        feasible=found,
+        reason=choice.reason,
+        policy=choice.policy if found else None,
+        num_entries=choice.num_entries if found else None,
+        uncertainty_threshold=choice.uncertainty_threshold if found else None,
+        predicted={name: getattr(choice, name) for name in names} if found else {},
     )
-
-
-def optima(trace: Trace, economics: Economics, risks: tuple[float, ...]) -> list[Optimum]:
-    """The best choice for every budget and objective; docs/theory.md, (30)."""
-    curves = policy_curves(trace, economics)
-    out = []
-    for risk in risks:
-        for objective in OBJECTIVES:
-            choice = best_choice(curves, economics.link, economics.profile, risk, objective)
-            fields = {
-                key: None if isinstance(value, float) and not np.isfinite(value) else value
-                for key, value in asdict(choice).items()
-            }
-            out.append(Optimum(risk, objective, fields))
-    return out

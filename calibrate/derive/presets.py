@@ -7,7 +7,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from calibrate.derive.predict import Economics
 from calibrate.run.errors import UsageError
+from calibrate.run.records import DerivationRecord, Timings
 from calibrate.run.resources import data_path
 from hlmtheory.audit import AuditRow, audit
 from hlmtheory.cost import DeviceProfile
@@ -21,6 +23,7 @@ LINK_MODELS: dict[str, Any] = {
     "rayleigh-outage": RayleighOutageLink,
     "trace": TraceLink,
 }
+NOTES = ("source", "name")
 # Assumed: nothing here measures watts. They go with times that were measured.
 MEASURED_POWERS_W: dict[str, Any] = {
     "p_slm_w": 4.0,
@@ -33,19 +36,20 @@ MEASURED_POWERS_W: dict[str, Any] = {
 def load_link(name: str) -> Link:
     """A link by preset name, JSON file, or CSV file of measured rates (one bit/s a line)."""
     path = _preset_path(name, "links", "--link")
-    if path.suffix == ".csv":
-        return _link_from_csv(path)
-    return link_from_dict(_read_object(path, "--link"), f"--link {name}")
+    if path.suffix != ".csv":
+        return link_from_dict(_read_object(path, "--link"), f"--link {name}")
+    try:
+        return TraceLink(tuple(float(line) for line in path.read_text().split()))
+    except ValueError as error:
+        raise UsageError(f"--link {path}: {error}") from None
 
 
 def link_from_dict(entry: dict[str, Any], where: str = "link") -> Link:
     """A link from its JSON object; `model` chooses which, `source` and `name` are notes."""
-    values = {key: value for key, value in entry.items() if key not in ("source", "name")}
+    values = dict(entry)
     model = values.pop("model", None)
     if model not in LINK_MODELS:
         raise UsageError(f"{where}: model = {model!r}; allowed are {', '.join(LINK_MODELS)}")
-    if model == "trace" and isinstance(values.get("rates_bps"), list):
-        values["rates_bps"] = tuple(values["rates_bps"])
     link: Link = _build(LINK_MODELS[model], values, where)
     return link
 
@@ -53,40 +57,48 @@ def link_from_dict(entry: dict[str, Any], where: str = "link") -> Link:
 def link_to_dict(link: Link) -> dict[str, Any]:
     """The JSON object of a link, which :func:`link_from_dict` reads back."""
     model = next(name for name, kind in LINK_MODELS.items() if type(link) is kind)
-    return {"model": model, **asdict(link)}  # type: ignore[call-overload]
+    return {"model": model, **_json_object(link)}
 
 
-def load_profile(name: str, timings: dict[str, Any]) -> DeviceProfile:
-    """A device profile by preset name or JSON file; `measured` takes the calibration's times.
-
-    Parameters
-    ----------
-    name : str
-    timings : dict
-        The timings of calibration.json.
-    """
-    if name == "measured":
-        times = {key: timings[key]["value"] for key in ("t_slm_ms", "t_uncertainty_ms", "t_llm_ms")}
+def load_profile(name: str, timings: Timings | None) -> DeviceProfile:
+    """A device profile by preset name or JSON file; `measured` takes the calibration's times."""
+    if name == "measured" and timings is not None:
+        times = {key: number.value for key, number in timings}
         return DeviceProfile(**times, **MEASURED_POWERS_W, assumed=tuple(MEASURED_POWERS_W))
-    return profile_from_dict(
-        _read_object(_preset_path(name, "devices", "--profile"), "--profile"), f"--profile {name}"
-    )
+    path = _preset_path(name, "devices", "--profile")
+    return profile_from_dict(_read_object(path, "--profile"), f"--profile {name}")
 
 
 def profile_from_dict(entry: dict[str, Any], where: str = "profile") -> DeviceProfile:
     """A device profile from its JSON object; `source` and `name` are notes."""
-    values = {key: value for key, value in entry.items() if key not in ("source", "name")}
-    profile: DeviceProfile = _build(DeviceProfile, values, where)
+    profile: DeviceProfile = _build(DeviceProfile, entry, where)
     return profile
 
 
+def profile_to_dict(profile: DeviceProfile) -> dict[str, Any]:
+    """The JSON object of a profile, which :func:`profile_from_dict` reads back."""
+    return _json_object(profile)
+
+
+def economics_of(derivation: DerivationRecord) -> Economics:
+    """What a derivation priced its predictions with."""
+    return Economics(
+        link_from_dict(derivation.link),
+        profile_from_dict(derivation.profile),
+        derivation.pair.vocab_size,
+        derivation.accounting,
+    )
+
+
+def _json_object(record: Any) -> dict[str, Any]:
+    values = asdict(record)
+    return {key: list(one) if isinstance(one, tuple) else one for key, one in values.items()}
+
+
 def _preset_path(name: str, folder: str, option: str) -> Path:
-    preset = data_path(folder, f"{name}.json")
-    if preset.is_file():
-        return preset
-    path = Path(name)
-    if path.is_file():
-        return path
+    for path in (data_path(folder, f"{name}.json"), Path(name)):
+        if path.is_file():
+            return path
     known = ", ".join(sorted(p.stem for p in data_path(folder).glob("*.json")))
     extra = ", measured" if folder == "devices" else ""
     raise UsageError(f"{option} {name}: no such file or preset; presets are {known}{extra}")
@@ -95,24 +107,22 @@ def _preset_path(name: str, folder: str, option: str) -> Path:
 def _read_object(path: Path, option: str) -> dict[str, Any]:
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UsageError(f"{option} {path}: not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise UsageError(f"{option} {path}: give a JSON object")
     return entry
 
 
-def _link_from_csv(path: Path) -> Link:
-    try:
-        rates = tuple(float(line) for line in path.read_text().split())
-        return TraceLink(rates)
-    except ValueError as error:
-        raise UsageError(f"--link {path}: {error}") from None
-
-
-def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
-    names = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - names)
+def _build(kind: Any, entry: dict[str, Any], where: str) -> Any:
+    """A record of this kind, its lists as tuples."""
+    names = [f.name for f in fields(kind)]
+    values = {
+        key: tuple(one) if isinstance(one, list) else one
+        for key, one in entry.items()
+        if key not in NOTES
+    }
+    unknown = sorted(set(values) - set(names))
     if unknown:
         raise UsageError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(names)}")
     try:

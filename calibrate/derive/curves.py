@@ -1,0 +1,244 @@
+"""Curves that figures draw, worked out once and kept beside the operating points they explain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from calibrate.derive.operating_points import UNGATED, Study
+from calibrate.derive.predict import (
+    Economics,
+    PolicyTokens,
+    drawn_tokens,
+    metrics,
+    predicted_tokens,
+)
+from calibrate.run.figure import curve
+from calibrate.run.records import (
+    Curve,
+    ImportanceExample,
+    OperatingPoint,
+    SizeDistribution,
+    SnrSweep,
+    ThresholdCurves,
+    ThroughputCurves,
+    TruncationCurves,
+)
+from hlmtheory.clusters import mean_over_tokens
+from hlmtheory.link import AwgnLink, Link
+from hlmtheory.policies import GatedPolicy, Policy
+from hlmtheory.policies.base import TruncatingPolicy
+from hlmtheory.relation import linear_rejection
+from hlmtheory.risk import skip_risk_sums
+from hlmtheory.truncation import truncation_bias_bound, truncation_bound_soft
+
+Runnable: TypeAlias = tuple[OperatingPoint, Policy]
+"""A feasible point with its policy."""
+
+NUM_THRESHOLDS = 161
+SNR_DB = tuple(float(snr) for snr in range(-15, 36))
+DEFAULT_BANDWIDTH_HZ = 20e6
+"""Of the sweep where the derivation's link has none."""
+USUAL_BUDGET = 0.01
+"""Policies are compared at the risk budget nearest to it."""
+NUM_LEVELS = 101
+THROUGHPUTS = ("throughput_tok_s", "mean_throughput_tok_s")
+
+
+def threshold_curves(study: Study) -> ThresholdCurves | None:
+    """Skip rate and risk along the score, for the first gate that sees nothing else.
+
+    From the least to the greatest threshold that makes a difference: the score's bounds, or where
+    it has none its 0.5 and 99.5 % quantiles. docs/theory.md, (11).
+    """
+    plain = [
+        one for one in study.policies if isinstance(one, GatedPolicy) and not one.needs_attention
+    ]
+    if not plain:
+        return None
+    atoms, _ = study.gate(plain[0])
+    score = plain[0].score
+    seen = atoms.quantiles(200)
+    low = score.low if np.isfinite(score.low) else seen[0]
+    high = score.high if np.isfinite(score.high) else seen[-1]
+    sums = skip_risk_sums(atoms, np.linspace(low, high, NUM_THRESHOLDS))
+    rates, risks = (
+        curve(sums.thresholds, estimates, study.request.confidence)
+        for estimates in sums.estimates()
+    )
+    return ThresholdCurves(score=score.name, skip_rate=rates, risk=risks)
+
+
+def comparison_rule(points: Sequence[OperatingPoint]) -> str | None:
+    """The rule to compare gated policies at: the risk budget of most of them, nearest 1 %.
+
+    Without a budget, the commonest rule. Only feasible points that skip neither all nor nothing
+    count; None if there is none.
+    """
+    usable = [
+        point
+        for point in points
+        if point.feasible and point.score and 0 < (point.predicted["skip_rate"].value or 0) < 1
+    ]
+    budgets = [point for point in usable if point.family == "risk" and not point.variant]
+    rules = [point.rule for point in budgets or usable]
+    distance = {
+        point.rule: abs(np.log((point.budget or USUAL_BUDGET) / USUAL_BUDGET)) for point in usable
+    }
+    by_use = {rule: (-rules.count(rule), distance[rule]) for rule in rules}
+    return min(by_use, key=by_use.__getitem__, default=None)
+
+
+def economics_at(economics: Economics, snr_db: float) -> Economics:
+    """The same over an AWGN link of that SNR, its own bandwidth and round trip kept."""
+    link = economics.link
+    return replace(economics, link=AwgnLink(bandwidth_hz(link), snr_db, link.round_trip_ms))
+
+
+def bandwidth_hz(link: Link) -> float:
+    """The link's own, or the usual one of a link that has none."""
+    return float(getattr(link, "bandwidth_hz", DEFAULT_BANDWIDTH_HZ))
+
+
+def throughput_curves(
+    point: OperatingPoint,
+    tokens: PolicyTokens,
+    economics: Economics,
+    snr_db: Sequence[float],
+    confidence: float,
+) -> ThroughputCurves:
+    """Both throughputs of a point's tokens along the SNR; docs/theory.md, (26), (28)."""
+    found = [metrics(tokens, economics_at(economics, snr)) for snr in snr_db]
+    both = {
+        name: curve(snr_db, [at_snr[name] for at_snr in found], confidence) for name in THROUGHPUTS
+    }
+    return ThroughputCurves(policy=point.policy, rule=point.rule, **both)
+
+
+def snr_sweep(study: Study, runnable: Sequence[Runnable]) -> SnrSweep | None:
+    """Throughput against SNR of one point a policy: at the common rule, or without a gate."""
+    rule = comparison_rule([point for point, _ in runnable])
+    if rule is None:
+        return None
+    link = study.economics.link
+    return SnrSweep(
+        rule=rule,
+        bandwidth_hz=bandwidth_hz(link),
+        round_trip_ms=link.round_trip_ms,
+        snr_db=SNR_DB,
+        series=tuple(
+            throughput_curves(
+                point,
+                predicted_tokens(study.trace, policy),
+                study.economics,
+                SNR_DB,
+                study.request.confidence,
+            )
+            for point, policy in runnable
+            if point.rule in (rule, UNGATED)
+        ),
+    )
+
+
+def size_distribution(entries: np.ndarray) -> SizeDistribution:
+    """Quantiles of the sizes (N,) of sent tokens; what is not recorded, NaN, is left out."""
+    known = entries[np.isfinite(entries)]
+    levels = np.linspace(0.0, 1.0, NUM_LEVELS)
+    return SizeDistribution(
+        levels=tuple(levels.tolist()),
+        quantiles=tuple(np.quantile(known, levels).tolist()),
+        mean=float(known.mean()),
+        num_tokens=len(known),
+    )
+
+
+def truncation_curves(study: Study, runnable: Sequence[Runnable]) -> TruncationCurves | None:
+    """Bounds (19) and (22) and the exact bias (21) along k, and which k the rules choose.
+
+    None for a trace without them.
+    """
+    trace, fit = study.trace, study.calibration.fit
+    step = trace.step()
+    if "tail_deviation" not in step or "truncation_bias" not in step:
+        return None
+    deviation, exact = step["tail_deviation"], step["truncation_bias"]
+    recorded, sampled = (np.isfinite(values).all(axis=1) for values in (deviation, exact))
+    if not (recorded.any() and sampled.any()):
+        return None
+    beta = linear_rejection(step["uncertainty"], fit.slope.value or 0.0, fit.intercept.value or 0.0)
+    soft = truncation_bound_soft(
+        deviation, step["draft_prob"][:, None], beta[:, None], study.request.eta
+    )
+    fixed = [getattr(one, "num_entries", None) for one in study.policies]
+    online = _online_point(runnable)
+    return TruncationCurves(
+        theta=study.request.thetas[0],
+        soft_bound=_column_means(study, trace.axes.truncation_sizes, soft),
+        sharp_bound=_column_means(
+            study, trace.axes.truncation_sizes, truncation_bias_bound(deviation)
+        ),
+        exact=_column_means(study, trace.axes.truncation_bias_sizes, exact),
+        num_tokens=int(recorded.sum()),
+        num_exact=int(sampled.sum()),
+        chosen_size=next((size for size in fixed if size is not None), None),
+        online=None if online is None else _sent_sizes(study, online[1]),
+        online_point=None if online is None else online[0].key,
+    )
+
+
+def _column_means(study: Study, sizes: Sequence[int], values: np.ndarray) -> Curve:
+    index, num_prompts = study.trace.prompt_index, study.trace.num_prompts
+    means = [mean_over_tokens(column, index, num_prompts) for column in values.T]
+    return curve(sizes, means, study.request.confidence)
+
+
+def _online_point(runnable: Sequence[Runnable]) -> Runnable | None:
+    """A policy that truncates token by token, at the common rule; else where it sends most."""
+    rule = comparison_rule([point for point, _ in runnable])
+    rates = {point.key: point.predicted["skip_rate"].value or 0.0 for point, _ in runnable}
+    found = [
+        (point, policy)
+        for point, policy in runnable
+        if isinstance(policy, TruncatingPolicy) and policy.entries_vary
+        if not point.variant and rates[point.key] < 1
+    ]
+    return min(found, key=lambda one: (one[0].rule != rule, rates[one[0].key]), default=None)
+
+
+def _sent_sizes(study: Study, policy: Policy) -> SizeDistribution | None:
+    tokens = drawn_tokens(study.trace, policy)
+    sizes = tokens.entries[(tokens.skip < 0.5) & np.isfinite(tokens.entries)]
+    return size_distribution(sizes) if len(sizes) else None
+
+
+def importance_example(study: Study) -> ImportanceExample | None:
+    """Importance and its threshold along the longest answer, the first by id among equals.
+
+    docs/theory.md, (31) and (32); of the first policy that looks at importance.
+    """
+    chosen: list[Any] = [one for one in study.policies if hasattr(one, "importance")]
+    if not chosen:
+        return None
+    trace = study.trace
+    lengths = np.bincount(trace.prompt_index, minlength=trace.num_prompts)
+    prompt = int(np.argmax(lengths))
+    memory = chosen[0].memory()
+    seen = [
+        memory.update(trace.step(np.array([row])))
+        for row in np.flatnonzero(trace.prompt_index == prompt)
+    ]
+    importance, least = (
+        np.array([float(one[name][0]) for one in seen])
+        for name in ("importance", "importance_threshold")
+    )
+    return ImportanceExample(
+        prompt_id=trace.prompt_ids[prompt],
+        setting=chosen[0].importance.label,
+        step=tuple(range(len(seen))),
+        importance=tuple(importance.tolist()),
+        threshold=tuple(value if np.isfinite(value) else None for value in least.tolist()),
+        important=tuple(bool(one["important"][0]) for one in seen),
+    )
