@@ -82,10 +82,10 @@ class ValidationPlan:
     @cached_property
     def policies(self) -> dict[str, Policy]:
         """Of every point, by its key."""
-        from calibrate.derive.operating_points import policy_of
+        from calibrate.derive.predict import point_policy
 
         learned = self.calibration.learned
-        return {point.key: policy_of(self.derivation, point, learned) for point in self.points}
+        return {point.key: point_policy(self.derivation, point, learned) for point in self.points}
 
     def identity(self, point: OperatingPoint) -> dict[str, Any]:
         """What a rerun of the point is kept by."""
