@@ -13,6 +13,7 @@ They agree when all prompts have the same length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -181,6 +182,7 @@ class SkipAtoms:
         """P, prompts without tokens included."""
         return len(self.num_tokens)
 
+    @cached_property
     def ends(self) -> np.ndarray:
         """Pieces up to and with each distinct score, (M,): where a rising threshold may stop."""
         return np.flatnonzero(np.append(np.diff(self.score) > 0, True)) + 1
@@ -191,7 +193,7 @@ class SkipAtoms:
         A gate `score <= threshold` only changes where the threshold passes a score. The last one
         skips everything.
         """
-        distinct = self.score[self.ends() - 1]
+        distinct = self.score[self.ends - 1]
         if len(distinct) <= most:
             return np.asarray(distinct)
         below = np.cumsum(self.mass)

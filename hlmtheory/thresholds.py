@@ -170,7 +170,7 @@ def largest_passing(
         Rising candidates, then the only answers there are.
     """
     if thresholds is None:
-        ends = atoms.ends()
+        ends = atoms.ends
     else:
         grid = np.asarray(thresholds, dtype=float)
         if grid.ndim != 1 or len(grid) == 0 or np.any(np.diff(grid) < 0):

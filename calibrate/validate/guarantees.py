@@ -9,320 +9,275 @@ A guarantee speaks of many calibrations, and there is one trace. Two ways to mak
 - ``all-prompts``: the prompts of the trace *are* the population, and calibration prompts are drawn
   from it with replacement. The risk of a threshold is then known exactly, and draws are
   independent, which is all that (34) and (35) ask for. What it says is about this population.
+
+Candidates are one fixed grid of thresholds, so that sums by prompt are worked out once for all
+calibrations: quantiles of the mass, the last of which skips everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from calibrate.run.errors import UserError
 from calibrate.run.figure import mean_figure, share_figure
-from calibrate.run.folder import Figure, provenance, write_json
-from calibrate.run.traces import Trace, read_trace, shard_paths
-from hlmtheory.domain import check_unit_interval
-from hlmtheory.risk import Weighting
+from calibrate.run.folder import provenance, read_record, write_record
+from calibrate.run.records import CalibrationRecord, GuaranteeRow, GuaranteesRecord
+from calibrate.run.traces import read_trace, shard_paths
+from hlmtheory.risk import SkipAtoms, SkipRiskSums, Weighting, skip_risk_sums
 from hlmtheory.risk_tests import betting_p_value, check_level, conformal_bound
+from hlmtheory.scores import LearnedScore, score_named
 
-SPLITS_NAME = "splits.json"
 RISKS = (0.005, 0.01, 0.02, 0.05)
-NUM_SPLITS = 500
-MAX_KEPT = 4096
-"""Thresholds whose sums by prompt are kept: a bisection passes the same ones again and again."""
+NUM_DRAWS = 500
+NUM_CANDIDATES = 4096
+MAX_SUMS = 2**25
+"""Sums by prompt and candidate that are kept at most: many prompts leave fewer candidates."""
+MAX_DRAWN = 2**20
+"""Prompts that are drawn at a time, over all calibrations of a block."""
 
 Source = Literal["all-prompts", "halves"]
 SOURCES: tuple[Source, ...] = ("all-prompts", "halves")
-RULES: dict[str, Weighting] = {"risk": "tokens", "conformal": "prompts", "ltt": "prompts"}
+FAMILIES: dict[str, Weighting] = {"risk": "tokens", "conformal": "prompts", "ltt": "prompts"}
 """Rules as operating points name them, with the mean that each of them is about: (10), (33)."""
 
-
-@dataclass(frozen=True)
-class SplitRow:
-    """How one rule at one budget did over many calibrations.
-
-    Attributes
-    ----------
-    rule : str
-        One of RULES; `risk` is the plug-in of docs/theory.md, (10).
-    budget : float
-        alpha.
-    source : {"all-prompts", "halves"}
-        Where calibrations and the true risk come from: the module's head.
-    weighting : {"tokens", "prompts"}
-        Of the risk, the rule's own.
-    num_draws, num_calibration_prompts : int
-        Calibrations, and prompts in each.
-    violation_share, infeasible_share : Figure
-        Shares of the calibrations whose threshold has a risk above the budget, and that have no
-        threshold: those skip nothing, so they have no risk. Exact binomial intervals.
-    skip_rate, risk : Figure
-        Means over calibrations, infeasible ones with 0, of the skip rate over tokens and of the
-        true risk.
-    """
-
-    rule: str
-    budget: float
-    source: Source
-    weighting: Weighting
-    num_draws: int
-    num_calibration_prompts: int
-    violation_share: Figure
-    infeasible_share: Figure
-    skip_rate: Figure
-    risk: Figure
+OnDraw = Callable[[int], None]
 
 
-def split_guarantees(
-    trace: Trace,
-    risks: Sequence[float],
-    num_splits: int,
-    confidence: float,
-    rng: np.random.Generator,
-) -> tuple[SplitRow, ...]:
+def study_guarantees(
+    atoms: SkipAtoms,
+    risks: Sequence[float] = RISKS,
+    num_draws: int = NUM_DRAWS,
+    confidence: float = 0.95,
+    rng: np.random.Generator | None = None,
+    on_draw: OnDraw | None = None,
+) -> tuple[GuaranteeRow, ...]:
     """Derive every rule at every budget from many calibrations and look its risk up.
 
-    docs/theory.md, (10), (34), (35). All rules and budgets see the same calibrations.
+    docs/theory.md, (10), (34), (35). All rules and budgets see the same calibrations. A calibration
+    without a threshold skips nothing, so it has no risk and breaks no budget.
 
     Parameters
     ----------
-    trace : Trace
-        `uncertainty` and `rejection_prob` of a calibration; at least two prompts.
+    atoms : SkipAtoms
+        Of a calibration with at least two prompts.
     risks : sequence of float
         Budgets alpha in (0, 1).
-    num_splits : int
+    num_draws : int
         Calibrations from each source, >= 1.
     confidence : float
         In (0, 1): 1 - delta of Learn-then-Test, and that of the intervals. These are for the draws
         alone: more draws make them shorter, more prompts do not.
-    rng : numpy Generator
+    rng : numpy Generator, optional
+        Seeded with 0 unless given.
+    on_draw : callable, optional
+        Told after each block how many calibrations more are done, of 2 x num_draws.
 
     Returns
     -------
-    tuple of SplitRow
-        By source, rule and budget.
+    tuple of GuaranteeRow
+        By source, family and budget.
 
     Raises
     ------
     ValueError
         If an argument is out of range.
     UserError
-        If the trace has fewer than two prompts.
+        If there are fewer than two prompts.
     """
     for alpha in risks:
         check_level(alpha, "risks")
     check_level(confidence, "confidence")
-    if num_splits < 1:
-        raise ValueError(f"num_splits = {num_splits}: allowed is >= 1")
-    if trace.num_prompts < 2:
-        raise UserError(f"{trace.num_prompts} prompt: splits need at least two; raise --limit")
-    tokens = PromptTokens(
-        trace["uncertainty"], trace["rejection_prob"], trace.prompt_index, trace.num_prompts
-    )
-    rows: list[SplitRow] = []
+    if num_draws < 1:
+        raise ValueError(f"num_draws = {num_draws}: allowed is >= 1")
+    if atoms.num_prompts < 2:
+        raise UserError(f"{atoms.num_prompts} prompt: redraws need at least two; raise --limit")
+    rng = np.random.default_rng(0) if rng is None else rng
+    most = max(2, min(NUM_CANDIDATES, MAX_SUMS // atoms.num_prompts))
+    sums = skip_risk_sums(atoms, atoms.quantiles(most))
+    rows: list[GuaranteeRow] = []
     for source in SOURCES:
-        draws = list(_draws(source, trace.num_prompts, num_splits, rng))
-        for rule, weighting in RULES.items():
-            for alpha in risks:
-                outcomes = [
-                    outcome(tokens, rule, alpha, 1 - confidence, drawn, truth)
-                    for drawn, truth in draws
-                ]
-                num_calibration = int(draws[0][0].sum())
-                rows.append(
-                    _row(rule, alpha, source, weighting, outcomes, num_calibration, confidence)
-                )
+        found: dict[tuple[str, float], list[Outcomes]] = {
+            (family, alpha): [] for family in FAMILIES for alpha in risks
+        }
+        num_calibration = 0
+        for drawn, others in _draws(source, atoms.num_prompts, num_draws, rng):
+            num_calibration = drawn.shape[1]
+            for family, alpha in found:
+                last = last_passing(sums, family, alpha, 1 - confidence, drawn)
+                found[family, alpha].append(outcomes(sums, FAMILIES[family], last, others))
+            if on_draw is not None:
+                on_draw(len(drawn))
+        rows += [
+            _row(family, alpha, source, blocks, num_calibration, confidence)
+            for (family, alpha), blocks in found.items()
+        ]
     return tuple(rows)
 
 
-def write_splits(
+def write_guarantees(
     run: Path,
+    score_name: str = "uncertainty",
     risks: Sequence[float] = RISKS,
-    num_splits: int = NUM_SPLITS,
+    num_draws: int = NUM_DRAWS,
     confidence: float = 0.95,
     seed: int = 0,
     command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Write RUN/splits.json from the run's calibration trace and return its content."""
-    trace = read_trace(shard_paths(run), ["uncertainty", "rejection_prob"])
-    rows = split_guarantees(trace, risks, num_splits, confidence, np.random.default_rng(seed))
-    result: dict[str, Any] = {
-        "num_splits": num_splits,
-        "num_prompts": trace.num_prompts,
-        "num_tokens": trace.num_tokens,
-        "confidence": confidence,
-        "seed": seed,
-        **provenance(command),
-        "rows": [asdict(row) for row in rows],
-    }
-    write_json(run / SPLITS_NAME, result)
-    return result
+    on_draw: OnDraw | None = None,
+) -> GuaranteesRecord:
+    """Write RUN/guarantees.json from the run's calibration trace and return its content.
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """One calibration: its threshold, None if infeasible, and what the threshold truly does."""
-
-    threshold: float | None
-    risk: float
-    skip_rate: float
-
-
-class PromptTokens:
-    """Tokens of the prompts in order of their score: sums by prompt at any threshold.
-
-    Parameters
-    ----------
-    score, rejection_prob : float array (N,)
-        In [0, 1].
-    prompt_index : int array (N,)
-    num_prompts : int
+    Raises
+    ------
+    ValueError
+        For an unknown score, or a learned one that the calibration did not fit.
+    UserError
+        If the run has no trace, or one that lacks the score's columns.
     """
-
-    def __init__(
-        self,
-        score: np.ndarray,
-        rejection_prob: np.ndarray,
-        prompt_index: np.ndarray,
-        num_prompts: int,
-    ) -> None:
-        check_unit_interval(score, "score")
-        check_unit_interval(rejection_prob, "rejection_prob")
-        order = np.argsort(score, kind="stable")
-        self.score = np.asarray(score, dtype=np.float64)[order]
-        self.rejection_prob = np.asarray(rejection_prob, dtype=np.float64)[order]
-        self.prompt_index = prompt_index[order]
-        self.num_tokens = np.bincount(prompt_index, minlength=num_prompts)
-        # Tokens skipped when the threshold is at each score that occurs, (M,).
-        self.num_below = np.flatnonzero(np.append(np.diff(self.score) > 0, True)) + 1
-        self._kept: dict[int, np.ndarray] = {}
-
-    def rejected(self, num_below: int) -> np.ndarray:
-        """Sum of beta over the `num_below` least uncertain tokens, by prompt, (P,)."""
-        found = self._kept.get(num_below)
-        if found is None:
-            found = np.bincount(
-                self.prompt_index[:num_below],
-                weights=self.rejection_prob[:num_below],
-                minlength=len(self.num_tokens),
-            )
-            if len(self._kept) < MAX_KEPT:
-                self._kept[num_below] = found
-        return found
-
-    def losses(self, num_below: int) -> np.ndarray:
-        """Loss of each prompt, its own mean over tokens: docs/theory.md, (33)."""
-        return np.minimum(self.rejected(num_below) / np.maximum(self.num_tokens, 1), 1.0)
-
-    def last_passing(self, passes: Callable[[int], bool], drawn: np.ndarray) -> float | None:
-        """The largest threshold that passes, halfway to the next score drawn; None without one.
-
-        Parameters
-        ----------
-        passes : callable
-            Whether skipping that many of the least uncertain tokens passes; monotone.
-        drawn : int array (P,)
-            How often the calibration has each prompt.
-        """
-        low, high = -1, len(self.num_below)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if passes(int(self.num_below[middle])) else (low, middle)
-        if low == len(self.num_below) - 1:
-            return max(1.0, float(self.score[-1]))
-        below = self.num_below[low] if low >= 0 else 0
-        inside = np.flatnonzero(drawn[self.prompt_index[:below]])
-        if len(inside) == 0:
-            return None
-        # The first score that fails is one that was drawn: nothing else changes what passes.
-        return float((self.score[inside[-1]] + self.score[below]) / 2)
-
-
-def outcome(
-    tokens: PromptTokens,
-    rule: str,
-    alpha: float,
-    delta: float,
-    drawn: np.ndarray,
-    truth: np.ndarray,
-) -> Outcome:
-    """Derive one rule from one calibration and look up what its threshold does.
-
-    The same thresholds as :mod:`hlmtheory.thresholds` and :mod:`hlmtheory.guarantees` give on the
-    drawn prompts, from sums that all calibrations share; a test holds the two together.
-
-    Parameters
-    ----------
-    tokens : PromptTokens
-    rule : str
-        One of RULES.
-    alpha, delta : float
-    drawn, truth : int array (P,)
-        How often each prompt is in the calibration, and in the population of the risk.
-    """
-    num_drawn = int(drawn.sum())
-    num_tokens = float(drawn @ tokens.num_tokens)
-
-    def passes(num_below: int) -> bool:
-        if rule == "risk":
-            return bool(drawn @ tokens.rejected(num_below) <= alpha * num_tokens)
-        losses = tokens.losses(num_below)
-        if rule == "conformal":
-            return bool(conformal_bound(drawn @ losses / num_drawn, num_drawn) <= alpha)
-        return bool(betting_p_value(np.repeat(losses, drawn), alpha) <= delta)
-
-    threshold = tokens.last_passing(passes, drawn)
-    if threshold is None:
-        return Outcome(None, 0.0, 0.0)
-    num_below = int(np.searchsorted(tokens.score, threshold, side="right"))
-    total = float(truth @ tokens.num_tokens)
-    skipped = float(truth[tokens.prompt_index[:num_below]].sum())
-    if RULES[rule] == "tokens":
-        risk = float(truth @ tokens.rejected(num_below)) / total
-    else:
-        risk = float(truth @ tokens.losses(num_below)) / float(truth.sum())
-    return Outcome(threshold, risk, skipped / total)
+    learned = None
+    if score_name == LearnedScore.name:
+        learned = read_record(run, CalibrationRecord).learned
+    score = score_named(score_name, None if learned is None else learned.model_dump())
+    trace = read_trace(shard_paths(run))
+    try:
+        pieces = score.atoms(trace.step())
+    except ValueError as error:
+        raise UserError(f"RUN {run}: {error}; calibrate with --trace full") from None
+    atoms = SkipAtoms.of_candidates(*pieces, trace.prompt_index, trace.num_prompts)
+    rng = np.random.default_rng(seed)
+    record = GuaranteesRecord(
+        score=score.name,
+        num_draws=num_draws,
+        num_prompts=trace.num_prompts,
+        num_tokens=trace.num_tokens,
+        confidence=confidence,
+        seed=seed,
+        provenance=provenance(command),
+        rows=study_guarantees(atoms, risks, num_draws, confidence, rng, on_draw),
+    )
+    write_record(run, record)
+    return record
 
 
 def _draws(
     source: Source, num_prompts: int, num_draws: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Prompts of each calibration, and those that its risk is taken over, as counts (P,)."""
-    everything = np.ones(num_prompts, dtype=np.int64)
-    for _ in range(num_draws):
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Prompts of each calibration (D, n), and those that its risk is taken over; None for all."""
+    block = max(1, MAX_DRAWN // num_prompts)
+    for begin in range(0, num_draws, block):
+        num = min(block, num_draws - begin)
         if source == "all-prompts":
-            yield rng.multinomial(num_prompts, everything / num_prompts), everything
+            yield rng.integers(num_prompts, size=(num, num_prompts)), None
         else:
-            half = np.zeros_like(everything)
-            half[rng.permutation(num_prompts)[: num_prompts // 2]] = 1
-            yield half, everything - half
+            order = rng.permuted(np.tile(np.arange(num_prompts), (num, 1)), axis=1)
+            yield order[:, : num_prompts // 2], order[:, num_prompts // 2 :]
+
+
+def last_passing(
+    sums: SkipRiskSums, family: str, alpha: float, delta: float, drawn: np.ndarray
+) -> np.ndarray:
+    """The last threshold of the grid that a rule lets pass in each calibration, (D,); -1 for none.
+
+    The rules of :mod:`hlmtheory.thresholds` and :mod:`hlmtheory.guarantees` on the drawn prompts
+    with the grid as candidates, many calibrations at once; a test holds the two together.
+
+    Parameters
+    ----------
+    sums : SkipRiskSums
+        Of all prompts.
+    family : str
+        One of FAMILIES.
+    alpha, delta : float
+    drawn : int array (D, n)
+        Prompts of each calibration; one may occur several times.
+    """
+    lengths = sums.num_tokens[drawn]
+
+    def passes(place: np.ndarray) -> np.ndarray:
+        rejected = sums.rejected[drawn, place[:, None]]  # (D, n)
+        if family == "risk":
+            return np.asarray(rejected.sum(axis=1) / lengths.sum(axis=1) <= alpha)
+        losses = np.minimum(rejected / np.maximum(lengths, 1.0), 1.0)
+        if family == "conformal":
+            return conformal_bound(losses.mean(axis=1), drawn.shape[1]) <= alpha
+        return betting_p_value(losses, alpha) <= delta
+
+    low = np.full(len(drawn), -1)
+    high = np.full(len(drawn), len(sums.thresholds))
+    while np.any(high - low > 1):
+        middle = (low + high) // 2
+        passed = passes(np.maximum(middle, 0)) & (high - low > 1)
+        # Where both have met, middle is low, and stays it.
+        low, high = (
+            np.where(passed, middle, low),
+            np.where(passed, high, np.maximum(middle, low + 1)),
+        )
+    return low
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """A block of calibrations: whether there is a threshold, and what it does, (D,) each."""
+
+    feasible: np.ndarray
+    risk: np.ndarray
+    skip_rate: np.ndarray
+
+
+def outcomes(
+    sums: SkipRiskSums, weighting: Weighting, last: np.ndarray, others: np.ndarray | None
+) -> Outcomes:
+    """Risk of each calibration's threshold under a weighting, and its skip rate over tokens.
+
+    Parameters
+    ----------
+    sums : SkipRiskSums
+    weighting : {"tokens", "prompts"}
+    last : int array (D,)
+        Of :func:`last_passing`.
+    others : int array (D, m) or None
+        Prompts that both are taken over; all of them where None.
+    """
+    feasible, place = last >= 0, np.maximum(last, 0)
+    if others is None:
+        skip_rate, risk = sums.curve()[0][place], sums.curve(weighting)[1][place]
+    else:
+        lengths = sums.num_tokens[others]
+        skipped, rejected = (part[others, place[:, None]] for part in (sums.skipped, sums.rejected))
+        skip_rate = skipped.sum(axis=1) / lengths.sum(axis=1)
+        risk = rejected.sum(axis=1) / lengths.sum(axis=1)
+        if weighting == "prompts":
+            risk = (rejected / np.maximum(lengths, 1.0)).mean(axis=1)
+    return Outcomes(feasible, np.where(feasible, risk, 0.0), np.where(feasible, skip_rate, 0.0))
 
 
 def _row(
-    rule: str,
+    family: str,
     alpha: float,
     source: Source,
-    weighting: Weighting,
-    outcomes: Sequence[Outcome],
+    blocks: Sequence[Outcomes],
     num_calibration: int,
     confidence: float,
-) -> SplitRow:
-    risk = np.array([found.risk for found in outcomes])
+) -> GuaranteeRow:
+    feasible, risk, skip_rate = (
+        np.concatenate([getattr(block, name) for block in blocks])
+        for name in ("feasible", "risk", "skip_rate")
+    )
     # A risk that equals its budget may come out a rounding error above it.
     violations = int(np.sum(risk > alpha * (1 + 1e-12)))
-    infeasible = sum(found.threshold is None for found in outcomes)
-    return SplitRow(
-        rule,
-        alpha,
-        source,
-        weighting,
-        len(outcomes),
-        num_calibration,
-        share_figure(violations, len(outcomes), confidence),
-        share_figure(infeasible, len(outcomes), confidence),
-        mean_figure(np.array([found.skip_rate for found in outcomes]), confidence),
-        mean_figure(risk, confidence),
+    return GuaranteeRow(
+        family=family,
+        budget=alpha,
+        source=source,
+        weighting=FAMILIES[family],
+        num_draws=len(risk),
+        num_calibration_prompts=num_calibration,
+        violation_share=share_figure(violations, len(risk), confidence),
+        infeasible_share=share_figure(int(np.sum(~feasible)), len(risk), confidence),
+        skip_rate=mean_figure(skip_rate, confidence),
+        risk=mean_figure(risk, confidence),
     )

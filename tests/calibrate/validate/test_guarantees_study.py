@@ -1,93 +1,109 @@
-"""Guarantees over many calibrations: on tokens whose risk is known, and against the slow way."""
+"""Guarantees over many calibrations: on tokens whose risk is known, and against the rules."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from calibrate.run.errors import UserError
-from calibrate.run.folder import read_json
-from calibrate.run.traces import Trace, write_shard
+from calibrate.run.folder import read_record
+from calibrate.run.records import GuaranteesRecord
+from calibrate.run.traces import write_shard
+from calibrate.validate import guarantees as study
 from calibrate.validate.guarantees import (
-    RULES,
+    FAMILIES,
     SOURCES,
-    PromptTokens,
-    outcome,
-    split_guarantees,
-    write_splits,
+    last_passing,
+    outcomes,
+    study_guarantees,
+    write_guarantees,
 )
 from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
+from hlmtheory.risk import SkipAtoms, skip_risk_sums
+from hlmtheory.steps import Axes
 from hlmtheory.thresholds import risk_budget_threshold
 
 NUM_PROMPTS = 150
 ALPHA = 0.05
 
 
-def synthetic_trace(
-    rng: np.random.Generator, num_prompts: int = NUM_PROMPTS, most: int = 40
-) -> Trace:
-    """Prompts of various lengths whose risk differs: beta rises with u and with the prompt."""
+def synthetic_atoms(
+    rng: np.random.Generator, num_prompts: int = NUM_PROMPTS, most: int = 40, ties: int = 9
+) -> SkipAtoms:
+    """Prompts of various lengths whose risk differs: beta rises with u and with the prompt.
+
+    Every draft is two candidates of random mass.
+    """
     lengths = rng.integers(most // 2, most + 1, size=num_prompts)
     index = np.repeat(np.arange(num_prompts), lengths)
-    u = rng.beta(0.7, 0.7, size=len(index))
-    level = rng.uniform(0.2, 1.2, size=num_prompts)[index]
-    beta = np.clip(u * level * rng.uniform(0, 1, size=len(index)), 0, 1)
-    columns = {"prompt_index": index, "uncertainty": u, "rejection_prob": beta}
-    return Trace(columns, [str(number) for number in range(num_prompts)])
+    score = np.round(rng.beta(0.7, 0.7, size=(len(index), 2)), ties)
+    mass = rng.dirichlet([1.0, 1.0], size=len(index))
+    level = rng.uniform(0.2, 1.2, size=num_prompts)[index, None]
+    beta = np.clip(score * level * rng.uniform(0, 1, size=score.shape), 0, 1)
+    return SkipAtoms.of_candidates(score, mass, mass * beta, index, num_prompts)
 
 
-def drawn_trace(trace: Trace, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The tokens of a calibration as shipped rules take them: a prompt drawn twice is two."""
-    parts = []
-    for prompt, times in enumerate(drawn):
-        parts += [np.flatnonzero(trace.prompt_index == prompt)] * int(times)
-    rows = np.concatenate(parts)
-    index = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return trace["uncertainty"][rows], trace["rejection_prob"][rows], index, len(parts)
+def drawn_atoms(atoms: SkipAtoms, drawn: np.ndarray) -> SkipAtoms:
+    """The tokens of a calibration as rules take them: a prompt drawn twice is two."""
+    rows = [np.flatnonzero(atoms.prompt_index == prompt) for prompt in drawn]
+    index = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
+    flat = np.concatenate(rows)
+    return SkipAtoms(
+        atoms.score[flat], atoms.mass[flat], atoms.rejection[flat], index, atoms.num_tokens[drawn]
+    )
 
 
-def by_shipped_rule(rule: str, trace: Trace, drawn: np.ndarray, alpha: float, delta: float):
-    """The obvious way: hand the drawn tokens to the rule that `hlm derive` uses."""
-    u, beta, index, num = drawn_trace(trace, drawn)
-    if rule == "risk":
-        return risk_budget_threshold(u, beta, alpha)
-    if rule == "conformal":
-        return conformal_threshold(u, beta, index, num, alpha)
-    return learn_then_test_threshold(u, beta, index, num, alpha, delta)
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("alpha", [0.002, 0.03, 0.2, 0.9])
-def test_thresholds_are_those_of_the_shipped_rules(
-    rng: np.random.Generator, rule: str, alpha: float
+def test_thresholds_are_those_of_the_rules(
+    rng: np.random.Generator, family: str, alpha: float
 ) -> None:
     """Halves and draws with replacement; budgets from infeasible to skipping everything."""
-    trace = synthetic_trace(rng, 30, 12)
-    # Scores that tie, as sampled uncertainties do.
-    trace.columns["uncertainty"] = np.round(trace["uncertainty"], 2)
-    tokens = PromptTokens(
-        trace["uncertainty"], trace["rejection_prob"], trace.prompt_index, trace.num_prompts
-    )
-    everything = np.ones(30, dtype=np.int64)
-    for _ in range(8):
-        half = np.zeros(30, dtype=np.int64)
-        half[rng.permutation(30)[:15]] = 1
-        for drawn in (half, rng.multinomial(30, everything / 30)):
-            found = outcome(tokens, rule, alpha, 0.05, drawn, everything)
-            expected = by_shipped_rule(rule, trace, drawn, alpha, 0.05)
-            assert (found.threshold is not None) == expected.feasible
-            if found.threshold is None:
-                assert found.risk == found.skip_rate == 0
+    atoms = synthetic_atoms(rng, 30, 12, ties=2)
+    sums = skip_risk_sums(atoms, atoms.quantiles(40))
+    rules = {
+        "risk": lambda a: risk_budget_threshold(a, alpha, thresholds=sums.thresholds),
+        "conformal": lambda a: conformal_threshold(a, alpha, thresholds=sums.thresholds),
+        "ltt": lambda a: learn_then_test_threshold(a, alpha, 0.05, thresholds=sums.thresholds),
+    }
+    for drawn in (
+        rng.integers(30, size=(8, 30)),
+        rng.permuted(np.tile(np.arange(30), (8, 1)), axis=1)[:, :15],
+    ):
+        found = last_passing(sums, family, alpha, 0.05, drawn)
+        for prompts, last in zip(drawn, found, strict=True):
+            expected = rules[family](drawn_atoms(atoms, prompts))
+            assert (last >= 0) == expected.feasible
+            if expected.feasible:
+                assert sums.thresholds[last] == expected.value
+
+
+@pytest.mark.parametrize("weighting", ["tokens", "prompts"])
+def test_risks_are_looked_up_as_defined(rng: np.random.Generator, weighting) -> None:
+    """Over all prompts and over some, against loops; nothing skipped where nothing is feasible."""
+    atoms = synthetic_atoms(rng, 12, 9)
+    sums = skip_risk_sums(atoms, atoms.quantiles(30))
+    last = np.array([-1, 0, 11, 29])
+    some = rng.permuted(np.tile(np.arange(12), (4, 1)), axis=1)[:, :5]
+    for others in (None, some):
+        found = outcomes(sums, weighting, last, others)
+        for row, place in enumerate(last):
+            if place < 0:
+                assert not found.feasible[row]
+                assert found.risk[row] == found.skip_rate[row] == 0
                 continue
-            # Both are the mean of the same two scores.
-            assert found.threshold == pytest.approx(expected.uncertainty_threshold, abs=1e-15)
-            skipped = trace["uncertainty"] <= found.threshold
-            lost = skipped * trace["rejection_prob"]
-            by_prompt = [lost[trace.prompt_index == i].mean() for i in range(30)]
-            risk = lost.mean() if rule == "risk" else np.mean(by_prompt)
-            assert found.risk == pytest.approx(risk, abs=1e-12)
-            assert found.skip_rate == pytest.approx(skipped.mean(), abs=1e-12)
+            skipped = atoms.score <= sums.thresholds[place]
+            prompts = range(12) if others is None else others[row]
+            mine = [skipped & (atoms.prompt_index == prompt) for prompt in prompts]
+            lost = np.array([atoms.rejection[rows].sum() for rows in mine])
+            lengths = atoms.num_tokens[list(prompts)]
+            mean = lost.sum() / lengths.sum() if weighting == "tokens" else (lost / lengths).mean()
+            assert found.risk[row] == pytest.approx(mean, abs=1e-12)
+            rate = sum(atoms.mass[rows].sum() for rows in mine) / lengths.sum()
+            assert found.skip_rate[row] == pytest.approx(rate, abs=1e-12)
 
 
 def test_plug_in_breaks_its_budget_every_second_time_and_the_others_keep_their_word(
@@ -95,8 +111,8 @@ def test_plug_in_breaks_its_budget_every_second_time_and_the_others_keep_their_w
 ) -> None:
     """On a known population: the plug-in is the negative control, it must fail."""
     num = 400
-    rows = split_guarantees(synthetic_trace(rng), (ALPHA,), num, 0.95, rng)
-    known = {row.rule: row for row in rows if row.source == "all-prompts"}
+    rows = study_guarantees(synthetic_atoms(rng), (ALPHA,), num, 0.95, rng)
+    known = {row.family: row for row in rows if row.source == "all-prompts"}
     plug_in = known["risk"].violation_share
     # About one half; the population's own skewness moves it by less than a tenth here.
     assert 0.4 < float(plug_in.value or 0) < 0.6
@@ -113,29 +129,16 @@ def test_plug_in_breaks_its_budget_every_second_time_and_the_others_keep_their_w
 
 def test_a_threshold_chosen_against_the_budget_is_caught(rng: np.random.Generator) -> None:
     """Negative control of the counting: calibrated for 8 %, it breaks 5 % nearly always."""
-    trace = synthetic_trace(rng)
-    tokens = PromptTokens(
-        trace["uncertainty"], trace["rejection_prob"], trace.prompt_index, trace.num_prompts
-    )
-    everything = np.ones(NUM_PROMPTS, dtype=np.int64)
-    over = [
-        outcome(
-            tokens, "ltt", 0.08, 0.05, rng.multinomial(NUM_PROMPTS, everything / NUM_PROMPTS),
-            everything,
-        ).risk
-        > ALPHA
-        for _ in range(60)
-    ]  # fmt: skip
-    assert np.mean(over) > 0.5
+    atoms = synthetic_atoms(rng)
+    sums = skip_risk_sums(atoms)
+    drawn = rng.integers(NUM_PROMPTS, size=(60, NUM_PROMPTS))
+    last = last_passing(sums, "ltt", 0.08, 0.05, drawn)
+    assert np.mean(outcomes(sums, "prompts", last, None).risk > ALPHA) > 0.5
 
 
 def test_the_other_half_errs_opposite_to_the_calibration(rng: np.random.Generator) -> None:
     """Why ``halves`` overstates: with both halves fixed in sum, low here is high there."""
-    trace = synthetic_trace(rng, 60)
-    tokens = PromptTokens(
-        trace["uncertainty"], trace["rejection_prob"], trace.prompt_index, trace.num_prompts
-    )
-    losses = tokens.losses(int(np.searchsorted(tokens.score, 0.5)))
+    losses = skip_risk_sums(synthetic_atoms(rng, 60), np.array([0.5])).rates()[1][:, 0]
     halves = []
     for _ in range(200):
         order = rng.permutation(60)
@@ -143,16 +146,23 @@ def test_the_other_half_errs_opposite_to_the_calibration(rng: np.random.Generato
     assert np.corrcoef(np.array(halves).T)[0, 1] == pytest.approx(-1, abs=1e-9)
 
 
-def test_rows_are_complete_and_repeat_with_the_seed(rng: np.random.Generator) -> None:
-    trace = synthetic_trace(rng, 20, 10)
+def test_rows_are_complete_and_repeat_with_the_seed(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block or several, which are other draws of the same number."""
+    atoms = synthetic_atoms(rng, 20, 10)
+    told: list[int] = []
     first, second = (
-        split_guarantees(trace, (0.02, 0.1), 12, 0.9, np.random.default_rng(7)) for _ in range(2)
+        study_guarantees(atoms, (0.02, 0.1), 12, 0.9, np.random.default_rng(7), told.append)
+        for _ in range(2)
     )
     assert first == second
-    keys = [(row.source, row.rule, row.budget) for row in first]
-    assert keys == [(s, r, a) for s in SOURCES for r in RULES for a in (0.02, 0.1)]
+    assert sum(told) == 2 * 2 * 12
+    monkeypatch.setattr(study, "MAX_DRAWN", 20 * 5)
+    assert [row.num_draws for row in study_guarantees(atoms, (0.1,), 12, rng=rng)] == [12] * 6
+    keys = [(row.source, row.family, row.budget) for row in first]
+    assert keys == [(s, r, a) for s in SOURCES for r in FAMILIES for a in (0.02, 0.1)]
     for row in first:
-        assert row.num_draws == 12
         assert row.num_calibration_prompts == (20 if row.source == "all-prompts" else 10)
         share = row.violation_share
         count = round(12 * float(share.value or 0))
@@ -162,34 +172,40 @@ def test_rows_are_complete_and_repeat_with_the_seed(rng: np.random.Generator) ->
 
 def test_too_few_prompts_are_infeasible_and_harmless(rng: np.random.Generator) -> None:
     """Ten prompts cannot certify half a per cent: nothing is skipped, so nothing is broken."""
-    rows = split_guarantees(synthetic_trace(rng, 10, 8), (0.005,), 10, 0.95, rng)
-    for row in rows:
-        if row.rule != "risk":
+    for row in study_guarantees(synthetic_atoms(rng, 10, 8), (0.005,), 10, 0.95, rng):
+        if row.family != "risk":
             assert row.infeasible_share.value == 1
             assert row.violation_share.value == row.skip_rate.value == row.risk.value == 0
 
 
 def test_arguments_are_checked(rng: np.random.Generator) -> None:
-    trace = synthetic_trace(rng, 6, 4)
+    atoms = synthetic_atoms(rng, 6, 4)
     with pytest.raises(ValueError, match="risks = 0"):
-        split_guarantees(trace, (0.0,), 5, 0.95, rng)
-    with pytest.raises(ValueError, match="num_splits = 0"):
-        split_guarantees(trace, (0.1,), 0, 0.95, rng)
+        study_guarantees(atoms, (0.0,), 5)
+    with pytest.raises(ValueError, match="num_draws = 0"):
+        study_guarantees(atoms, (0.1,), 0)
     with pytest.raises(ValueError, match="confidence = 1"):
-        split_guarantees(trace, (0.1,), 5, 1.0, rng)
+        study_guarantees(atoms, (0.1,), 5, 1.0)
     with pytest.raises(UserError, match="at least two"):
-        split_guarantees(synthetic_trace(rng, 1, 4), (0.1,), 5, 0.95, rng)
+        study_guarantees(synthetic_atoms(rng, 1, 4), (0.1,), 5)
 
 
-def test_write_splits_reads_back(rng: np.random.Generator, tmp_path) -> None:
-    trace = synthetic_trace(rng, 12, 6)
-    columns = {name: trace[name] for name in ("uncertainty", "rejection_prob")}
-    steps = np.concatenate([np.arange(n) for n in np.bincount(trace.prompt_index)])
-    shard = {"row": trace.prompt_index, "step": steps, **columns}
-    write_shard(tmp_path / "traces" / "shard-00000.parquet", shard, trace.prompt_ids, {})
-    written = write_splits(tmp_path, (0.1,), num_splits=8, seed=3)
-    found = read_json(tmp_path, "splits.json")
-    assert (found["num_splits"], found["num_prompts"], found["seed"]) == (8, 12, 3)
-    assert {"versions", "revision", "command"} < found.keys()
-    assert len(found["rows"]) == len(written["rows"]) == len(SOURCES) * len(RULES)
-    assert set(found["rows"][0]["violation_share"]) == {"value", "low", "high", "unit"}
+def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> None:
+    """A score of the context, whose pieces are whole contexts with their total variation."""
+    rows = np.repeat(np.arange(12), 6)
+    columns = {
+        "row": rows,
+        "step": np.tile(np.arange(6), 12),
+        "entropy": rng.uniform(0, 3, size=72),
+        "tv_distance": rng.uniform(size=72),
+    }
+    ids = [str(number) for number in range(12)]
+    write_shard(tmp_path / "traces" / "shard-00000.parquet", columns, ids, {}, Axes(50))
+    written = write_guarantees(tmp_path, "entropy", (0.1,), num_draws=8, seed=3)
+    assert read_record(tmp_path, GuaranteesRecord) == written
+    assert (written.score, written.num_draws, written.num_tokens) == ("entropy", 8, 72)
+    assert len(written.rows) == len(SOURCES) * len(FAMILIES)
+    with pytest.raises(UserError, match=r"head_prob.* calibrate with --trace full"):
+        write_guarantees(tmp_path)
+    with pytest.raises(ValueError, match="score = 'luck'"):
+        write_guarantees(tmp_path, "luck")
