@@ -356,11 +356,13 @@ def derive(
     for value in theta or ():
         _inside("--theta", value, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
-    from calibrate.derive.derivation import derive_run, replaced_note
+    from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
     from calibrate.run.records import DeriveRequest
     from calibrate.terminal.progress import say
     from calibrate.terminal.tables import print_operating_points
 
+    for text in importance or ():
+        parse_importance(text)
     lists = {"risks": risk, "thetas": theta, "importances": importance}
     request = DeriveRequest(
         policies=policies,
@@ -498,13 +500,23 @@ def guarantees(
     _at_least("--num-draws", num_draws, 1)
     _at_least("--seed", seed, 0)
     _known_score(score)
+    from calibrate.run.folder import read_record
+    from calibrate.run.records import RunRecord
+    from calibrate.terminal.progress import token_progress
     from calibrate.terminal.tables import print_guarantees
-    from calibrate.validate.guarantees import write_guarantees
+    from calibrate.validate.guarantees import RISKS, write_guarantees
 
-    budgets = {"risks": tuple(risk)} if risk else {}
-    result = write_guarantees(
-        run, **budgets, num_draws=num_draws, score=score, seed=seed, command=COMMAND
-    )
+    read_record(run, RunRecord)
+    risks = risk or RISKS
+    with token_progress("drawing", "calibrations") as bar:
+        bar.set_total(2 * num_draws)
+        try:
+            result = write_guarantees(
+                run, score, risks, num_draws, seed=seed, command=COMMAND,
+                on_draw=lambda num: bar.advance(num, 0),
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"--score {score}: {error}") from None
     _show(result, as_json, print_guarantees)
 
 

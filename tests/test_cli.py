@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from paper_records import run_record
 
 from calibrate.run.errors import UsageError, UserError
+from calibrate.run.folder import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +55,19 @@ def empty_prompts(tmp_path: Path) -> Path:
         (["derive", "nowhere", "--risk", "1.5"], 2, ["--risk 1.5"]),
         (["derive", "nowhere", "--confidence", "95"], 2, ["--confidence 95"]),
         (["derive", "nowhere", "--importance", "topk"], 2, ["--importance topk"]),
+        (["derive", "nowhere", "--policy", "mine.py:Mine"], 2, ["mine.py:Mine", "no such file"]),
+        (["derive", "nowhere", "--score", "mood"], 2, ["--score mood", "one_minus_margin"]),
+        (["derive", "nowhere", "--name", "a/b"], 2, ["--name", "a/b"]),
+        (["calibrate", "--order", "sorted"], 2, ["--order sorted", "random", "file"]),
+        (["validate", "nowhere", "--order", "sorted"], 2, ["--order sorted", "random", "file"]),
+        (["validate", "nowhere", "--policy", "x-hlm"], 2, ["x-hlm", "r-hlm", "FILE.py:NAME"]),
         (["validate", "nowhere", "--limit", "0"], 2, ["--limit 0"]),
+        (["guarantees", "nowhere", "--risk", "0"], 2, ["--risk 0"]),
+        (["guarantees", "nowhere", "--num-draws", "0"], 2, ["--num-draws 0"]),
+        (["guarantees", "nowhere"], 2, ["nowhere"]),
+        (["attenuation", "nowhere", "--limit", "0"], 2, ["--limit 0"]),
+        (["attenuation", "nowhere"], 2, ["nowhere"]),
+        (["quality", "nowhere", "--name", "a/b"], 2, ["--name", "a/b"]),
         (["validate", "nowhere"], 2, ["nowhere"]),
         (["figures", "nowhere"], 2, ["nowhere"]),
         (["pairs", "show", "nonsense"], 2, ["nonsense"]),
@@ -87,9 +102,7 @@ def test_an_empty_prompt_file_is_refused(tmp_path: Path, empty_prompts: Path) ->
 
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(
-        json.dumps({"complete": True, "settings": {}, "pair": {}, "prompt_keys": []})
-    )
+    write_record(tmp_path, run_record())
     result = hlm("calibrate", "--output-path", str(tmp_path))
     assert result.returncode == 2
     assert "another run" in result.stderr
@@ -128,15 +141,31 @@ def test_help_loads_no_model_library() -> None:
         "sys.argv = ['hlm', '--help']\n"
         "try:\n    cli.main()\n"
         "except SystemExit as end:\n    assert end.code == 0\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pandas'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pandas', 'pydantic'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    for command in ("calibrate", "derive", "validate", "figures", "quickstart", "doctor", "audit"):
+    for command in ("calibrate", "derive", "validate", "figures", "quickstart", "doctor", "audit",
+                    "guarantees", "attenuation", "quality", "report"):  # fmt: skip
         assert command in result.stdout
+
+
+def test_an_unknown_policy_is_told_at_once_and_so_is_a_broken_file(tmp_path: Path) -> None:
+    """Without a model library; the slowest part is the import of the arrays."""
+    begin = time.perf_counter()
+    result = hlm("derive", str(tmp_path), "--policy", "x-hlm")
+    assert time.perf_counter() - begin < 3  # a second here, with room for a busy machine
+    assert result.returncode == 2
+    mine = tmp_path / "mine.py"
+    mine.write_text("raise RuntimeError('half done')\n")
+    result = hlm("derive", str(tmp_path), "--policy", f"{mine}:Mine")
+    assert result.returncode == 2
+    assert "RuntimeError on import: half done" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_pairs_list_is_json() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def say(text: object) -> None:
@@ -15,47 +19,38 @@ def say(text: object) -> None:
 class TokenBar:
     """A bar that counts tokens; rows that end early shorten what is left."""
 
-    def __init__(self, progress: object, task: object) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
         self._emitted = 0
 
     def set_total(self, num_tokens: int) -> None:
         """Most tokens that may be decoded."""
-        self._progress.update(self._task, total=num_tokens)  # type: ignore[attr-defined]
+        self._progress.update(self._task, total=num_tokens)
 
     def advance(self, emitted: int, spared: int) -> None:
         """Tokens just emitted, and tokens that ended rows will never need."""
         self._emitted += emitted
-        self._progress.update(  # type: ignore[attr-defined]
-            self._task, advance=emitted + spared, emitted=self._emitted
-        )
+        self._progress.update(self._task, advance=emitted + spared, emitted=self._emitted)
 
     def describe(self, text: str) -> None:
         """Say what is running."""
-        self._progress.update(self._task, description=text)  # type: ignore[attr-defined]
+        self._progress.update(self._task, description=text)
 
 
 @contextmanager
-def token_progress(description: str) -> Iterator[TokenBar]:
-    """A bar with tokens per second and time left."""
+def token_progress(description: str, what: str = "tokens") -> Iterator[TokenBar]:
+    """A bar with how many a second, and time left."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class TokenRate(ProgressColumn):
-        def render(self, task: Task) -> Text:
+        def render(self, task: Any) -> Text:
             elapsed = task.elapsed or 0.0
             emitted = task.fields["emitted"]
             rate = emitted / elapsed if elapsed > 0 else 0.0
-            return Text(f"{emitted} tokens, {rate:.0f} token/s")
+            return Text(f"{emitted} {what}, {rate:.0f} a second")
 
     columns = (
         TextColumn("{task.description}"),

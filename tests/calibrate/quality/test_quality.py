@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import paper_records as made
 import pytest
 from scipy import stats
 
@@ -16,14 +16,17 @@ from calibrate.quality.encoder import WheelFolder, ensure_encoder
 from calibrate.quality.scores import (
     Rerun,
     prepare_quality,
-    read_reruns,
     score_reruns,
     score_texts,
     shared_prefix,
 )
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
+from calibrate.run.folder import write_record
+from calibrate.run.records import Figure, RerunInfo
 from calibrate.run.traces import write_shard
+from hlmtheory.policies import policy_class
+from hlmtheory.steps import Axes
 
 IDS = ("a", "b", "c", "d")
 LLM = ((1, 2, 3), (4, 5, 6), (7, 8, 9), (1, 5, 9))
@@ -39,7 +42,8 @@ TEXTS = [
 
 
 def rerun(policy: str, tokens: Sequence[Sequence[int]], rule: str = "none") -> Rerun:
-    return Rerun(policy, rule, 1, IDS[: len(tokens)], tuple(tuple(row) for row in tokens))
+    ids, rows = IDS[: len(tokens)], tuple(tuple(row) for row in tokens)
+    return Rerun(policy_class(policy), policy, rule, ids, rows)
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -61,7 +65,7 @@ def compare(*others: Rerun):
 
 
 def write_run(folder: Path, reruns: Sequence[Rerun]) -> Path:
-    (folder / "reruns").mkdir(parents=True)
+    infos = []
     for entry in reruns:
         lengths = [len(tokens) for tokens in entry.tokens]
         columns = {
@@ -69,19 +73,18 @@ def write_run(folder: Path, reruns: Sequence[Rerun]) -> Path:
             "step": np.concatenate([np.arange(length) for length in lengths]),
             "output_token": np.concatenate([np.array(tokens) for tokens in entry.tokens]),
         }
-        point = {"policy": entry.policy, "rule": entry.rule}
-        write_shard(
-            folder / "reruns" / f"{entry.policy}_{entry.rule}.parquet",
-            columns,
-            list(entry.prompt_ids),
-            {"seed": entry.seed, "operating_point": point},
-        )
-    contents = {
-        "validation.json": {"cells": [], "coverage": {}, "confidence": 0.9},
-        "run.json": {"pair": {}, "settings": {"pair": "smollm2", "max_new_tokens": 3}},
-    }
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        file = f"{entry.policy}-0123456789.parquet"
+        write_shard(folder / "reruns" / file, columns, list(entry.prompt_ids), {}, Axes(10))
+        infos.append(
+            RerunInfo(
+                policy=entry.policy, rule=entry.rule, file=file, num_tokens=sum(lengths),
+                entries_per_sent_token=Figure(value=None), throughput=None, sizes=None,
+            )
+        )  # fmt: skip
+    derivation = made.derivation_record()
+    validation = made.validation_record(derivation, reruns=tuple(infos), confidence=0.9)
+    for record in (made.run_record(), derivation, validation):
+        write_record(folder, record)
     return folder
 
 
@@ -159,27 +162,22 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reruns_come_back_prompt_by_prompt(tmp_path, monkeypatch) -> None:
     uneven = [(1, 2, 3), (4,), (7, 8), (1, 5, 9)]
     run = write_run(tmp_path / "run", [rerun("llm", LLM), rerun("hlm", HLM), rerun("slm", uneven)])
-    found = read_reruns(run)
-    assert [entry.policy for entry in found] == ["slm", "llm", "hlm"]
-    assert found[0] == rerun("slm", uneven)
     pretend_installed(monkeypatch)
-    assert prepare_quality(run).confidence == 0.9
+    plan = prepare_quality(run)
+    assert [entry.policy for entry in plan.reruns] == ["slm", "llm", "hlm"]
+    assert plan.reruns[0] == rerun("slm", uneven)
+    assert plan.validation.confidence == 0.9
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, monkeypatch) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         prepare_quality(tmp_path / "nowhere")
     lacking = write_run(tmp_path / "lacking", [rerun("hlm", HLM)])
-    with pytest.raises(UserError, match=r"hlm validate .* --policy llm --policy hlm"):
+    with pytest.raises(UserError, match=r"hlm validate .* --policy llm --policy hlm`, which adds"):
         prepare_quality(lacking)
-    llm = rerun("llm", LLM)
-    for name, other in (
-        ("seeds", replace(rerun("hlm", HLM), seed=2)),
-        ("prompts", replace(rerun("hlm", HLM), prompt_ids=("a", "b", "c", "e"))),
-    ):
-        with pytest.raises(UserError, match="differ in seed or prompts"):
-            prepare_quality(write_run(tmp_path / name, [llm, other]))
-    good = write_run(tmp_path / "good", [llm, rerun("hlm", HLM)])
+    good = write_run(tmp_path / "good", [rerun("llm", LLM), rerun("hlm", HLM)])
+    with pytest.raises(UserError, match=r"validation\.other\.json is missing"):
+        prepare_quality(good, name="other")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bert-score") as caught:
         prepare_quality(good)
