@@ -113,6 +113,7 @@ def draw_run(
                 continue
             for path in paths:
                 save(drawn, path)
+                drawn.set_layout_engine("none")  # it was laid out once, for all formats
             written += paths
             tell(f"{title}: drawn")
     return [*written, *write_tables(loaded, output), write_audit(output)]

@@ -31,7 +31,6 @@ TITLE_HEIGHT_IN = 0.25
 BLACK, GREY, LIGHT = "#000000", "#6b6b6b", "#d0d0d0"
 BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
 ORANGE, SKY, PURPLE = "#e69f00", "#56b4e9", "#b0588e"
-BLUE_BAND, GREEN_BAND, VERMILLION_BAND = "#d1e6f2", "#ccece3", "#f8dfd1"
 
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -101,25 +100,15 @@ class SeriesStyle:
         }
 
 
-_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, "#7a4b00", "#3b3b98")
-_LINESTYLES = (
-    "solid",
-    (0, (6, 2)),
-    (0, (1, 1.4)),
-    (0, (6, 2, 1, 2)),
-    (0, (3, 1.5)),
-    (0, (8, 2, 1, 2, 1, 2)),
-    (0, (10, 3)),
-    (0, (2, 3)),
-    (0, (4, 1, 4, 3)),
-    (0, (1, 3)),
-)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-
 SERIES: tuple[SeriesStyle, ...] = tuple(
-    SeriesStyle(color, linestyle, marker)
-    for color, linestyle, marker in zip(_COLORS, _LINESTYLES, _MARKERS, strict=True)
-)
+    SeriesStyle(color, (0, dashes) if dashes else "solid", marker)
+    for color, dashes, marker in (
+        (BLUE, (), "o"), (VERMILLION, (6, 2), "s"), (GREEN, (1, 1.4), "^"),
+        (PURPLE, (6, 2, 1, 2), "D"), (ORANGE, (3, 1.5), "v"), (SKY, (8, 2, 1, 2, 1, 2), "P"),
+        (BLACK, (10, 3), "X"), (GREY, (2, 3), "*"), ("#7a4b00", (4, 1, 4, 3), "<"),
+        ("#3b3b98", (1, 3), ">"),
+    )
+)  # fmt: skip
 
 
 def policy_style(info: PolicyInfo) -> SeriesStyle:
@@ -245,11 +234,11 @@ def error_bars(axes: Any, x: Any, found: np.ndarray, **options: Any) -> None:
     axes.errorbar(x, found[0], error_lengths(found), **options)
 
 
-def band(axes: Any, means: Curve, color: str, fill: str, high: float = 1.0, **line: Any) -> None:
+def band(axes: Any, means: Curve, color: str, high: float = 1.0, **line: Any) -> None:
     """A curve over the band of its intervals, which is cut where no mean can lie."""
     value, lower, upper = parts(means)
     lower, upper = np.clip([lower, upper], 0.0, high)
-    axes.fill_between(means.grid, lower, upper, color=fill, linewidth=0)
+    axes.fill_between(means.grid, lower, upper, color=color, alpha=0.18, linewidth=0)
     axes.plot(means.grid, value, color=color, **line)
 
 

@@ -8,20 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calibrate.run.records import ImportanceExample
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLACK,
-    BLUE,
-    BLUE_BAND,
-    GREEN,
-    GREEN_BAND,
-    VERMILLION,
-    band,
-    direct_legend,
-    finish,
-    new_figure,
-    panel_letter,
-)
 
 QUESTION = "Does attention collapse along an answer, and which tokens count as important?"
 NEEDS, LACKS = "calibration", "attention was not recorded; `hlm calibrate --trace full` does"
@@ -34,22 +22,22 @@ def figure(loaded: LoadedRun) -> Figure | None:
         return None
     example = None if loaded.derivation is None else loaded.derivation.importance_example
     heights = (1.0, 1.0) if example is None else (1.0, 1.0, 1.3)
-    drawn, axes = new_figure(len(heights), 1, 2.1 * sum(heights), height_ratios=heights)
-    for axis, means, color, fill, label, letter, title in (
-        (axes[0, 0], attention.normalised_entropy_by_step, BLUE, BLUE_BAND,
+    drawn, axes = style.new_figure(len(heights), 1, 2.1 * sum(heights), height_ratios=heights)
+    for axis, means, color, label, letter, title in (
+        (axes[0, 0], attention.normalised_entropy_by_step, style.BLUE,
          "H / ln n\n(dimensionless)", "a",
          "entropy of the attention row: 0 is one token, 1 is uniform"),
-        (axes[1, 0], attention.sink_by_step, GREEN, GREEN_BAND,
+        (axes[1, 0], attention.sink_by_step, style.GREEN,
          "sink mass\n(share of attention)", "b", "attention on position 0, the sink"),
     ):  # fmt: skip
         position = tuple(step + 1 for step in means.grid)
-        band(
-            axis, means.model_copy(update={"grid": position}), color, fill, marker="o",
+        style.band(
+            axis, means.model_copy(update={"grid": position}), color, marker="o",
             markersize=2.5,
         )  # fmt: skip
         axis.set_ylabel(label)
         axis.set_xlabel("position in the answer (token)")
-        panel_letter(axis, letter, title)
+        style.panel_letter(axis, letter, title)
     caption = (
         f"{loaded.sample} Mean over heads and layers of the device model; the row of the query "
         f"that makes the draft, position 0 taken out of H. (a, b) Means over prompts; bands: "
@@ -61,27 +49,31 @@ def figure(loaded: LoadedRun) -> Figure | None:
             f" (c) The longest answer, prompt {example.prompt_id}; one answer, so no interval. "
             f"Importance is our assumption; variant, k and gamma: {example.setting}."
         )
-    return finish(drawn, QUESTION, caption)
+    return style.finish(drawn, QUESTION, caption)
 
 
 def _draw_example(axes: Any, example: ImportanceExample) -> None:
     position, importance = np.array(example.step) + 1, np.array(example.importance)
     important = np.array(example.important, dtype=bool)
     axes.plot(
-        position, np.array(example.threshold, dtype=float), color=VERMILLION,
+        position, np.array(example.threshold, dtype=float), color=style.VERMILLION,
         linestyle=(0, (5, 1.6)), label="threshold I_th",
     )  # fmt: skip
-    axes.plot(position, importance, color=BLACK, linewidth=1.0, label="importance I_t")
+    axes.plot(position, importance, color=style.BLACK, linewidth=1.0, label="importance I_t")
     for chosen, face, label in (
-        (important, BLACK, f"important: I_t ≥ I_th ({np.mean(important):.0%} of this answer)"),
+        (
+            important,
+            style.BLACK,
+            f"important: I_t ≥ I_th ({np.mean(important):.0%} of this answer)",
+        ),
         (~important, "white", "not important: skipped whatever u is"),
     ):
         axes.plot(
-            position[chosen], importance[chosen], linestyle="none", marker="o", color=BLACK,
+            position[chosen], importance[chosen], linestyle="none", marker="o", color=style.BLACK,
             markerfacecolor=face, markersize=4.5, label=label,
         )  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.set_xlabel("position in the answer (token)")
     axes.set_ylabel("attention weight\n(share of attention)")
-    panel_letter(axes, "c", "importance and its threshold along one answer")
-    direct_legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
+    style.panel_letter(axes, "c", "importance and its threshold along one answer")
+    style.direct_legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)

@@ -7,23 +7,17 @@ from matplotlib.figure import Figure
 
 from calibrate.run.figure import excludes_zero
 from calibrate.run.records import AttenuationRow
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLACK,
-    BLUE,
-    GREY,
-    VERMILLION,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "Does theory predict how K drawn tokens weaken the correlation?"
 NEEDS, LACKS = "attenuation", "no K was compared"
-MEASURED = {"fmt": "s", "color": VERMILLION, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
+MEASURED = {
+    "fmt": "s",
+    "color": style.VERMILLION,
+    "markeredgecolor": style.BLACK,
+    "markeredgewidth": 0.4,
+}
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -31,35 +25,35 @@ def figure(loaded: LoadedRun) -> Figure | None:
     if loaded.attenuation is None or not loaded.attenuation.rows:
         return None
     rows = sorted(loaded.attenuation.rows, key=lambda row: row.num_temperatures)
-    drawn, axes = new_figure(1, 2, 3.1, width_ratios=(1.25, 1.0))
+    drawn, axes = style.new_figure(1, 2, 3.1, width_ratios=(1.25, 1.0))
     left, right = axes[0]
     ks = np.array([row.num_temperatures for row in rows])
     left.plot(
-        ks, [row.exact_correlation for row in rows], color=GREY, linestyle=(0, (1, 1.4)),
+        ks, [row.exact_correlation for row in rows], color=style.GREY, linestyle=(0, (1, 1.4)),
         marker="^", markersize=4, label="exact u: nothing is drawn",
     )  # fmt: skip
     left.plot(
-        ks, [row.predicted_correlation for row in rows], color=BLUE, marker="o",
+        ks, [row.predicted_correlation for row in rows], color=style.BLUE, marker="o",
         markerfacecolor="white", markersize=6, label="predicted: √λ_K · r",
     )  # fmt: skip
-    measured = parts(row.measured_correlation for row in rows)
-    error_bars(left, ks * 1.06, measured, label="measured", **MEASURED)
+    measured = style.parts(row.measured_correlation for row in rows)
+    style.error_bars(left, ks * 1.06, measured, label="measured", **MEASURED)
     left.set_ylabel("correlation r(K) with β\n(dimensionless)")
-    panel_letter(left, "a", "correlation, token by token")
+    style.panel_letter(left, "a", "correlation, token by token")
     low, high = left.get_ylim()
     left.set_ylim(low - 0.5 * (high - low), high)  # room for the legend below the bars
-    direct_legend(left, loc="lower right", fontsize=7.5)
-    right.axhline(0.0, color=BLUE, linewidth=1.2)
-    error_bars(right, ks, parts(row.correlation_gap for row in rows), **MEASURED)
+    style.direct_legend(left, loc="lower right", fontsize=7.5)
+    right.axhline(0.0, color=style.BLUE, linewidth=1.2)
+    style.error_bars(right, ks, style.parts(row.correlation_gap for row in rows), **MEASURED)
     right.set_ylabel("measured − predicted r(K)\n(dimensionless)")
-    panel_letter(right, "b", "what the theory leaves over")
+    style.panel_letter(right, "b", "what the theory leaves over")
     for axis in (left, right):
         axis.set_xscale("log")
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.set_xticks([], minor=True)
         axis.set_xlim(ks.min() / 1.25, ks.max() * 1.35)
         axis.set_xlabel("drawn tokens K (count; log scale)")
-    return finish(drawn, QUESTION, _caption(loaded, rows))
+    return style.finish(drawn, QUESTION, _caption(loaded, rows))
 
 
 def _caption(loaded: LoadedRun, rows: list[AttenuationRow]) -> str:

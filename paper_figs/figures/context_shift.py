@@ -8,25 +8,17 @@ from matplotlib.figure import Figure
 from calibrate.run.figure import excludes_zero
 from calibrate.run.records import ContextShift, ValidationRecord
 from calibrate.run.records import Figure as Number
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLUE,
-    VERMILLION,
-    error_lengths,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "Do skipped tokens lead a policy into other contexts than the server's?"
 NEEDS, LACKS = "validation", "no rerun has contexts that could differ from the server's"
 PANELS = {
     "below_threshold": ("tokens below\nthe threshold", 100.0, "points"),
     "risk_below_threshold": ("rejection risk\nof those tokens", 100.0, "points"),
-    "score": ("mean\nscore", 1.0, ""),
+    "score": ("", 1.0, ""),
 }
-"""Title, scale and unit; that of a score is its own."""
+"""Title, scale and unit; those of a score are its own."""
 
 
 def shift_rows(loaded: LoadedRun) -> list[ContextShift]:
@@ -44,38 +36,47 @@ def figure(loaded: LoadedRun) -> Figure | None:
     rows = shift_rows(loaded)
     if loaded.validation is None or not rows:
         return None
-    drawn, axes = new_figure(1, len(PANELS), 1.0 + 0.19 * len(rows), share_y=True)
+    drawn, axes = style.new_figure(1, len(PANELS), 1.0 + 0.19 * len(rows), share_y=True)
     height = np.arange(len(rows))
     for axis, (key, (label, scale, unit)), letter in zip(
         axes[0], PANELS.items(), "abc", strict=True
     ):
         numbers = [getattr(row, key) for row in rows]
-        found = parts(numbers, scale)
+        found = style.parts(numbers, scale)
         outside = np.array([excludes_zero(number) for number in numbers])
         axis.axvline(0, color="#9a9a9a", linewidth=0.8)
-        for chosen, color, marker in ((~outside, BLUE, "o"), (outside, VERMILLION, "X")):
+        for chosen, color, marker in (
+            (~outside, style.BLUE, "o"),
+            (outside, style.VERMILLION, "X"),
+        ):
             if chosen.any():
                 axis.errorbar(
-                    found[0, chosen], height[chosen], xerr=error_lengths(found[:, chosen]),
+                    found[0, chosen], height[chosen], xerr=style.error_lengths(found[:, chosen]),
                     fmt=marker, color=color, markersize=4.5, elinewidth=1.0,
                 )  # fmt: skip
+        if key == "score":
+            label = f"mean of\n{_score(loaded)}"
         axis.set_xlabel(f"change ({unit or numbers[0].unit or 'dimensionless'})")
         axis.grid(visible=False, axis="y")
-        panel_letter(axis, letter, label)
+        style.panel_letter(axis, letter, label)
     axes[0, 0].set_yticks(height, [f"{row.policy}/{row.rule}" for row in rows])
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0, 0].set_ylabel("policy")
-    return finish(drawn, QUESTION, _caption(loaded, loaded.validation, rows))
+    return style.finish(drawn, QUESTION, _caption(loaded, loaded.validation, rows))
+
+
+def _score(loaded: LoadedRun) -> str:
+    derived = loaded.derivation
+    return "the score" if derived is None else loaded.score_label(derived.request.score)
 
 
 def _caption(loaded: LoadedRun, validation: ValidationRecord, rows: list[ContextShift]) -> str:
     away = [sum(excludes_zero(getattr(row, key)) for row in rows) for key in PANELS]
-    score = loaded.derivation.request.score if loaded.derivation is not None else "score"
     return (
         f"{loaded.sample} {loaded.validation_sample} Each rerun's figure at its threshold, less "
         "that of the same threshold along a rerun whose outputs follow the server's law, as those "
         "of the calibration do; (a, b) in percentage points; docs/theory.md (37). Where the score "
-        f"({loaded.score_label(score)}) alone decides, (a) is the skip rate and (b) the risk "
+        f"({_score(loaded)}) alone decides, (a) is the skip rate and (b) the risk "
         f"taken. Bars: {validation.confidence:.0%} intervals, paired and clustered by prompt"
         f"{', prompts by category' if validation.strata else ''}. Crosses: 0 is outside; of "
         f"{len(rows)} reruns (a) {away[0]}, (b) {away[1]}, (c) {away[2]}. All reruns share "

@@ -5,17 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    GREY,
-    SERIES,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "Which score lets the device skip most at the same risk?"
 NEEDS, LACKS = "calibration", "no score was compared"
@@ -27,41 +18,43 @@ def figure(loaded: LoadedRun) -> Figure | None:
     estimators = loaded.calibration.estimators
     if not estimators:
         return None
-    drawn, axes = new_figure(1, 2, 3.5, width_ratios=(1.15, 1.0))
+    drawn, axes = style.new_figure(1, 2, 3.5, width_ratios=(1.15, 1.0))
     left, right = axes[0]
     levels = list(estimators[0].skip_rate_at_risk)
     offsets = np.linspace(-0.3, 0.3, len(estimators)) if len(estimators) > 1 else np.zeros(1)
     highest = 0.0
     for number, estimator in enumerate(estimators):
-        style = SERIES[number % len(SERIES)]
+        look = style.SERIES[number % len(style.SERIES)]
         highest = max(highest, np.interp(MAX_RISK, estimator.risk, estimator.skip_rate))
         left.plot(
-            100 * np.array(estimator.risk), 100 * np.array(estimator.skip_rate), **style.line(),
-            marker=style.marker, markevery=(0.03 + 0.02 * number, 0.16), markersize=4.5,
+            100 * np.array(estimator.risk), 100 * np.array(estimator.skip_rate), **look.line(),
+            marker=look.marker, markevery=(0.03 + 0.02 * number, 0.16), markersize=4.5,
             drawstyle="steps-post", label=estimator.label,
         )  # fmt: skip
-        rates = parts((estimator.skip_rate_at_risk[level] for level in levels), 100)
-        error_bars(
-            right, np.arange(len(levels)) + offsets[number], rates, **style.filled_marker(),
+        rates = style.parts((estimator.skip_rate_at_risk[level] for level in levels), 100)
+        style.error_bars(
+            right, np.arange(len(levels)) + offsets[number], rates, **look.filled_marker(),
             capsize=1.5,
         )  # fmt: skip
     mean_rejection = float(loaded.calibration.fit.mean_rejection.value or 0.0)
     if mean_rejection > 0:
         left.plot(
-            [0, 100 * MAX_RISK], [0, 100 * MAX_RISK / mean_rejection], color=GREY, linewidth=0.9,
-            linestyle=(0, (1, 1)), label="skipping at random",
+            [0, 100 * MAX_RISK], [0, 100 * MAX_RISK / mean_rejection], color=style.GREY,
+            linewidth=0.9, linestyle=(0, (1, 1)), label="skipping at random",
         )  # fmt: skip
     left.set(xlim=(0, 100 * MAX_RISK), ylim=(0, min(102.0, 112 * highest + 2)))
     left.set_xlabel("rejection risk R (% probability per token)")
     left.set_ylabel("skip rate (% of tokens)")
-    panel_letter(left, "a", "skip rate against risk; higher is better")
+    style.panel_letter(left, "a", "skipped at a risk; higher is better")
     right.set_xticks(np.arange(len(levels)), [f"{100 * float(level):g}" for level in levels])
     right.grid(visible=False, axis="x")
     right.set_ylim(bottom=0)
     right.set_xlabel("risk budget (% probability per token)")
     right.set_ylabel("skip rate at the budget (% of tokens)")
-    panel_letter(right, "b", "at fixed budgets, with intervals")
-    direct_legend(left, loc="best", fontsize=7)
+    style.panel_letter(right, "b", "at fixed budgets")
+    right.legend(
+        *left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7
+    )
     caption = (
         f"{loaded.sample} (a) Tokens are skipped in rising order of each score, ties together; "
         "R is the sum of β over the skipped tokens, divided by all tokens. "
@@ -69,4 +62,4 @@ def figure(loaded: LoadedRun) -> Figure | None:
         "trace that they are computed from; learned ones are cross-fitted, each prompt scored by "
         "models fitted to others."
     )
-    return finish(drawn, QUESTION, caption)
+    return style.finish(drawn, QUESTION, caption)

@@ -7,20 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from calibrate.run.records import GuaranteeRow, GuaranteesRecord
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    VERMILLION,
-    SeriesStyle,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "How often does each rule break its risk budget?"
 NEEDS, LACKS = "guarantees", "no rule was redrawn"
@@ -28,10 +16,16 @@ SOURCES = {
     "all-prompts": "risk known: prompts redrawn",
     "halves": "risk from the other half",
 }
-RULES: dict[str, tuple[str, SeriesStyle]] = {
-    "risk": ("plug-in: no guarantee", SeriesStyle(VERMILLION, (0, (6, 2)), "s")),
-    "conformal": ("conformal: mean risk within budget", SeriesStyle(BLUE, "solid", "o")),
-    "ltt": ("Learn-then-Test: breaks it at most in δ", SeriesStyle(GREEN, (0, (1, 1.4)), "D")),
+RULES: dict[str, tuple[str, style.SeriesStyle]] = {
+    "risk": ("plug-in: no guarantee", style.SeriesStyle(style.VERMILLION, (0, (6, 2)), "s")),
+    "conformal": (
+        "conformal: mean risk within budget",
+        style.SeriesStyle(style.BLUE, "solid", "o"),
+    ),
+    "ltt": (
+        "Learn-then-Test: breaks it at most in δ",
+        style.SeriesStyle(style.GREEN, (0, (1, 1.4)), "D"),
+    ),
 }
 """Rules with a label and a look; a rule that is not among them is not drawn."""
 
@@ -49,25 +43,27 @@ def figure(loaded: LoadedRun) -> Figure | None:
     record = loaded.guarantees
     if record is None or not record.rows:
         return None
-    drawn, axes = new_figure(2, 2, 4.7, share_x=True, share_y="row", height_ratios=(1.25, 1.0))
+    drawn, axes = style.new_figure(
+        2, 2, 4.7, share_x=True, share_y="row", height_ratios=(1.25, 1.0)
+    )
     budgets = sorted({row.budget for row in record.rows})
     for column, (source, title) in enumerate(SOURCES.items()):
         top, bottom = axes[:, column]
-        for number, (rule, (label, style)) in enumerate(RULES.items()):
+        for number, (rule, (label, look)) in enumerate(RULES.items()):
             rows = rows_of(record, source, rule)
             shift = (number - (len(RULES) - 1) / 2) * ROW_SPACING
-            _draw(top, rows, budgets, shift, "violation_share", style)
-            _draw(bottom, rows, budgets, shift, "skip_rate", style)
+            _draw(top, rows, budgets, shift, "violation_share", look)
+            _draw(bottom, rows, budgets, shift, "skip_rate", look)
             if column == 0:
-                bottom.plot([], [], **style.filled_marker(), label=label)
+                bottom.plot([], [], **look.filled_marker(), label=label)
         delta = 1 - record.confidence
-        top.axhline(delta, color=BLACK, linewidth=0.9, linestyle=(0, (4, 2)))
+        top.axhline(delta, color=style.BLACK, linewidth=0.9, linestyle=(0, (4, 2)))
         top.text(
             len(budgets) - 0.52, delta + 0.012, f"δ = {delta:.2g}", fontsize=7, ha="right",
             va="bottom",
         )  # fmt: skip
-        panel_letter(top, "ab"[column], title)
-        panel_letter(bottom, "cd"[column], "what is left to skip")
+        style.panel_letter(top, "ab"[column], title)
+        style.panel_letter(bottom, "cd"[column], "what is left to skip")
         bottom.set_xlabel("risk budget α (%)")
     axes[0, 0].set_ylabel("over budget\n(share of calibrations)")
     axes[1, 0].set_ylabel("mean skip rate\n(share of tokens)")
@@ -79,8 +75,8 @@ def figure(loaded: LoadedRun) -> Figure | None:
         axis.set_xticks(range(len(budgets)), [f"{100 * budget:g}" for budget in budgets])
         axis.set_xlim(-0.5, len(budgets) - 0.5)
         axis.grid(visible=False, axis="x")
-    direct_legend(axes[1, 0], loc="upper left", fontsize=7)
-    return finish(drawn, QUESTION, _caption(loaded, record))
+    style.direct_legend(axes[1, 0], loc="upper left", fontsize=7)
+    return style.finish(drawn, QUESTION, _caption(loaded, record))
 
 
 def _draw(
@@ -89,13 +85,15 @@ def _draw(
     budgets: list[float],
     shift: float,
     key: str,
-    style: SeriesStyle,
+    look: style.SeriesStyle,
 ) -> None:
     for row in rows:
         # Hollow: no calibration had a threshold at all, so there was nothing to break.
         never = row.infeasible_share.value == 1
-        marker = style.open_marker() if never else style.filled_marker()
-        error_bars(axes, [budgets.index(row.budget) + shift], parts([getattr(row, key)]), **marker)
+        marker = look.open_marker() if never else look.filled_marker()
+        style.error_bars(
+            axes, [budgets.index(row.budget) + shift], style.parts([getattr(row, key)]), **marker
+        )
 
 
 def partly_infeasible(record: GuaranteesRecord, source: str) -> str:

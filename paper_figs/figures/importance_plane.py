@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 
 from calibrate.run.figure import number_text
 from calibrate.run.records import Cell, ImportancePlane
+from paper_figs import style
 from paper_figs.loaded import LoadedRun, metric_label
-from paper_figs.style import BLACK, VERMILLION, finish, new_figure, panel_letter, parts
 
 NEEDS, LACKS = "derivation", "no policy with importance was derived, or its rule is infeasible"
 # Even the darkest cell stays light enough for black numbers.
@@ -51,22 +51,22 @@ def figure(loaded: LoadedRun) -> Figure | None:
     measured = measured_cells(loaded, plane)
     metrics = list(plane.cells[0].predicted)
     num_rows = -(-len(metrics) // 2)
-    drawn, axes = new_figure(num_rows, 2, 2.45 * num_rows)
+    drawn, axes = style.new_figure(num_rows, 2, 2.45 * num_rows)
     for number, axis in enumerate(axes.flat):
         if number >= len(metrics):
             axis.set_visible(False)
             continue
         _draw_metric(axis, plane, metrics[number], measured)
-        panel_letter(axis, "abcdefgh"[number], metric_label(metrics[number]))
+        style.panel_letter(axis, "abcdefgh"[number], metric_label(metrics[number]))
     question = (
         f"What do the importance parameters k and γ of {loaded.label(plane.policy)} buy, and at "
         "what bias?"
     )
-    return finish(drawn, question, _caption(loaded, plane, metrics, measured))
+    return style.finish(drawn, question, _caption(loaded, plane, metrics, measured))
 
 
 def _draw_metric(axes: Any, plane: ImportancePlane, metric: str, measured: Measured) -> None:
-    values = np.nan_to_num(parts(cell.predicted[metric] for cell in plane.cells)[0])
+    values = np.nan_to_num(style.parts(cell.predicted[metric] for cell in plane.cells)[0])
     values = values.reshape(len(plane.ks), len(plane.gammas))
     low, high = values.min(), values.max()
     axes.imshow(
@@ -74,20 +74,20 @@ def _draw_metric(axes: Any, plane: ImportancePlane, metric: str, measured: Measu
         origin="lower",
     )  # fmt: skip
     size = 6.2 if len(plane.gammas) <= 11 else 5.2
-    decimals = int(np.clip(1 - np.floor(np.log10(max(high, 1e-3))), 0, 3))
+    decimals = int(np.clip(2 - np.floor(np.log10(max(high, 1e-3))), 0, 3))
     for (row, column), value in np.ndenumerate(values):
         cell = measured.get((row, column), {}).get(metric)
         text = number_text(value, decimals=decimals)
         axes.text(
             column, row + (0.2 if cell else 0.0), text, ha="center", va="center", fontsize=size,
-            color=BLACK,
+            color=style.BLACK,
         )  # fmt: skip
         if cell is None:
             continue
         axes.add_patch(
             Rectangle(
-                (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=VERMILLION, linewidth=1.5,
-                zorder=3,
+                (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=style.VERMILLION,
+                linewidth=1.5, zorder=3,
             )
         )  # fmt: skip
         axes.text(
@@ -107,7 +107,7 @@ def _caption(
 ) -> str:
     widths = []
     for metric in metrics:
-        _, low, high = parts(cell.predicted[metric] for cell in plane.cells)
+        _, low, high = style.parts(cell.predicted[metric] for cell in plane.cells)
         halves = (high - low)[np.isfinite(high - low)] / 2
         widths.append(number_text(float(halves.max()), 2) if len(halves) else "undefined")
     thinned = ""
@@ -118,9 +118,9 @@ def _caption(
         f"{number_text(plane.uncertainty_threshold)} of the rule {plane.threshold_rule}{thinned}. "
         f"The number in a cell is its value; half-widths of the {loaded.derived_note}, are at most "
         f"{', '.join(widths)} from (a) on. A context is important when the mean of its k largest "
-        "attention weights is at least γ exp(−H); at the left every context counts and the "
-        "threshold alone decides, at the right none does and all is skipped. This importance is "
-        "our assumption."
+        "attention weights is at least γ\N{NO-BREAK SPACE}exp(−H); at the left every context "
+        "counts and the threshold alone decides, at the right none does and all is skipped. This "
+        "importance is our assumption."
     )
     if not measured:
         return f"{text} No rerun at this threshold and grid is stored."

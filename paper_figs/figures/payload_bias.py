@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from calibrate.run.records import OperatingPoint
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import direct_legend, error_lengths, finish, new_figure, parts
 
 QUESTION = "How many uplink bits does each policy pay for its bias?"
 NEEDS, LACKS = "derivation", "no feasible setting sends anything"
@@ -39,21 +39,16 @@ def figure(loaded: LoadedRun) -> Figure | None:
     points = plane_points(loaded)
     if loaded.derivation is None or not points:
         return None
-    drawn, axes = new_figure(1, 1, 4.6)
+    drawn, axes = style.new_figure(1, 1, 4.6)
     plane = axes[0, 0]
-    predicted = parts(point.predicted[metric] for metric in METRICS for point in points)[0]
-    measured = parts(
-        cells[metric].measured
+    cells = [cells for point in points if (cells := loaded.measured(point))]
+    bits, biases = (
+        style.parts([p.predicted[metric] for p in points] + [c[metric].measured for c in cells])[0]
         for metric in METRICS
-        for point in points
-        if metric in (cells := loaded.measured(point))
-    )[0]
-    bits, biases = np.concatenate(
-        [predicted.reshape(2, -1), measured.reshape(2, -1)], axis=1
-    )  # each (2, points)
-    min_bits = float(_floor(bits, 1e-2))
-    _zero_and_log(plane, "x", min_bits, 3 * max(bits.max(), 10 * min_bits))
-    _zero_and_log(plane, "y", MIN_BIAS, min(3 * max(biases.max(), 10 * MIN_BIAS), 1.0))
+    )
+    min_bits = _floor(bits, 1e-2)
+    _zero_and_log(plane, "x", min_bits, 3 * max(np.nanmax(bits), 10 * min_bits))
+    _zero_and_log(plane, "y", MIN_BIAS, min(3 * max(np.nanmax(biases), 10 * MIN_BIAS), 1.0))
     shown = {point.policy for point in points}
     for path in loaded.derivation.paths:
         if path.policy in shown:
@@ -71,14 +66,14 @@ def figure(loaded: LoadedRun) -> Figure | None:
         "strip: 0)"
     )
     plane.set_ylabel("TV bias of the output (probability; log, grey strip: 0)")
-    direct_legend(plane, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    return finish(drawn, QUESTION, _caption(loaded, bool(measured.size)))
+    style.direct_legend(plane, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return style.finish(drawn, QUESTION, _caption(loaded, bool(cells)))
 
 
 def _floor(values: np.ndarray, default: float) -> float:
     """The power of ten below the smallest positive value."""
     positive = values[values > 0]
-    return 10.0 ** np.floor(np.log10(positive.min())) if len(positive) else default
+    return float(10.0 ** np.floor(np.log10(positive.min()))) if len(positive) else default
 
 
 def _zero_and_log(axes: Any, which: str, floor: float, limit: float) -> None:
@@ -102,20 +97,20 @@ def _power_of_ten(value: float, _: int) -> str:
 def _draw_policy(loaded: LoadedRun, plane: Any, points: list[OperatingPoint]) -> None:
     """Points of one policy; what an interval says below 0 is cut, for neither axis goes there."""
     policy = points[0].policy
-    style = loaded.style(policy)
-    combined = style.filled_marker() | {"linestyle": style.linestyle}
+    look = loaded.style(policy)
+    combined = look.filled_marker() | {"linestyle": look.linestyle}
     plane.plot([], [], **combined, label=loaded.label(policy))
     for point in points:
-        bits, bias = parts(point.predicted[metric] for metric in METRICS)[0]
-        plane.plot([bits], [bias], **style.open_marker(), markersize=7.5, zorder=3)
+        bits, bias = style.parts(point.predicted[metric] for metric in METRICS)[0]
+        plane.plot([bits], [bias], **look.open_marker(), markersize=7.5, zorder=3)
         cells = loaded.measured(point)
-        if any(metric not in cells for metric in METRICS):
+        if not cells:
             continue
-        x, y = np.maximum(parts(cells[metric].measured for metric in METRICS), 0.0).T[:, :, None]
-        plane.plot([bits, x[0, 0]], [bias, y[0, 0]], color=style.color, linewidth=0.6, zorder=2)
-        plane.errorbar(
-            x[0], y[0], xerr=error_lengths(x), yerr=error_lengths(y), **style.filled_marker(),
-            markersize=4.5, elinewidth=0.9, capsize=1.5, zorder=4,
+        x, y = (np.maximum(style.parts([cells[m].measured]), 0.0) for m in METRICS)  # (3, 1) each
+        plane.plot([bits, x[0, 0]], [bias, y[0, 0]], color=look.color, linewidth=0.6, zorder=2)
+        style.error_bars(
+            plane, x[0], y, xerr=style.error_lengths(x), **look.filled_marker(), capsize=1.5,
+            zorder=4,
         )  # fmt: skip
 
 
@@ -126,9 +121,7 @@ def _caption(loaded: LoadedRun, measured: bool) -> str:
         f" that were rerun; full: measured in reruns, {loaded.derived_note}, thin lines join the "
         f"two. {loaded.validation_sample}"
         if measured
-        else "; no rerun of these points is stored; intervals where there are any: "
-        + loaded.derived_note
-        + "."
+        else "; no rerun of these points is stored."
     )
     lines = (
         " Lines: each policy's prediction as the threshold on its score goes from "

@@ -7,20 +7,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from calibrate.run.figure import number_text
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLACK,
-    BLUE,
-    BLUE_BAND,
-    VERMILLION,
-    band,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "Does the device's uncertainty predict rejection, and linearly?"
 NEEDS, LACKS = "calibration", "the calibration has no tokens"
@@ -30,7 +18,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     """Rejection probability against uncertainty: tokens, bins, line, isotonic curve, residuals."""
     relation, fit = loaded.calibration.relation, loaded.calibration.fit
     slope, intercept = float(fit.slope.value or 0.0), float(fit.intercept.value or 0.0)
-    drawn, axes = new_figure(2, 1, 5.2, height_ratios=(3.0, 1.0))
+    drawn, axes = style.new_figure(2, 1, 5.2, height_ratios=(3.0, 1.0))
     top, bottom = axes[:, 0]
 
     counts = np.array(relation.tokens.counts, dtype=float)
@@ -41,33 +29,40 @@ def figure(loaded: LoadedRun) -> Figure | None:
         cmap=LinearSegmentedColormap.from_list("light", ["#ececec", "#a8a8a8"]),
         norm=LogNorm(1, max(10.0, counts.max())), rasterized=True,
     )  # fmt: skip
-    band(
-        top, relation.line, BLUE, BLUE_BAND,
+    style.band(
+        top, relation.line, style.BLUE,
         label=f"line: β = {slope:.3f} u {'−' if intercept < 0 else '+'} {abs(intercept):.3f}",
     )  # fmt: skip
     top.plot(
-        relation.isotonic_uncertainty, relation.isotonic_rejection, color=VERMILLION,
+        relation.isotonic_uncertainty, relation.isotonic_rejection, color=style.VERMILLION,
         linewidth=1.3, linestyle=(0, (5, 1.6)), label="isotonic regression",
     )  # fmt: skip
     u = np.array([entry.uncertainty for entry in relation.bins])
-    means = parts(entry.rejection_prob for entry in relation.bins)
-    error_bars(
-        top, u, means, fmt="o", color=BLACK, label=f"mean of {len(u)} bins of equal token count"
+    means = style.parts(entry.rejection_prob for entry in relation.bins)
+    style.error_bars(
+        top,
+        u,
+        means,
+        fmt="o",
+        color=style.BLACK,
+        label=f"mean of {len(u)} bins of equal token count",
     )
     top.set(xlim=(-0.015, 1.015), ylim=(-0.02, 1.02))
     top.set_ylabel("rejection probability β (probability)")
-    panel_letter(top, "a", "tokens (grey: darker = more), their means, and two fits")
-    direct_legend(top, loc="upper left")
+    style.panel_letter(top, "a", "tokens (grey: darker = more), their means, and two fits")
+    style.direct_legend(top, loc="upper left")
     top.set_xlabel("uncertainty u of the draft token (dimensionless, 0 to 1)")
 
     # By rank, for half of the bins crowd at u = 1 in (a).
     rank = np.arange(1, len(u) + 1)
-    bottom.axhline(0.0, color=BLUE, linewidth=1.2)
-    error_bars(bottom, rank, means - np.clip(slope * u + intercept, 0, 1), fmt="o", color=BLACK)
+    bottom.axhline(0.0, color=style.BLUE, linewidth=1.2)
+    style.error_bars(
+        bottom, rank, means - np.clip(slope * u + intercept, 0, 1), fmt="o", color=style.BLACK
+    )
     bottom.set_xticks(rank, [f"{x:.2f}" if x < 0.95 else f"{x:.3f}" for x in u], fontsize=6.5)
     bottom.set_ylabel("mean β − line\n(probability)")
     bottom.set_xlabel("bin, by its mean uncertainty (dimensionless)")
-    panel_letter(bottom, "b", "what the line leaves over, bin by bin")
+    style.panel_letter(bottom, "b", "what the line leaves over, bin by bin")
     caption = (
         f"{loaded.sample} Bars and band: {loaded.interval_note}. "
         f"Slope {number_text(fit.slope)}, intercept {number_text(fit.intercept)}; correlation "
@@ -77,4 +72,4 @@ def figure(loaded: LoadedRun) -> Figure | None:
         "relation is a line). Isotonic regression is the best rising curve; no interval. Line and "
         "curves are clipped to [0,\N{NO-BREAK SPACE}1]."
     )
-    return finish(drawn, QUESTION, caption)
+    return style.finish(drawn, QUESTION, caption)

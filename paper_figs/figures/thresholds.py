@@ -9,23 +9,11 @@ from matplotlib.figure import Figure
 
 from calibrate.run.figure import number_text
 from calibrate.run.records import OperatingPoint, ThresholdCurves
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLACK,
-    SERIES,
-    SeriesStyle,
-    band,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "What does each threshold skip, what does it risk, and did the rerun agree?"
 NEEDS, LACKS = "derivation", "no policy whose score alone decides has a feasible threshold"
-LIGHT_BAND = "#dcdcdc"
 TICKS = (0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -44,26 +32,26 @@ def figure(loaded: LoadedRun) -> Figure | None:
     curves = None if loaded.derivation is None else loaded.derivation.thresholds
     if curves is None or not points:
         return None
-    drawn, axes = new_figure(2, 1, 5.6, share_x=True, height_ratios=(1.0, 1.2))
+    drawn, axes = style.new_figure(2, 1, 5.6, share_x=True, height_ratios=(1.0, 1.2))
     top, bottom = axes[:, 0]
-    band(top, curves.skip_rate, BLACK, LIGHT_BAND)
-    band(bottom, curves.risk, BLACK, LIGHT_BAND)
+    style.band(top, curves.skip_rate, style.BLACK)
+    style.band(bottom, curves.risk, style.BLACK)
     families: dict[str, list[OperatingPoint]] = {}
     for point in points:
         families.setdefault(point.family, []).append(point)
     end = curves.skip_rate.grid[-1]
     for number, (family, members) in enumerate(families.items()):
-        style = SERIES[number % len(SERIES)]
+        look = style.SERIES[number % len(style.SERIES)]
         for point in members:
-            _draw_point(loaded, point, style, curves, top, bottom)
+            _draw_point(loaded, point, look, curves, top, bottom)
         label = f"{family}: u_th = {_members_text(members, end)}"
-        top.plot([], [], **style.open_marker(), markersize=7, label=label)
+        top.plot([], [], **look.open_marker(), markersize=7, label=label)
     top.set_ylim(-0.03, 1.03)
     top.set_ylabel("skip rate (share of tokens)")
-    panel_letter(top, "a", "skip rate")
+    style.panel_letter(top, "a", "skip rate")
     bottom.set_yscale("function", functions=(_root, np.square))
     # A pair that never rejects has no risk at all: its axis still needs a length.
-    highest = max(float(np.nanmax(parts(curves.risk))), 0.01)
+    highest = max(float(np.nanmax(style.parts(curves.risk))), 0.01)
     bottom.set_ylim(0.0, min(1.0, highest) * 1.05)
     ticks = [tick for tick in TICKS if tick <= highest]
     bottom.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -73,11 +61,11 @@ def figure(loaded: LoadedRun) -> Figure | None:
     unit = points[0].uncertainty_threshold.unit or "dimensionless"
     score = loaded.score_label(curves.score)
     bottom.set_xlabel(f"threshold u_th on the score: {score} ({unit})")
-    panel_letter(bottom, "b", "rejection risk, which is the bias of the output")
+    style.panel_letter(bottom, "b", "rejection risk, which is the bias of the output")
     # The curve passes the middle above the legend's height or below it: the other corner is free.
     middle = float(curves.skip_rate.value[len(curves.skip_rate.grid) // 2] or 0.0)
-    direct_legend(top, loc="lower right" if middle > 0.45 else "upper left", fontsize=7)
-    return finish(drawn, QUESTION, _caption(loaded, points))
+    style.direct_legend(top, loc="lower right" if middle > 0.45 else "upper left", fontsize=7)
+    return style.finish(drawn, QUESTION, _caption(loaded, points))
 
 
 def _members_text(members: list[OperatingPoint], end: float) -> str:
@@ -101,29 +89,29 @@ def _root(value: np.ndarray) -> np.ndarray:
 def _draw_point(
     loaded: LoadedRun,
     point: OperatingPoint,
-    style: SeriesStyle,
+    look: style.SeriesStyle,
     curves: ThresholdCurves,
     top: Any,
     bottom: Any,
 ) -> None:
     start, end = curves.skip_rate.grid[0], curves.skip_rate.grid[-1]
-    shown, low, high = np.clip(parts([point.uncertainty_threshold])[:, 0], start, end)
+    shown, low, high = np.clip(style.parts([point.uncertainty_threshold])[:, 0], start, end)
     measured = loaded.measured(point)
     for axis, metric in ((top, "skip_rate"), (bottom, "rejection_risk")):
-        axis.axvline(shown, color=style.color, linestyle=style.linestyle, linewidth=0.8)
+        axis.axvline(shown, color=look.color, linestyle=look.linestyle, linewidth=0.8)
         predicted = point.predicted[metric].value
         if predicted is None:
             continue
         axis.plot(  # nothing where the threshold has no interval
-            [low, high], [predicted, predicted], color=style.color, linewidth=0.9,
+            [low, high], [predicted, predicted], color=look.color, linewidth=0.9,
             solid_capstyle="butt",
         )  # fmt: skip
-        axis.plot([shown], [predicted], **style.open_marker(), markersize=7, zorder=4)
+        axis.plot([shown], [predicted], **look.open_marker(), markersize=7, zorder=4)
         if metric in measured:
             # A little to the right, or its bar would hide the prediction's.
-            error_bars(
-                axis, [shown + 0.016 * (end - start)], parts([measured[metric].measured]),
-                **style.filled_marker(), zorder=5,
+            style.error_bars(
+                axis, [shown + 0.016 * (end - start)], style.parts([measured[metric].measured]),
+                **look.filled_marker(), zorder=5,
             )  # fmt: skip
 
 

@@ -7,16 +7,8 @@ from matplotlib.figure import Figure
 
 from calibrate.run.figure import number_text
 from calibrate.run.records import DerivationRecord, SnrSweep, ThroughputCurves
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    GREY,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "How does each policy's throughput depend on the uplink?"
 NEEDS, LACKS = "derivation", "no rule has gated policies to compare"
@@ -41,35 +33,35 @@ def figure(loaded: LoadedRun) -> Figure | None:
     if derivation is None or derivation.snr is None or not derivation.snr.series:
         return None
     snr = derivation.snr
-    drawn, axes = new_figure(1, 2, 3.9, share_y=True)
+    drawn, axes = style.new_figure(1, 2, 3.9, share_y=True)
     measured = False
     for number, series in enumerate(snr.series):
-        style = loaded.style(series.policy)
+        look = loaded.style(series.policy)
         found = measured_series(loaded, series)
         for axis, metric in zip(axes[0], PANELS, strict=True):
             line = getattr(series, metric)
-            axis.plot(line.grid, parts(line)[0], **style.line(), linewidth=1.2)
+            axis.plot(line.grid, style.parts(line)[0], **look.line(), linewidth=1.2)
             if found is not None:
                 measured = True
                 at = marker_places(len(snr.snr_db), number / len(snr.series))
                 means = getattr(found, metric)
-                error_bars(
-                    axis, np.array(means.grid)[at], parts(means)[:, at], **style.filled_marker(),
-                    capsize=1.5,
+                style.error_bars(
+                    axis, np.array(means.grid)[at], style.parts(means)[:, at], capsize=1.5,
+                    **look.filled_marker(),
                 )  # fmt: skip
-        combined = style.filled_marker() | {"linestyle": style.linestyle}
+        combined = look.filled_marker() | {"linestyle": look.linestyle}
         axes[0, 1].plot([], [], **combined, label=loaded.label(series.policy))
     for axis, letter, name in zip(axes[0], "ab", PANELS.values(), strict=True):
         axis.set_ylim(bottom=0)
         axis.set_xlim(snr.snr_db[0], snr.snr_db[-1])
         axis.set_xlabel("uplink SNR (dB)")
         if "snr_db" in derivation.link:
-            axis.axvline(derivation.link["snr_db"], color=GREY, linewidth=0.9,
+            axis.axvline(derivation.link["snr_db"], color=style.GREY, linewidth=0.9,
                          linestyle=(0, (1, 1)))  # fmt: skip
         axis.set_ylabel("throughput (token/s)")
-        panel_letter(axis, letter, name)
-    direct_legend(axes[0, 1], loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return finish(drawn, QUESTION, _caption(loaded, derivation, snr, measured))
+        style.panel_letter(axis, letter, name)
+    style.direct_legend(axes[0, 1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return style.finish(drawn, QUESTION, _caption(loaded, derivation, snr, measured))
 
 
 def marker_places(num: int, share: float) -> np.ndarray:
@@ -89,7 +81,7 @@ def _caption(loaded: LoadedRun, derivation: DerivationRecord, snr: SnrSweep, mea
         f"; markers: the reruns' tokens priced at that SNR, {loaded.derived_note}. "
         f"{loaded.validation_sample}"
         if measured
-        else f"; intervals, where drawn: {loaded.derived_note}. No rerun at this rule is stored."
+        else ". No rerun at this rule is stored."
     )
     own = (
         f"Grey line: {derivation.link['snr_db']:g} dB, the link of the derivation. "

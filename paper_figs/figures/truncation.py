@@ -9,22 +9,8 @@ from matplotlib.figure import Figure
 
 from calibrate.run.figure import number_text
 from calibrate.run.records import SizeDistribution, TruncationCurves
+from paper_figs import style
 from paper_figs.loaded import LoadedRun
-from paper_figs.style import (
-    BLACK,
-    BLUE,
-    BLUE_BAND,
-    GREY,
-    ORANGE,
-    VERMILLION,
-    VERMILLION_BAND,
-    direct_legend,
-    error_bars,
-    finish,
-    new_figure,
-    panel_letter,
-    parts,
-)
 
 QUESTION = "What does sending k probabilities cost, and which k do the rules choose?"
 NEEDS, LACKS = "derivation", "N(k) was not recorded; `hlm calibrate --trace full` does"
@@ -43,7 +29,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     if truncation is None:
         return None
     online = truncation.online is not None
-    drawn, axes = new_figure(1, 1 + online, 3.7, width_ratios=(1.2, 1.0)[: 1 + online])
+    drawn, axes = style.new_figure(1, 1 + online, 3.7, width_ratios=(1.2, 1.0)[: 1 + online])
     _draw_bias(axes[0, 0], truncation)
     caption = (
         f"{loaded.sample} N(k) was recorded at {truncation.num_tokens:,} of these tokens, the "
@@ -65,30 +51,37 @@ def figure(loaded: LoadedRun) -> Figure | None:
             f"V = {loaded.calibration.pair.vocab_size:,}. Of the tokens that "
             f"{truncation.online_point} sends{reruns}"
         )
-    return finish(drawn, QUESTION, caption)
+    return style.finish(drawn, QUESTION, caption)
 
 
 def _draw_bias(axes: Any, truncation: TruncationCurves) -> None:
-    exact = parts(truncation.exact)
+    exact = style.parts(truncation.exact)
     floor = 0.3 * float(np.min(exact[0][exact[0] > 0], initial=1e-2))
-    for means, color, fill, linestyle, label in (
-        (truncation.soft_bound, VERMILLION, VERMILLION_BAND, (0, (6, 2)), "bound (19), CU-HLM"),
-        (truncation.sharp_bound, BLUE, BLUE_BAND, "solid", "bound (22), N(k)/2"),
+    for means, color, linestyle, label in (
+        (truncation.soft_bound, style.VERMILLION, (0, (6, 2)), "bound (19), CU-HLM"),
+        (truncation.sharp_bound, style.BLUE, "solid", "bound (22), N(k)/2"),
     ):
-        value, low, high = parts(means)
+        value, low, high = style.parts(means)
         axes.plot(means.grid, value, color=color, linestyle=linestyle, label=label)
-        axes.fill_between(means.grid, np.maximum(low, floor), high, color=fill, linewidth=0)
-    error_bars(
-        axes, truncation.exact.grid, exact, fmt="o:", color=BLACK, linewidth=1.0, label="exact"
+        axes.fill_between(
+            means.grid, np.maximum(low, floor), high, color=color, alpha=0.18, linewidth=0
+        )
+    style.error_bars(
+        axes,
+        truncation.exact.grid,
+        exact,
+        fmt="o:",
+        color=style.BLACK,
+        linewidth=1.0,
+        label="exact",
     )
-    axes.axhline(truncation.theta, color=GREY, linewidth=0.9, linestyle=(0, (1, 1)))
-    axes.text(
-        0.98, truncation.theta * 1.08, f"tolerance θ = {truncation.theta:g}", color=GREY,
-        fontsize=7, ha="right", va="bottom", transform=axes.get_yaxis_transform(),
+    axes.axhline(
+        truncation.theta, color=style.GREY, linewidth=0.9, linestyle=(0, (1, 1)),
+        label=f"tolerance θ = {truncation.theta:g}",
     )  # fmt: skip
     if truncation.chosen_size is not None:
         axes.axvline(
-            truncation.chosen_size, color=ORANGE, linewidth=1.3, linestyle=(0, (3, 1)),
+            truncation.chosen_size, color=style.ORANGE, linewidth=1.3, linestyle=(0, (3, 1)),
             label=f"offline k* = {truncation.chosen_size:,}",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -96,21 +89,21 @@ def _draw_bias(axes: Any, truncation: TruncationCurves) -> None:
     axes.set_ylim(bottom=floor)
     axes.set_xlabel("truncation size k (probabilities sent)")
     axes.set_ylabel("TV distance to the server's law (probability)")
-    panel_letter(axes, "a", "bias of truncation")
-    direct_legend(axes, loc="lower left", fontsize=7)
+    style.panel_letter(axes, "a", "bias of truncation")
+    style.direct_legend(axes, loc="lower left", fontsize=7)
 
 
 def _draw_sizes(axes: Any, predicted: SizeDistribution, found: SizeDistribution | None) -> None:
     """Distribution functions of k*: predicted, and of the same rule in a rerun."""
     for label, sizes, color, linestyle in (
-        ("predicted", predicted, BLUE, "solid"), ("measured", found, VERMILLION, (0, (6, 2))),
-    ):  # fmt: skip
+        ("predicted", predicted, style.BLUE, "solid"),
+        ("measured", found, style.VERMILLION, (0, (6, 2))),
+    ):
         if sizes is None:
             continue
         median = float(np.interp(0.5, sizes.levels, sizes.quantiles))
         axes.plot(
             sizes.quantiles, sizes.levels, color=color, linestyle=linestyle,
-            drawstyle="steps-post",
             label=f"{label}:\nmedian {number_text(median)}\nmean {number_text(sizes.mean)}\n"
             f"n = {sizes.num_tokens:,} tokens",
         )  # fmt: skip
@@ -118,5 +111,5 @@ def _draw_sizes(axes: Any, predicted: SizeDistribution, found: SizeDistribution 
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("online size k* (probabilities sent)")
     axes.set_ylabel("cumulative share (of tokens)")
-    panel_letter(axes, "b", "k* of the online rule")
-    direct_legend(axes, loc="best", fontsize=7)
+    style.panel_letter(axes, "b", "k* of the online rule")
+    style.direct_legend(axes, loc="best", fontsize=7)

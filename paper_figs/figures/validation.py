@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calibrate.run.records import Cell
+from paper_figs import style
 from paper_figs.loaded import LoadedRun, metric_label, metric_names
-from paper_figs.style import BLUE, VERMILLION, finish, new_figure
 
 QUESTION = "Do fresh reruns fall inside their prediction intervals?"
 NEEDS, LACKS = "validation", "no figure was judged"
@@ -76,7 +76,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     policies = policies_of(judged)
     num_rows = -(-len(placed) // NUM_COLUMNS)
     height = num_rows * (0.75 + 0.19 * len(policies))
-    drawn, axes = new_figure(num_rows, NUM_COLUMNS, height, share_x=True, share_y=True)
+    drawn, axes = style.new_figure(num_rows, NUM_COLUMNS, height, share_x=True, share_y=True)
     for number, axis in enumerate(axes.flat):
         if number >= len(placed):
             axis.set_visible(False)
@@ -87,9 +87,9 @@ def figure(loaded: LoadedRun) -> Figure | None:
         inside = [p for p in placed[metric] if p.cell.covered and not p.cell.fixed]
         axis.axvspan(-1, 1, color="#e9e9e9", zorder=0, linewidth=0)
         axis.axvline(0, color="#9a9a9a", linewidth=0.8)
-        _scatter(axis, fixed, "o", 3.4, BLUE, "white")
-        _scatter(axis, inside, "o", 4.0, BLUE, BLUE)
-        _scatter(axis, outside, "X", 6.0, VERMILLION, VERMILLION)
+        _scatter(axis, fixed, "o", 3.4, style.BLUE, "white")
+        _scatter(axis, inside, "o", 4.0, style.BLUE, style.BLUE)
+        _scatter(axis, outside, "X", 6.0, style.VERMILLION, style.VERMILLION)
         for point in outside:
             if abs(point.error) > LIMIT:
                 side = np.sign(point.error)
@@ -108,7 +108,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
         axis.set_xlabel("error (half-widths)")
     for axis in axes[:, 0]:
         axis.set_ylabel("policy")
-    return finish(drawn, QUESTION, _caption(loaded))
+    return style.finish(drawn, QUESTION, _caption(loaded))
 
 
 def _two_lines(label: str) -> str:

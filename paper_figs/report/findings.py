@@ -174,19 +174,16 @@ def _payload(loaded: LoadedRun) -> str:
             number_text(rerun.entries_per_sent_token), number_text(figures[BITS]),
             number_text(figures[BIAS]), "predicted; not rerun yet" if rerun is None else "rerun",
         ])  # fmt: skip
-    least = compared[0][0].policy
-    truest = min(compared, key=lambda pair: pair[1][BIAS].value or 0.0)[0].policy
-    head = f"`{least}` sends least" + (
-        " and biases least" if least == truest else f", and `{truest}` biases least"
-    )
+    least, figures = compared[0]
     titles = ["policy", "probabilities with a token that is sent", "uplink (bit/token)",
               "TV bias (probability)", "from"]  # fmt: skip
     accounting = "" if loaded.derivation is None else loaded.derivation.accounting
     return (
-        f"**3. At one threshold, {head}.** Every gated policy at the threshold of "
-        f"`{EQUAL_THRESHOLD_RULE}`, by rising payload in '{accounting}' accounting. The gate takes "
-        "the same share of the bias in all of them, so what is left is what each loses by sending "
-        f"less.\n\n{_table(titles, rows)}\n\n"
+        f"**3. At one threshold `{least.policy}` sends least, {number_text(figures[BITS])} "
+        f"bit/token, at a TV bias of {number_text(figures[BIAS])}.** Every gated policy at the "
+        f"threshold of `{EQUAL_THRESHOLD_RULE}`, by rising payload in '{accounting}' accounting. "
+        "Where the score alone decides, all of them skip the same tokens at the same risk: bias "
+        f"beyond that is what sending less costs.\n\n{_table(titles, rows)}\n\n"
         + _figure("payload_bias", "uplink payload against TV bias for all policies")
     )
 

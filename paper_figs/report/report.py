@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from calibrate.derive.presets import published_audit
 from calibrate.run.figure import NBSP, NO_VALUE, number_text
@@ -18,7 +18,6 @@ from calibrate.run.records import OperatingPoint, Provenance
 from paper_figs.draw import figures, png_bytes
 from paper_figs.loaded import LoadedRun, load_run, metric_label, metric_names
 from paper_figs.report import audit_table
-from paper_figs.report.page import PAGE
 from paper_figs.report.tables import (
     COLUMNS,
     QUALITY_COLUMNS,
@@ -91,12 +90,14 @@ def write_report(run: Path, name: str = DEFAULT_NAME) -> Path:
 
 def render(loaded: LoadedRun) -> str:
     """The page of a loaded run."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment = Environment(  # escaping, so that no name of a prompt or file becomes markup
+        loader=PackageLoader("paper_figs", "report"), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters |= {"number": number_text, "metric": metric_label}
     embedded, left_out = embedded_figures(loaded)
     estimators = loaded.calibration.estimators
     quality = [(point, quality_texts(loaded, point)) for point in loaded.feasible]
-    return environment.from_string(PAGE).render(
+    return environment.get_template("page.html").render(
         title=f"When should the device ask? {loaded.pair_name}",
         subtitle=" ".join(part for part in (loaded.sample, loaded.validation_sample) if part),
         sections=SECTIONS,
