@@ -69,15 +69,16 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
     UserError
         The file is no GGUF, cut off, of a kind transformers does not know, or lacks weights.
     """
-    header = read_header(gguf)
-    num_bytes = 2 * header.num_elements
-    check_room(num_bytes, label)
+    num_bytes: int | None = None
 
     def report(done: int) -> None:
         if progress is not None:
-            progress(f"convert {label} to bfloat16 (once)", min(done, num_bytes), num_bytes)
+            progress(f"convert {label} to bfloat16 (once)", min(done, num_bytes or 0), num_bytes)
 
-    report(0)
+    report(0)  # a large vocabulary takes seconds to read
+    header = read_header(gguf)
+    num_bytes = 2 * header.num_elements
+    check_room(num_bytes, label)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
