@@ -11,8 +11,8 @@ with u; docs/theory.md, (33):
   expectation: the ``tokens`` weighting, the risk of (10) and (11).
 
 Where beta_t 1{s_t <= u} is averaged over the draft (:class:`hlmtheory.risk.SkipAtoms`) rho_t(u)
-takes its place: in [0, 1] and rising as well, with the same mean, hence the same risk, and with
-less scatter. Nothing else of (33) to (35) changes, and thresholds come out closer to the budget.
+takes its place, in [0, 1] and rising as well: (33) to (35) hold word for word with R(u) the mean of
+these losses. The sum of rho over an answer has the mean of the sum of beta over its skipped tokens.
 
 Both rules hold for prompts exchangeable with the calibration prompts and for contexts of the
 calibration policy; skipping changes contexts, which reruns measure.

@@ -82,9 +82,11 @@ class SkipAtoms:
     .. math:: \rho_t(u) = \sum_v x_{t,v}\, \beta_{t,v}\, 1\{s_{t,v} \le u\}
                         = E_{d \sim x_t}[\beta_d\, 1\{s_d \le u\}]
 
-    stands where beta_t 1{s_t <= u} stood. It lies in [0, 1], does not fall in u and has the same
-    mean, so the risk is the same and so is all that (33) to (35) ask of losses; it is what the
-    draws scatter around, so its intervals are never wider.
+    stands where beta_t 1{s_t <= u} stood, whose mean it is given the context. It lies in [0, 1] and
+    does not fall in u, which is all that (33) to (35) ask of losses. Summed over an answer it has
+    the same mean, however answers end, so the risk over tokens is the same. The risk over prompts
+    becomes that of rho itself; the one over draws can differ from it where a draft decides how long
+    its answer gets. Given the contexts rho scatters less, so intervals are narrower as a rule.
 
     Attributes
     ----------

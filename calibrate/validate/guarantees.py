@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from calibrate.derive.predict import CHUNK
 from calibrate.run.errors import UserError
 from calibrate.run.figure import mean_figure, share_figure
 from calibrate.run.folder import provenance, read_record, write_record
@@ -143,11 +144,13 @@ def write_guarantees(
         learned = read_record(run, CalibrationRecord).learned
     score = score_named(score_name, None if learned is None else learned.model_dump())
     trace = read_trace(shard_paths(run))
+    blocks = [slice(begin, begin + CHUNK) for begin in range(0, trace.num_tokens, CHUNK)]
     try:
-        pieces = score.atoms(trace.step())
+        pieces = [score.atoms(trace.step(rows)) for rows in blocks]
     except ValueError as error:
         raise UserError(f"RUN {run}: {error}; calibrate with --trace full") from None
-    atoms = SkipAtoms.of_candidates(*pieces, trace.prompt_index, trace.num_prompts)
+    found, mass, rejection = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    atoms = SkipAtoms.of_candidates(found, mass, rejection, trace.prompt_index, trace.num_prompts)
     rng = np.random.default_rng(seed)
     record = GuaranteesRecord(
         score=score.name,
