@@ -198,7 +198,7 @@ def _judges(run: Path, name: str) -> list[Path]:
 def _refusal(run: Path, name: str, judges: list[Path], why: str) -> UsageError:
     path = record_path(run, DerivationRecord, name)
     return UsageError(
-        f"{path} {why}, and {judges[0].name} rests on it; give --name for another derivation, or "
+        f"--name {name}: {path} {why}, and {judges[0].name} rests on it; give another --name, or "
         f"--replace to remove {' and '.join(judge.name for judge in judges)} with it"
     )
 

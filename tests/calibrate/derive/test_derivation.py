@@ -1,136 +1,131 @@
-"""Which operating points a derivation holds, and which of them a validation takes."""
+"""Derivations are kept under names, and what was validated is not destroyed unasked."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from synthetic_run import VOCAB, make_run
+from synthetic_run import add_validation, make_calibration, make_run
 
-from calibrate.decode.recording import THRESHOLD_GRID
-from calibrate.derive.derivation import derive_run
-from calibrate.derive.policy_tokens import at_threshold, sent_skip_set_size
+from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
 from calibrate.run.errors import UsageError
-from calibrate.run.folder import Figure, read_json
-from calibrate.run.traces import read_trace, shard_paths
-from calibrate.validate.comparison import Cell, Comparison, coverage
-from calibrate.validate.validation import prepare_validation
+from calibrate.run.folder import read_record, record_names, record_path, write_text
+from calibrate.run.records import DerivationRecord, DeriveRequest, OperatingPoint, ValidationRecord
 
-THETAS, IMPORTANCES = (0.1, 0.02, 0.5), ("topk:16:1", "topk:4:1.5", "context:0:0.9")
+REQUEST = DeriveRequest(policies=("hlm", "u-hlm"), risks=(0.02,))
+OTHER = REQUEST.model_copy(update={"link": "lte"})
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("derive") / "run"
-    make_run(folder)
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
+    make_calibration(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def derived(run: Path) -> dict[str, Any]:
-    policies = ("hlm", "u-hlm", "cu-hlm-offline", "cu-hlm-online", "ui-hlm")
-    return derive_run(
-        run,
-        policies,
-        risks=(0.05,),
-        thetas=THETAS,
-        importances=IMPORTANCES,
-        draft_from_sent=True,
+@pytest.fixture
+def run(calibrated: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(calibrated, tmp_path / "run"))
+
+
+def points_of(record: DerivationRecord, policy: str) -> dict[str, OperatingPoint]:
+    return {point.rule: point for point in record.operating_points if point.policy == policy}
+
+
+def test_derivations_are_kept_by_name_and_read_back_as_they_were(run: Path) -> None:
+    command = ("hlm", "derive", "RUN")
+    plain, lte = derive_run(run, REQUEST, command=command), derive_run(run, OTHER, "lte")
+    assert record_names(run, DerivationRecord) == ["default", "lte"]
+    assert plain.provenance.command == command
+    for record in (plain, lte):
+        assert read_record(run, DerivationRecord, record.name) == record
+    assert lte.link["name"] == "lte"
+    slower = points_of(lte, "hlm")["none"].predicted["token_time_ms"].value
+    assert slower > points_of(plain, "hlm")["none"].predicted["token_time_ms"].value
+
+
+def test_every_field_goes_both_ways(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    record = read_record(tmp_path / "run", DerivationRecord)
+    # Nothing that a full trace can give is missing, so that the comparison is of everything.
+    for name in DerivationRecord.model_fields:
+        assert getattr(record, name) not in (None, (), {}), name
+    assert record == DerivationRecord.model_validate(record.model_dump(mode="json"))
+    assert record == derive_run(tmp_path / "run", record.request).model_copy(
+        update={"provenance": record.provenance}
     )
 
 
-def points_of(derived: dict[str, Any], policy: str) -> dict[str, dict[str, Any]]:
-    return {p["rule"]: p for p in derived["operating_points"] if p["policy"] == policy}
+def test_what_nobody_validated_is_replaced_with_a_note(run: Path) -> None:
+    assert replaced_note(run, REQUEST, "default") == ""
+    derive_run(run, REQUEST)
+    assert "operating_points.json is replaced" in replaced_note(run, OTHER, "default")
+    assert derive_run(run, OTHER).request.link == "lte"
 
 
-def test_every_setting_has_a_name_of_its_own(derived: dict[str, Any]) -> None:
-    names = [(p["policy"], p["rule"]) for p in derived["operating_points"]]
-    assert len(set(names)) == len(names)
-    plain = set(points_of(derived, "u-hlm"))
-    labels = {
-        "cu-hlm-offline": ("", "@theta-0.02", "@theta-0.5", "@draft-from-sent"),
-        "cu-hlm-online": ("", "@theta-0.02", "@theta-0.5"),
-        "ui-hlm": ("", "@topk-4-1.5", "@context-0-0.9"),
-    }
-    for policy, wanted in labels.items():
-        rules = set(points_of(derived, policy))
-        assert rules == {rule + label for rule in plain for label in wanted}
+def test_what_was_validated_stays_unless_it_is_replaced(run: Path) -> None:
+    judged = derive_run(run, REQUEST, "mine")
+    validation = add_validation(run, "mine")
+    assert validation.derivation == "mine"
+    reruns = sorted((run / "reruns").iterdir())
+    # The same request again gives it back as it was, provenance and all.
+    again = REQUEST.model_copy(update={"risks": (0.02, 0.02), "policies": ("hlm", "u-hlm", "hlm")})
+    assert derive_run(run, again, "mine", command=("hlm",)) == judged
+    # Another one may go elsewhere, but not there.
+    derive_run(run, OTHER)
+    with pytest.raises(UsageError, match=r"--name mine: .*another request.*--replace") as caught:
+        derive_run(run, OTHER, "mine")
+    assert "\n" not in str(caught.value)
+    assert read_record(run, DerivationRecord, "mine") == judged
+    assert read_record(run, ValidationRecord, "mine") == validation
+    # Asked for, the validation goes with what it judged; reruns are kept by their own settings.
+    assert "validation.mine.json removed" in replaced_note(run, OTHER, "mine", replace=True)
+    assert derive_run(run, OTHER, "mine", replace=True).request == OTHER
+    assert record_names(run, ValidationRecord) == []
+    assert sorted((run / "reruns").iterdir()) == reruns
 
 
-def test_settings_are_those_of_the_name(derived: dict[str, Any]) -> None:
-    offline, online = (points_of(derived, f"cu-hlm-{kind}") for kind in ("offline", "online"))
-    assert online["risk-0.05"]["settings"]["theta"] == 0.1
-    assert online["risk-0.05@theta-0.5"]["settings"]["theta"] == 0.5
-    # A smaller tolerance never sends less.
-    entries = [offline[f"risk-0.05{t}"]["settings"]["num_entries"] for t in ("@theta-0.5", "")]
-    entries.append(offline["risk-0.05@theta-0.02"]["settings"]["num_entries"])
-    assert entries == sorted(entries)
-    assert entries[0] < entries[-1]
-    sent = offline["risk-0.05@draft-from-sent"]
-    assert sent["settings"]["num_entries"] == offline["risk-0.05"]["settings"]["num_entries"]
-    # Drafts from the sent law are verified without bias: only the gate's is left.
-    bias = {rule: offline[rule]["predicted"]["tv_bias"]["value"] for rule in offline}
-    gate = points_of(derived, "u-hlm")["risk-0.05"]["predicted"]["tv_bias"]["value"]
-    assert bias["risk-0.05@draft-from-sent"] == pytest.approx(gate)
-    assert bias["risk-0.05"] > gate
-    importance = points_of(derived, "ui-hlm")["risk-0.05@context-0-0.9"]["settings"]["importance"]
-    assert importance == {"variant": "context", "k": 0.0, "gamma": 0.9}
+def test_the_same_words_for_another_link_are_another_request(run: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    text = '{"model": "awgn", "bandwidth_hz": 1e6, "snr_db": SNR, "round_trip_ms": 5.0}'
+    link.write_text(text.replace("SNR", "10"))
+    request = REQUEST.model_copy(update={"link": str(link)})
+    derive_run(run, request)
+    add_validation(run)
+    assert derive_run(run, request).link["snr_db"] == 10
+    link.write_text(text.replace("SNR", "20"))
+    with pytest.raises(UsageError, match=r"would hold other numbers, and validation\.json rests"):
+        derive_run(run, request)
+    assert derive_run(run, request, "faster").link["snr_db"] == 20
 
 
-def test_thresholds_do_not_depend_on_what_is_sent(derived: dict[str, Any]) -> None:
-    plain = points_of(derived, "u-hlm")
-    for policy in ("cu-hlm-offline", "cu-hlm-online"):
-        for rule, point in points_of(derived, policy).items():
-            assert (
-                point["uncertainty_threshold"]
-                == plain[rule.partition("@")[0]]["uncertainty_threshold"]
-            )
+def test_a_broken_derivation_is_replaced_if_nothing_rests_on_it(run: Path) -> None:
+    write_text(record_path(run, DerivationRecord), "{")
+    assert derive_run(run, REQUEST) == read_record(run, DerivationRecord)
 
 
-def test_validation_takes_the_points_named(run: Path, derived: dict[str, Any]) -> None:
-    settings = read_json(run, "run.json")
-    settings["settings"] |= {"pair": "smollm2", "prompts": "shipped"}
-    (run / "run.json").write_text(json.dumps(settings))
-    plan = prepare_validation(
-        run, points=("hlm/none", "cu-hlm-online/risk-0.05@theta-0.5"), limit=2
-    )
-    assert [(p["policy"], p["rule"]) for p in plan.points] == [
-        ("hlm", "none"),
-        ("cu-hlm-online", "risk-0.05@theta-0.5"),
-    ]
-    with pytest.raises(UsageError, match="--point u-hlm/risk-7: not derived; derived are cu-hlm"):
-        prepare_validation(run, points=("hlm/none", "u-hlm/risk-7"))
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"policies": ("u-hlm", "gpt")}, "--policy gpt: unknown; known are"),
+        ({"policies": ("nowhere.py:Mine",)}, "--policy nowhere.py:Mine: no such file"),
+        ({"policies": ("ui-hlm",), "importances": ("topk:3:1",)}, "--policy ui-hlm: k = 3: allow"),
+        ({"policies": ("ui-hlm",), "importances": ("mean:1:1",)}, "variant = 'mean': allowed"),
+        ({"importances": ("topk:1",)}, "--importance topk:1: k and gamma are two numbers"),
+        ({"score": "doubt"}, "--score doubt: .*known are uncertainty,"),
+        ({"link": "pigeon"}, "--link pigeon: no such file or preset"),
+        ({"profile": "abacus"}, "--profile abacus: no such file or preset"),
+    ],
+)
+def test_impossible_requests_are_refused_in_one_line(
+    run: Path, change: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        derive_run(run, REQUEST.model_copy(update=change))
+    assert "\n" not in str(caught.value)
+    assert record_names(run, DerivationRecord) == []
 
 
-def test_a_predicted_event_that_never_happened_is_a_miss_not_a_fixed_figure() -> None:
-    predicted, silent = Figure(0.02, 0.012, 0.028), Figure(0.0, 0.0, 0.0)
-    missed = Cell("u-hlm", "risk-0.02", "rejection_risk", predicted, silent, False)
-    exact = Cell("slm", "none", "skip_rate", Figure(1.0, 1 - 1e-5, 1 + 1e-5), Figure(1.0), True)
-    assert not missed.fixed
-    assert exact.fixed
-    alone, both = (
-        [Comparison(cell, None, cell.covered) for cell in cells]
-        for cells in ([missed], [missed, exact])
-    )
-    assert coverage(both, 0.95)["tested"] == coverage(alone, 0.95)["tested"]
-    assert coverage(both, 0.95)["tested"]["total"] == 1
-    assert coverage(both, 0.95)["total"] == 2
-
-
-@pytest.mark.parametrize("threshold", [0.99, 0.998])
-def test_beyond_the_stored_thresholds_bias_follows_risk(run: Path, threshold: float) -> None:
-    trace = read_trace(shard_paths(run))
-    u, beta = trace["uncertainty"], trace["rejection_prob"]
-    last = THRESHOLD_GRID[-1]
-    share = beta[(u > last) & (u <= threshold)].sum() / beta[(u > last) & (u <= 1)].sum()
-    assert share < 1
-    distance = trace["tv_distance"]
-    found = at_threshold(trace, "skip_set_bias", threshold, distance)
-    expected = (1 - share) * trace["skip_set_bias"][:, -1] + share * distance
-    np.testing.assert_allclose(found, expected)
-    sizes = sent_skip_set_size(trace, threshold, VOCAB)
-    assert sizes.max() <= 1 / (1 - threshold)  # not a share of the vocabulary
-    assert (sizes >= trace["skip_set_size"][:, -1]).all()
+def test_importances_are_read() -> None:
+    assert parse_importance("context:0:0.9") == {"variant": "context", "k": 0.0, "gamma": 0.9}

@@ -1,0 +1,237 @@
+"""The curves that a derivation keeps: each against its definition, worked out another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_run import AXES, RISKS, VOCAB, make_calibration, synthetic_step
+
+from calibrate.derive.curves import comparison_rule, size_distribution
+from calibrate.derive.derivation import derive_run
+from calibrate.derive.predict import drawn_tokens, metrics, point_policy, predicted_tokens
+from calibrate.derive.presets import economics_of
+from calibrate.run.folder import read_record
+from calibrate.run.records import (
+    CalibrationRecord,
+    DerivationRecord,
+    DeriveRequest,
+    Figure,
+    OperatingPoint,
+)
+from calibrate.run.traces import Trace, read_trace, shard_paths
+from hlmtheory.policies import policy_names
+from hlmtheory.truncation import tail_deviation_at
+from hlmtheory.truncation_bias import truncation_bias_at
+
+IMPORTANCES = ("topk:16:1", "topk:4:1.5", "context:0:0.9")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curves") / "run"
+    make_calibration(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trace(run: Path) -> Trace:
+    return read_trace(shard_paths(run))
+
+
+@pytest.fixture(scope="module")
+def derived(run: Path) -> DerivationRecord:
+    request = DeriveRequest(policies=policy_names(), risks=RISKS, importances=IMPORTANCES)
+    return derive_run(run, request)
+
+
+def point_named(record: DerivationRecord, key: str) -> OperatingPoint:
+    return next(point for point in record.operating_points if point.key == key)
+
+
+def test_threshold_curves_pass_through_the_derived_points(derived: DerivationRecord) -> None:
+    curves = derived.thresholds
+    assert (curves.skip_rate.grid[0], curves.skip_rate.grid[-1]) == (0.0, 1.0)
+    for rule in ("risk-0.02", "risk-0.05"):
+        point = point_named(derived, f"u-hlm/{rule}")
+        for metric, curve in (("skip_rate", curves.skip_rate), ("rejection_risk", curves.risk)):
+            above = int(np.searchsorted(curve.grid, point.uncertainty_threshold.value))
+            value = point.predicted[metric].value
+            assert curve.value[above - 1] - 1e-6 <= value <= curve.value[above] + 1e-6
+    step, _, _ = synthetic_step(0)
+    assert curves.skip_rate.value[-1] == pytest.approx(1.0, abs=1e-6)
+    assert curves.risk.value[-1] == pytest.approx(step["tv_distance"].mean(), abs=1e-6)
+    low, high = (np.array(end, dtype=float) for end in (curves.risk.low, curves.risk.high))
+    assert (high - low).max() > 0.01
+
+
+def test_paths_rise_from_nothing_to_the_device_alone(derived: DerivationRecord) -> None:
+    gated = [info.name for info in derived.policies if info.gated]
+    assert [path.policy for path in derived.paths] == gated
+    device = point_named(derived, "slm/none").predicted["tv_bias"].value
+    for path in derived.paths:
+        assert list(path.thresholds) == sorted(path.thresholds)
+        assert len(path.thresholds) > 20
+        assert list(path.skip_rate) == sorted(path.skip_rate)
+        assert path.skip_rate[-1] == pytest.approx(1.0, abs=1e-6)
+        assert path.tv_bias[-1] == pytest.approx(device, abs=1e-6)
+        assert path.uplink_bits_per_token[-1] == pytest.approx(0.0, abs=0.01)
+    # Every derived threshold is on its policy's path, with the very prediction of the point.
+    path = next(one for one in derived.paths if one.policy == "r-hlm")
+    point = point_named(derived, "r-hlm/risk-0.02")
+    place = path.thresholds.index(point.uncertainty_threshold.value)
+    assert path.tv_bias[place] == point.predicted["tv_bias"].value
+
+
+def test_the_sweep_is_the_metrics_at_each_snr(derived: DerivationRecord, trace: Trace) -> None:
+    snr = derived.snr
+    assert snr.rule == "risk-0.02"  # of the two budgets the one nearer 1 %
+    assert (len(snr.snr_db), snr.snr_db[0], snr.snr_db[-1]) == (51, -15.0, 35.0)
+    assert [one.policy for one in snr.series] == list(policy_names())
+    for one in snr.series:
+        for name in ("throughput_tok_s", "mean_throughput_tok_s"):
+            values = getattr(one, name).value
+            assert list(values) == sorted(values)
+    slm = snr.series[0].throughput_tok_s
+    np.testing.assert_allclose(slm.value, 50.0)  # 20 ms whatever the link
+    hlm = next(one for one in snr.series if one.policy == "hlm")
+    for place in (0, 25, 50):
+        rate = snr.bandwidth_hz * np.log2(1 + 10 ** (snr.snr_db[place] / 10))
+        token_ms = 20.0 + 1e3 * 16 * VOCAB / rate + snr.round_trip_ms + 30.0
+        assert hlm.throughput_tok_s.value[place] == pytest.approx(1e3 / token_ms)
+    # At the derivation's own SNR the sweep is the operating point.
+    own = snr.snr_db.index(derived.link["snr_db"])
+    point = point_named(derived, "coupled/risk-0.02")
+    coupled = next(one for one in snr.series if one.policy == "coupled")
+    if derived.link["model"] == "awgn":
+        expected = point.predicted["throughput_tok_s"]
+        assert coupled.throughput_tok_s.value[own] == pytest.approx(expected.value)
+
+
+def test_the_rule_to_compare_at(derived: DerivationRecord) -> None:
+    points = [point for point in derived.operating_points if point.family != "risk"]
+    assert comparison_rule(points) == "risk-averse"  # risk-prone skips everything
+    assert comparison_rule([point for point in points if point.score is None]) is None
+    rare = [point for point in derived.operating_points if point.key != "u-hlm/risk-0.02"]
+    assert comparison_rule(rare) == "risk-0.05"  # more policies have it
+
+
+def test_truncation_curves_are_means_over_contexts(derived: DerivationRecord) -> None:
+    step, row, steps = synthetic_step(0)
+    found = derived.truncation
+    sharp = tail_deviation_at(step.x, AXES.truncation_sizes).mean(0) / 2
+    np.testing.assert_allclose(found.sharp_bound.value, sharp, atol=1e-6)
+    assert found.sharp_bound.grid == tuple(map(float, AXES.truncation_sizes))
+    sampled = (steps + row) % 4 == 0
+    exact = truncation_bias_at(step.x, step.y, AXES.truncation_bias_sizes)[sampled].mean(0)
+    np.testing.assert_allclose(found.exact.value, exact, atol=1e-6)
+    assert (found.num_tokens, found.num_exact) == (len(row), int(sampled.sum()))
+    ratio = np.array(found.soft_bound.value[:-1]) / np.array(found.sharp_bound.value[:-1])
+    assert ((ratio >= 2.885) & (ratio <= 6.384)).all()  # 2/D, hlmtheory.truncation
+    assert (
+        found.chosen_size
+        == point_named(derived, "cu-hlm-offline/risk-0.02").settings["num_entries"]
+    )
+
+
+def test_online_sizes_are_of_the_tokens_that_are_sent(
+    derived: DerivationRecord, trace: Trace, run: Path
+) -> None:
+    found = derived.truncation
+    assert found.online_point == "cu-hlm-online/risk-0.02"
+    point = point_named(derived, found.online_point)
+    learned = read_record(run, CalibrationRecord).learned
+    tokens = drawn_tokens(trace, point_policy(derived, point, learned))
+    sent = trace["uncertainty"] > point.uncertainty_threshold.value
+    np.testing.assert_array_equal(tokens.skip < 0.5, sent)
+    assert found.online.num_tokens == sent.sum()
+    assert found.online.mean == pytest.approx(tokens.entries[sent].mean())
+    assert found.online.quantiles[50] == pytest.approx(np.median(tokens.entries[sent]))
+
+
+def test_size_distributions_leave_out_what_is_unknown() -> None:
+    found = size_distribution(np.array([np.nan, 1.0, 2.0, 9.0]))
+    assert (found.num_tokens, found.mean, len(found.levels)) == (3, 4.0, 101)
+    assert (found.quantiles[0], found.quantiles[50], found.quantiles[-1]) == (1.0, 2.0, 9.0)
+
+
+def test_the_plane_holds_the_derived_importances(derived: DerivationRecord) -> None:
+    plane = derived.importance_plane
+    assert (plane.policy, plane.threshold_rule) == ("ui-hlm", "risk-averse")
+    plain = point_named(derived, "u-hlm/risk-averse")
+    assert plane.uncertainty_threshold == plain.uncertainty_threshold.value
+    assert plane.ks == AXES.attention_sizes
+    assert {1.0, 1.5} <= set(plane.gammas)  # not the context variant's 0.9
+    assert [(cell.k, cell.gamma) for cell in plane.cells] == [
+        (k, gamma) for k in plane.ks for gamma in plane.gammas
+    ]
+    rates = np.array([cell.predicted["skip_rate"].value for cell in plane.cells])
+    rates = rates.reshape(len(plane.ks), -1)
+    assert (np.diff(rates, axis=1) >= -1e-9).all()  # a stricter importance skips more
+    assert rates.min() >= plain.predicted["skip_rate"].value - 1e-9
+
+
+def test_the_example_follows_its_formula(derived: DerivationRecord, trace: Trace) -> None:
+    found = derived.importance_example
+    rows = np.flatnonzero(trace.prompt_index == trace.prompt_ids.index(found.prompt_id))
+    assert len(rows) == np.bincount(trace.prompt_index).max()
+    assert found.setting == "topk-16-1"
+    importance = trace["topk_attention"][rows, AXES.attention_sizes.index(16)]
+    threshold = np.exp(-trace["attention_entropy"][rows])
+    np.testing.assert_allclose(found.importance, importance)
+    np.testing.assert_allclose(found.threshold, threshold)
+    assert found.important == tuple(importance >= threshold)
+
+
+def test_a_running_threshold_has_none_at_its_first_step(run: Path) -> None:
+    request = DeriveRequest(policies=("ui-hlm",), importances=("context:0:0.9",), risks=RISKS)
+    found = derive_run(run, request, "context").importance_example
+    assert found.threshold[0] is None
+    assert found.important[0]
+    assert all(value is not None for value in found.threshold[1:])
+    # Memory of one step on: the second threshold is the first importance.
+    assert found.threshold[1] == pytest.approx(found.importance[0])
+
+
+def test_the_optimum_is_the_best_of_all_paths(
+    derived: DerivationRecord, trace: Trace, run: Path
+) -> None:
+    economics = economics_of(derived)
+    assert {(one.budget, one.objective) for one in derived.optima} == {
+        (risk, objective)
+        for risk in RISKS
+        for objective in ("throughput", "mean-throughput", "energy")
+    }
+    best: dict[str, tuple[str, Callable[[float, float], float]]] = {
+        "throughput": ("throughput_tok_s", max),
+        "energy": ("energy_j_per_token", min),
+    }
+    for one in derived.optima:
+        assert one.feasible
+        assert one.predicted["total_bias"] <= one.budget
+        if one.objective not in best:
+            continue
+        metric, better = best[one.objective]
+        # No derived point within the budget beats it by more than what u costs an ungated policy.
+        for point in derived.operating_points:
+            bias = point.predicted["tv_bias"].value
+            risk = point.predicted["rejection_risk"].value
+            if point.variant or not point.feasible or max(bias, risk) > one.budget:
+                continue
+            learned = read_record(run, CalibrationRecord).learned
+            tokens = predicted_tokens(trace, point_policy(derived, point, learned))
+            value = metrics(tokens, economics)[metric].value
+            assert better(value, one.predicted[metric]) == pytest.approx(
+                one.predicted[metric], rel=0.05
+            )
+
+
+def test_no_optimum_where_no_policy_keeps_the_budget(run: Path) -> None:
+    found = derive_run(run, DeriveRequest(policies=("slm",), risks=(0.01,)), "device")
+    for one in found.optima:
+        assert (one.feasible, one.policy, one.predicted) == (False, None, {})
+        assert "no point keeps the budget 0.01" in one.reason
+    assert (found.thresholds, found.snr, found.paths) == (None, None, ())
+    assert found.operating_points[0].uncertainty_threshold == Figure(value=None)
