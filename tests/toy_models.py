@@ -1,4 +1,4 @@
-"""Language models without a network: logits are a table, so every law is known exactly."""
+"""Models and steps without a network: logits are given, so every law is known exactly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from calibrate.decode.models import StepOutput
+from hlmtheory.steps import COLUMNS, HEAD_SIZE, Axes, LawStep, Step
 
 
 class TableModel:
@@ -47,3 +48,65 @@ class TableSession:
 
     def keep(self, rows: torch.Tensor) -> None:
         self.length = self.length[rows]
+
+
+class ArrayNoise:
+    """Random numbers of B contexts from one generator, numpy or torch."""
+
+    def __init__(self, rng: np.random.Generator, num: int, vocab: int, to=np.asarray) -> None:
+        self.draft = to(rng.random((num, 2)))
+        self.accept = to(rng.random(num))
+        self.resample = to(rng.random((num, 2)))
+        self.perturbation = to(rng.random((num, 128)))
+        self._races = to(rng.standard_exponential((num, vocab)))
+
+    def races(self):
+        return self._races
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    weights = np.exp(z - z.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def random_logits(rng: np.random.Generator, num: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (B, V) of device and server, from flat to sharp and from near to far."""
+    z = rng.uniform(0.3, 6, size=(num, 1)) * rng.standard_normal((num, vocab))
+    return z, z + rng.uniform(0, 1.5, size=(num, 1)) * rng.standard_normal((num, vocab))
+
+
+def law_step(
+    rng: np.random.Generator,
+    logits: np.ndarray,
+    target: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    head_size: int = HEAD_SIZE,
+    drafts: np.ndarray | None = None,
+    to=np.asarray,
+) -> LawStep:
+    """A live step of the float64 laws of these logits, (B, V) each, with a draft and an output.
+
+    `to` makes arrays of another namespace, such as torch.from_numpy.
+    """
+    num, vocab = logits.shape
+    x, y = softmax(logits / temperature), softmax(target / temperature)
+    if drafts is None:
+        drafts = np.array([rng.choice(vocab, p=row) for row in x])
+    outputs = np.array([rng.choice(vocab, p=row) for row in y])
+    noise = ArrayNoise(rng, num, vocab, to)
+    step = LawStep(Axes(vocab, temperature), to(logits), to(x), to(y), noise, head_size)
+    return step.with_columns({"draft_token": to(drafts), "output_token": to(outputs)})
+
+
+def stored(step: LawStep, due: np.ndarray | None = None) -> Step:
+    """What a trace keeps of a step, in the precision of its laws; NaN where not `due`."""
+    columns = {
+        name: np.asarray(step[name]).copy()
+        for name, column in COLUMNS.items()
+        if column.text and name in step
+    }
+    if due is not None:
+        for name in ("truncation_bias", "head_agreement", "head_race"):
+            columns[name][~due] = np.nan
+    return Step(step.axes, columns)
