@@ -1,0 +1,667 @@
+"""Every JSON file of a run as a typed record: one class a shape, one schema version a file.
+
+Records are frozen, refuse unknown keys, and go both ways through pydantic: what a stage writes is
+what the next one reads, field by field. docs/formats.md is made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    """What all records are: frozen, strict about their keys, and without NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Figure(Record):
+    """A number with its interval and unit; low and high are null only where none is defined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+
+
+class Curve(Record):
+    """Values along a grid with their intervals, point by point; null where none is defined."""
+
+    grid: tuple[float, ...]
+    value: tuple[float | None, ...]
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
+
+
+class StageRecord(Record):
+    """A file of its own: it says its schema and how it came to be."""
+
+    schema_version: ClassVar[int] = 2
+    file_name: ClassVar[str]
+    made_by: ClassVar[str]
+    """The command that writes it."""
+
+
+class Provenance(Record):
+    """Versions of all that can change a number, revision of the checkout, command line."""
+
+    versions: dict[str, str]
+    revision: str | None
+    command: tuple[str, ...]
+
+
+class ModelIdentity(Record):
+    """Which model: its hash is of the .gguf file, else of the weights, else the hub commit."""
+
+    label: str
+    sha256: str | None
+    drop_layers: tuple[int, ...]
+    num_parameters: int
+    num_layers: int
+
+
+class PairIdentity(Record):
+    """Both models, the vocabulary that they share, and the arithmetic they ran in."""
+
+    name: str
+    slm: ModelIdentity
+    llm: ModelIdentity
+    vocab_size: int
+    dtype: str
+    device: str
+
+
+class GivenModels(Record):
+    """--slm, --llm and --drop-layers as they were given, so that a rerun finds the models."""
+
+    slm: str | None = None
+    llm: str | None = None
+    drop_layers: str | None = None
+
+
+class RunSettings(Record):
+    """Everything that decides the tokens of a calibration."""
+
+    pair: str
+    given: GivenModels
+    prompts: str
+    """File or hub id; 'shipped' for the project's own."""
+    order: Literal["random", "file"]
+    limit: int
+    max_new_tokens: int
+    batch_size: int | None
+    temperature: float
+    seed: int
+    dtype: str
+    device: str
+    trace: Literal["full", "minimal"]
+
+
+class Timings(Record):
+    """Milliseconds of one token of one user: medians with order-statistic intervals."""
+
+    t_slm_ms: Figure
+    t_llm_ms: Figure
+    t_uncertainty_ms: Figure
+
+
+class RunRecord(StageRecord):
+    """run.json: what is being calibrated, and how far it is."""
+
+    file_name: ClassVar[str] = "run.json"
+    made_by: ClassVar[str] = "hlm calibrate"
+
+    complete: bool
+    pair: PairIdentity
+    settings: RunSettings
+    prompt_ids: tuple[str, ...]
+    """The prompts that were drawn."""
+    prompt_keys: tuple[str, ...]
+    """Hashes of their texts, so that nobody validates on them."""
+    provenance: Provenance
+    timings: Timings
+    num_prompts: int
+    num_tokens: int
+    wall_s: float
+    """Decoding, without loading."""
+    forward_s: float
+    """The part of it inside the two models' forwards."""
+
+
+class LineFit(Record):
+    """Least squares of beta on u, everything clustered by prompt; docs/theory.md, (7)."""
+
+    slope: Figure
+    intercept: Figure
+    correlation: Figure
+    correlation_binned: Figure
+    mean_rejection: Figure
+    delta: Figure
+    """P(y_d < x_d), the share of drafts that can be rejected at all."""
+    curvature: Figure
+    """Coefficient of u squared beside the line: 0 if the relation is one."""
+    covariance: tuple[tuple[float, float], tuple[float, float]]
+    """Cluster-robust, of (slope, intercept)."""
+    num_bins: int
+
+
+class Bin(Record):
+    """Mean uncertainty and rejection probability of one bin of tokens."""
+
+    uncertainty: float
+    rejection_prob: Figure
+    num_tokens: int
+
+
+class Histogram(Record):
+    """How many tokens lie in each cell of (uncertainty, rejection probability)."""
+
+    uncertainty_edges: tuple[float, ...]
+    rejection_edges: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+    """By uncertainty, then by rejection probability."""
+
+
+class Relation(Record):
+    """What stands beside the line: bins of equal count, the line's band, the best rising curve."""
+
+    bins: tuple[Bin, ...]
+    line: Curve
+    """Clipped to [0, 1]."""
+    isotonic_uncertainty: tuple[float, ...]
+    isotonic_rejection: tuple[float, ...]
+    tokens: Histogram
+
+
+class EstimatorScore(Record):
+    """How well one device-side score tells rejections: same trace and metrics for all."""
+
+    name: str
+    label: str
+    correlation: Figure
+    """With beta, token by token."""
+    auroc: Figure
+    """Each token counted as rejected with weight beta."""
+    skip_rate_at_risk: dict[str, Figure]
+    """Largest share of tokens skipped with rejection risk at most the key."""
+    risk: tuple[float, ...]
+    """Rejection risk along the curve of the score, rising from 0."""
+    skip_rate: tuple[float, ...]
+
+
+class AttentionSummary(Record):
+    """Statistics of the attention row behind each draft, over the answers and along them."""
+
+    entropy: Figure
+    sink: Figure
+    context: Figure
+    normalised_entropy_by_step: Curve
+    sink_by_step: Curve
+
+
+class LearnedModel(Record):
+    """Logistic regression of beta on device-side features, standardised: the score `learned`."""
+
+    features: tuple[str, ...]
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    intercept: float
+
+
+class CalibrationRecord(StageRecord):
+    """calibration.json: what the traces say."""
+
+    file_name: ClassVar[str] = "calibration.json"
+    made_by: ClassVar[str] = "hlm calibrate"
+
+    pair: PairIdentity
+    settings: RunSettings
+    num_prompts: int
+    num_tokens: int
+    confidence: float
+    fit: LineFit
+    relation: Relation
+    estimators: tuple[EstimatorScore, ...]
+    learned: LearnedModel | None
+    """Null with too few prompts to fit on."""
+    attention: AttentionSummary | None
+    timings: Timings
+
+
+class PolicyInfo(Record):
+    """A policy as figures and tables name and draw it."""
+
+    name: str
+    label: str
+    source: str | None
+    """FILE.py:NAME of somebody's own policy."""
+    paper: str | None
+    """The published system that it is, if any."""
+    gated: bool
+    color: str
+    dashes: tuple[float, ...]
+    """Matplotlib's on-off pattern; empty for a solid line."""
+    marker: str
+
+
+class OperatingPoint(Record):
+    """One policy at one derived setting, with what it is predicted to do."""
+
+    policy: str
+    rule: str
+    """Unique within its policy: the threshold rule, its budget and the setting's label."""
+    family: str
+    """The threshold rule alone: none, risk-averse, risk-prone, risk, conformal or ltt."""
+    variant: str
+    """Label of a further setting (tolerance, importance); empty for the first."""
+    score: str | None
+    """What the gate compares with its threshold; null for a policy without a gate."""
+    budget: float | None
+    weighting: Literal["tokens", "prompts"] | None
+    """The mean that the budget is about."""
+    confidence: float | None
+    """1 - delta of a certified threshold; null where nothing is certified with confidence."""
+    bound: float | None
+    """What was held against the budget of a certified threshold; null where none is certified."""
+    uncertainty_threshold: Figure
+    """Threshold on the score, with its cluster-bootstrap interval where its rule has one."""
+    feasible: bool
+    reason: str
+    """Why infeasible, or what is degenerate; empty otherwise."""
+    settings: dict[str, Any]
+    """The policy's own fields, as its class reads them back."""
+    predicted: dict[str, Figure]
+
+    @property
+    def key(self) -> str:
+        """policy/rule."""
+        return f"{self.policy}/{self.rule}"
+
+
+class DeriveRequest(Record):
+    """Everything `hlm derive` was asked for."""
+
+    policies: tuple[str, ...]
+    """Names, or FILE.py:NAME."""
+    score: str = "uncertainty"
+    risks: tuple[float, ...] = (0.01,)
+    confidence: float = 0.95
+    link: str = "wifi"
+    profile: str = "measured"
+    accounting: Literal["paper", "full"] = "paper"
+    thetas: tuple[float, ...] = (0.1,)
+    eta: float = 1.0
+    importances: tuple[str, ...] = ("topk:16:1",)
+    draft_from_sent: bool = False
+
+
+class Optimum(Record):
+    """The best choice within one bias budget for one objective; docs/theory.md, (30)."""
+
+    budget: float
+    objective: str
+    feasible: bool
+    reason: str
+    policy: str | None
+    num_entries: int | None
+    uncertainty_threshold: float | None
+    predicted: dict[str, float]
+
+
+class PlaneCell(Record):
+    """Predictions at one k and gamma of the importance."""
+
+    k: int
+    gamma: float
+    predicted: dict[str, Figure]
+
+
+class ImportancePlane(Record):
+    """Predictions over the two strictness parameters, at one threshold for all cells."""
+
+    policy: str
+    threshold_rule: str
+    uncertainty_threshold: float | None
+    reason: str
+    num_prompts: int
+    num_tokens: int
+    ks: tuple[int, ...]
+    gammas: tuple[float, ...]
+    cells: tuple[PlaneCell, ...]
+    """Every pair, gamma the faster index."""
+
+
+class ThresholdCurves(Record):
+    """Skip rate and rejection risk at every threshold of the score."""
+
+    score: str
+    skip_rate: Curve
+    risk: Curve
+
+
+class PolicyPath(Record):
+    """A gated policy's predicted payload and bias as its threshold rises."""
+
+    policy: str
+    thresholds: tuple[float, ...]
+    skip_rate: tuple[float, ...]
+    uplink_bits_per_token: tuple[float, ...]
+    tv_bias: tuple[float, ...]
+
+
+class ThroughputCurves(Record):
+    """Both throughputs of one operating point along the SNR of an AWGN link."""
+
+    policy: str
+    rule: str
+    throughput_tok_s: Curve
+    mean_throughput_tok_s: Curve
+
+
+class SnrSweep(Record):
+    """Throughput against SNR: the derivation's own bandwidth, round trip, times and accounting."""
+
+    rule: str
+    """The rule that gated policies are compared at."""
+    bandwidth_hz: float
+    round_trip_ms: float
+    snr_db: tuple[float, ...]
+    series: tuple[ThroughputCurves, ...]
+
+
+class SizeDistribution(Record):
+    """Distribution of the sizes of sent tokens: quantiles at evenly spaced levels from 0 to 1."""
+
+    levels: tuple[float, ...]
+    quantiles: tuple[float, ...]
+    mean: float
+    num_tokens: int
+
+
+class TruncationCurves(Record):
+    """What sending k probabilities costs: bound (19), bound (22) and the exact bias (21)."""
+
+    theta: float
+    soft_bound: Curve
+    sharp_bound: Curve
+    exact: Curve
+    num_tokens: int
+    """Tokens with N(k)."""
+    num_exact: int
+    """Tokens with the exact bias."""
+    chosen_size: int | None
+    """k of the fixed size, where one was derived."""
+    online: SizeDistribution | None
+    """Predicted sizes of sent tokens under the per-token rule, at `online_point`."""
+    online_point: str | None
+
+
+class ImportanceExample(Record):
+    """Importance and its threshold along the longest answer of the calibration."""
+
+    prompt_id: str
+    setting: str
+    """variant-k-gamma."""
+    step: tuple[int, ...]
+    importance: tuple[float, ...]
+    threshold: tuple[float | None, ...]
+    important: tuple[bool, ...]
+
+
+class DerivationRecord(StageRecord):
+    """operating_points.json: settings and what they are predicted to do, kept under a name."""
+
+    file_name: ClassVar[str] = "operating_points.json"
+    made_by: ClassVar[str] = "hlm derive"
+
+    name: str
+    request: DeriveRequest
+    provenance: Provenance
+    pair: PairIdentity
+    num_prompts: int
+    num_tokens: int
+    confidence: float
+    link: dict[str, Any]
+    profile: dict[str, Any]
+    accounting: Literal["paper", "full"]
+    policies: tuple[PolicyInfo, ...]
+    operating_points: tuple[OperatingPoint, ...]
+    optima: tuple[Optimum, ...]
+    thresholds: ThresholdCurves | None
+    paths: tuple[PolicyPath, ...]
+    snr: SnrSweep | None
+    truncation: TruncationCurves | None
+    importance_plane: ImportancePlane | None
+    importance_example: ImportanceExample | None
+
+
+class RerunInfo(Record):
+    """One rerun that a validation rests on."""
+
+    policy: str
+    rule: str
+    file: str
+    num_tokens: int
+    entries_per_sent_token: Figure
+    """Probabilities sent with a token that is sent; no value where nothing is ever sent."""
+    throughput: ThroughputCurves | None
+    """Its tokens priced along the derivation's SNR sweep."""
+    sizes: SizeDistribution | None
+    """Sizes of its sent tokens, where the size is chosen token by token."""
+
+
+class Cell(Record):
+    """One predicted figure against its measurement."""
+
+    policy: str
+    rule: str
+    metric: str
+    source: Literal["counted", "implied", "clock"]
+    """Counted token by token; implied by counts and given times; or read from a clock."""
+    predicted: Figure
+    """Interval for the *rerun's* figure: calibration and rerun sampling both."""
+    measured: Figure
+    covered: bool | None
+    fixed: bool
+    """Whether the policy alone fixes the figure, so that it cannot miss."""
+
+
+class Coverage(Record):
+    """Covered cells out of those judged; the exact binomial interval takes cells as independent."""
+
+    covered: int
+    total: int
+    share: Figure
+
+
+class Repeats(Record):
+    """What counts of covered cells to expect of predictions that hold; docs/theory.md, (36)."""
+
+    num_repeats: int
+    share: Figure
+    probability_of_at_most: float
+    probability_of_at_least: float
+    widest_error: float
+    probability_of_as_wide: float
+
+
+class CoverageSummary(Record):
+    """All cells; those no policy fixes by itself; and these with prompts as independent draws."""
+
+    covered: int
+    total: int
+    share: Figure
+    tested: Coverage
+    if_predictions_hold: Repeats | None
+    unstratified: Coverage
+
+
+class ContextShift(Record):
+    """How a policy's contexts differ from the server's; docs/theory.md, (37)."""
+
+    policy: str
+    rule: str
+    below_threshold: Figure
+    risk_below_threshold: Figure
+    score: Figure
+    prompts_below_threshold: Figure
+    prompts_risk: Figure
+    num_prompts: int
+
+
+class Infeasible(Record):
+    """A chosen point that was not rerun, and why."""
+
+    policy: str
+    rule: str
+    reason: str
+
+
+class ValidationRecord(StageRecord):
+    """validation.json: reruns held against the predictions of the derivation that it names."""
+
+    file_name: ClassVar[str] = "validation.json"
+    made_by: ClassVar[str] = "hlm validate"
+
+    derivation: str
+    provenance: Provenance
+    pair: PairIdentity
+    seed: int
+    order: Literal["random", "file"]
+    prompt_ids: tuple[str, ...]
+    confidence: float
+    num_prompts: int
+    num_calibration_prompts: int
+    num_tokens: int
+    strata: Literal["category"] | None
+    reruns: tuple[RerunInfo, ...]
+    infeasible: tuple[Infeasible, ...]
+    context_shift: tuple[ContextShift, ...]
+    cells: tuple[Cell, ...]
+    coverage: CoverageSummary
+
+
+class GuaranteeRow(Record):
+    """How one rule at one budget did over many redrawn calibrations."""
+
+    family: str
+    budget: float
+    source: Literal["all-prompts", "halves"]
+    weighting: Literal["tokens", "prompts"]
+    num_draws: int
+    num_calibration_prompts: int
+    violation_share: Figure
+    infeasible_share: Figure
+    skip_rate: Figure
+    risk: Figure
+
+
+class GuaranteesRecord(StageRecord):
+    """guarantees.json: do the rules keep their promise on the run's own prompts?"""
+
+    file_name: ClassVar[str] = "guarantees.json"
+    made_by: ClassVar[str] = "hlm guarantees"
+
+    score: str
+    num_draws: int
+    num_prompts: int
+    num_tokens: int
+    confidence: float
+    seed: int
+    provenance: Provenance
+    rows: tuple[GuaranteeRow, ...]
+
+
+class AttenuationRow(Record):
+    """One K: the line predicted from exact u, and the one measured on drawn u_K."""
+
+    num_temperatures: int
+    reliability: float
+    exact_correlation: float
+    predicted_correlation: float
+    predicted_slope: float
+    measured_correlation: Figure
+    measured_slope: Figure
+    correlation_gap: Figure
+    slope_gap: Figure
+    num_tokens: int
+    num_prompts: int
+
+
+class AttenuationRecord(StageRecord):
+    """attenuation.json: what drawing K tokens does to the fitted line; docs/theory.md, (6)."""
+
+    file_name: ClassVar[str] = "attenuation.json"
+    made_by: ClassVar[str] = "hlm attenuation"
+
+    pair: PairIdentity
+    confidence: float
+    provenance: Provenance
+    rows: tuple[AttenuationRow, ...]
+
+
+class QualityRow(Record):
+    """Text scores of one operating point against a draw of the server's law."""
+
+    policy: str
+    rule: str
+    reference: str
+    coupled_with: str | None
+    bertscore: Figure
+    cosine: Figure
+    bertscore_difference: Figure
+    cosine_difference: Figure
+    identical: Figure
+    shared_prefix: Figure
+    num_prompts: int
+
+
+class Backbone(Record):
+    """An encoder that texts were scored with."""
+
+    name: str
+    source: str
+    sha256: str | None
+    max_tokens: int
+    num_cut: int
+    layer: int | None = None
+    note: str = ""
+
+
+class QualityRecord(StageRecord):
+    """quality.json: the reruns' texts against the server model's own."""
+
+    file_name: ClassVar[str] = "quality.json"
+    made_by: ClassVar[str] = "hlm quality"
+
+    derivation: str
+    model: Backbone
+    embedding: Backbone
+    reference: str
+    second_draw: str
+    confidence: float
+    num_prompts: int
+    num_texts: int
+    num_empty: int
+    max_new_tokens: int
+    seed: int
+    mismatched: dict[str, Figure]
+    rows: tuple[QualityRow, ...]
+    provenance: Provenance
+
+
+STAGES: tuple[type[StageRecord], ...] = (
+    RunRecord,
+    CalibrationRecord,
+    DerivationRecord,
+    ValidationRecord,
+    GuaranteesRecord,
+    AttenuationRecord,
+    QualityRecord,
+)
+"""Every file of a run, in the order they are made."""
