@@ -327,10 +327,10 @@ def run_quality(
         Told what is being scored.
     """
     from calibrate.pairs.loading import load_tokenizer, resolve_device
+    from calibrate.pairs.registry import spec_from_settings
     from calibrate.pairs.store import ensure_folder
     from calibrate.quality.bertscore import BACKBONE_NOTE, ENCODER_LAYER, BertScore, own_backbone
     from calibrate.quality.encoder import ENCODER, MAX_TOKENS, SentenceEncoder
-    from calibrate.validate.validation import spec_from_settings
 
     device = resolve_device(device)
     encoder_identity: dict[str, Any] = {

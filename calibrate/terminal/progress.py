@@ -50,7 +50,7 @@ def token_progress(description: str, what: str = "tokens") -> Iterator[TokenBar]
             elapsed = task.elapsed or 0.0
             emitted = task.fields["emitted"]
             rate = emitted / elapsed if elapsed > 0 else 0.0
-            return Text(f"{emitted} {what}, {rate:.0f} a second")
+            return Text(f"{emitted} {what}, {rate:.0f}/s")
 
     columns = (
         TextColumn("{task.description}"),

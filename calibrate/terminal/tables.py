@@ -130,13 +130,13 @@ def print_calibration(summary: CalibrationRecord, run: Path) -> None:
     ):
         table.add_row(key, number_text(getattr(fit, key)), meaning)
     console.print(table)
-    shown = [f"{float(risk):.0%}" for risk in summary.estimators[0].skip_rate_at_risk]
+    risks = ("0.01", "0.05")
     table = new_table(
-        "estimator", ">correlation", ">AUROC", *(f">skip rate at risk {risk}" for risk in shown),
+        "estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk",
         title="what tells rejections best",
     )  # fmt: skip
     for one in summary.estimators:
-        figures = (one.correlation, one.auroc, *one.skip_rate_at_risk.values())
+        figures = (one.correlation, one.auroc, *(one.skip_rate_at_risk[risk] for risk in risks))
         table.add_row(one.name, *map(number_text, figures))
     console.print(table)
     console.print(
@@ -178,9 +178,13 @@ def print_operating_points(result: DerivationRecord) -> None:
     for best in result.optima:
         if best.feasible:
             size = f", k = {best.num_entries}" if best.num_entries else ""
-            at = number_text(best.uncertainty_threshold)
-            found = f"{best.policy} at u_th = {at}{size}: " + ", ".join(
-                f"{name} {number_text(value)}" for name, value in best.predicted.items()
+            speed, energy, bias = (
+                number_text(best.predicted[key])
+                for key in ("throughput_tok_s", "energy_j_per_token", "total_bias")
+            )
+            found = (
+                f"{best.policy} at u_th = {number_text(best.uncertainty_threshold)}{size}: "
+                f"{speed} token/s, {energy} J/token, bias at most {bias}"
             )
         else:
             found = best.reason

@@ -25,7 +25,7 @@ from calibrate.run.records import (
     Figure,
     RunRecord,
 )
-from calibrate.validate.validation import check_pair, spec_from_settings
+from calibrate.validate.validation import check_pair
 from hlmtheory.clusters import jackknife_correlation_interval, sum_by_prompt
 from hlmtheory.policies import calibration_policy
 from hlmtheory.relation import Line, line_moments, line_of_totals
@@ -272,6 +272,8 @@ class AttenuationPlan:
     @property
     def spec(self) -> PairSpec:
         """The calibrated pair, resolved again."""
+        from calibrate.pairs.registry import spec_from_settings
+
         return spec_from_settings(self.calibration.settings)
 
 

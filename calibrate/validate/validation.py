@@ -26,7 +26,6 @@ from calibrate.run.records import (
     OperatingPoint,
     RerunInfo,
     RunRecord,
-    RunSettings,
     ValidationRecord,
 )
 from calibrate.run.traces import read_axes, read_trace, shard_paths
@@ -77,6 +76,8 @@ class ValidationPlan:
     @property
     def spec(self) -> PairSpec:
         """The calibrated pair, resolved again."""
+        from calibrate.pairs.registry import spec_from_settings
+
         return spec_from_settings(self.calibration.settings)
 
     @cached_property
@@ -244,16 +245,6 @@ def _with_earlier(plan: ValidationPlan, earlier: ValidationRecord) -> Validation
         points=tuple(point for key, point in derived.items() if key in kept),
         infeasible=tuple(infeasible.values()),
     )
-
-
-def spec_from_settings(settings: RunSettings) -> PairSpec:
-    """The pair that run.json names, resolved again."""
-    from calibrate.pairs.registry import REGISTRY, resolve_pair
-
-    if settings.pair in REGISTRY:
-        return REGISTRY[settings.pair]
-    given = settings.given
-    return resolve_pair(None, given.slm, given.llm, given.drop_layers)
 
 
 def check_pair(calibration: CalibrationRecord, pair: LoadedPair) -> None:
