@@ -153,7 +153,8 @@ def findings(loaded: LoadedRun) -> list[str]:
     snr = None if loaded.derivation is None else loaded.derivation.snr
     compared = [point for point in loaded.feasible if snr and point.rule == snr.rule]
     compared.sort(key=lambda point: point.predicted["uplink_bits_per_token"].value or 0.0)
-    lines += [_point_sentence(loaded, point) for point in compared[:: max(len(compared) - 1, 1)]]
+    told = compared[:2] + compared[2:][-1:]  # the two that send least, and the most
+    lines += [_point_sentence(loaded, point) for point in told]
     num_infeasible = len(loaded.points) - len(loaded.feasible)
     if num_infeasible:
         lines.append(

@@ -1,39 +1,33 @@
-"""Figures, tables and report of a small synthetic run whose columns are known by construction."""
+"""Figures of records whose numbers are written down: what they show, and what they leave out."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib
 import numpy as np
+import paper_records
 import pytest
-from evidence import add_evidence
 from matplotlib.figure import Figure as Drawing
-from synthetic_run import (
-    NUM_PROMPTS,
-    NUM_STEPS,
-    VOCAB,
-    add_validation,
-    make_run,
-)
+from paper_records import GAMMAS, KS, NUM_PROMPTS, NUM_TOKENS, POLICIES, fig
 
-from calibrate.decode.recording import BIAS_SIZE_GRID, SIZE_GRID, THRESHOLD_GRID
-from calibrate.derive.policy_tokens import predicted_tokens
 from calibrate.run.errors import UserError
-from calibrate.run.folder import read_json, write_json
-from hlmtheory.clusters import mean_over_tokens
-from hlmtheory.policies import POLICY_NAMES
+from calibrate.run.figure import excludes_zero
+from calibrate.run.records import Curve, Figure
 from paper_figs import draw
 from paper_figs.figures import (
     attention,
+    context_shift,
     estimators,
+    guarantees,
+    importance_plane,
     payload_bias,
     relation,
     thresholds,
@@ -41,77 +35,63 @@ from paper_figs.figures import (
     truncation,
     validation,
 )
-from paper_figs.figures.curves import skip_risk_curve
 from paper_figs.loaded import LoadedRun, load_run
-from paper_figs.report import tables
-from paper_figs.report.report import write_report
 from paper_figs.style import (
-    POLICY_STYLES,
     SERIES,
     caption_of,
+    error_lengths,
+    parts,
+    policy_style,
     question_of,
     styled,
     take_words,
     wrap,
 )
 
-NASTY = 'x"><script src=//evil.example/x.js></script>$\\frac{$.jsonl'
+ROOT = Path(__file__).resolve().parents[2]
+BARE: dict[str, Any] = {
+    "derivation": None, "validation": None, "quality": None, "guarantees": None,
+    "attenuation": None,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("figures") / "run"
-    make_run(folder)
-    add_evidence(folder)
-    add_validation(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(run: Path) -> LoadedRun:
-    return load_run(run)
+def loaded() -> LoadedRun:
+    return paper_records.full_run()
 
 
 @pytest.fixture(scope="module")
 def drawings(loaded: LoadedRun) -> Iterator[dict[str, Drawing]]:
     with styled():
         found = dict(draw.figures(loaded))
-        assert all(drawing is not None for drawing in found.values())
-        yield {name: drawing for name, drawing in found.items() if drawing is not None}
+        assert not any(isinstance(drawing, str) for drawing in found.values())
+        yield {name: drawing for name, drawing in found.items() if isinstance(drawing, Drawing)}
 
 
-@pytest.fixture
-def stub_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are built, but not rendered: that is slow, and other tests do it."""
-    from paper_figs.report import report
-
-    def save(drawn: Drawing, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"drawn")
-
-    header = b"\x89PNG\r\n\x1a\n" + bytes(8) + (700).to_bytes(4, "big") + (400).to_bytes(4, "big")
-    monkeypatch.setattr(draw, "save", save)
-    monkeypatch.setattr(report, "png_bytes", lambda drawn: header)
+def drawn_by(module: ModuleType, loaded: LoadedRun) -> Drawing:
+    drawing = module.figure(loaded)
+    assert isinstance(drawing, Drawing)
+    return drawing
 
 
-@pytest.fixture
-def without_validation(run: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "validation.json").unlink()
-    return copy
+def changed(loaded: LoadedRun, **changes: Any) -> LoadedRun:
+    """The run with fields of its derivation exchanged."""
+    assert loaded.derivation is not None
+    return replace(loaded, derivation=loaded.derivation.model_copy(update=changes))
+
+
+def values_of(bars: Any) -> list[float]:
+    return [float(value) for value in bars.lines[0].get_ydata()]
 
 
 # What every figure owes its reader
 
 
 @pytest.mark.parametrize("name", draw.figure_names())
-def test_figure_says_what_it_is(name: str, drawings: dict[str, Drawing], loaded: LoadedRun) -> None:
-    drawing = drawings[name]
-    assert question_of(drawing).endswith("?")
-    caption = caption_of(drawing)
-    assert f"n = {NUM_PROMPTS} prompts" in caption
-    assert f"{loaded.trace.num_tokens:,} tokens" in caption
+def test_figure_says_what_it_is(name: str, drawings: dict[str, Drawing]) -> None:
+    assert question_of(drawings[name]).endswith("?")
+    caption = caption_of(drawings[name])
+    assert f"n = {NUM_PROMPTS} prompts, {NUM_TOKENS} tokens" in caption
     assert "synthetic" in caption
     assert "clustered by prompt" in caption
 
@@ -121,10 +101,9 @@ def test_every_axis_has_a_label_with_a_unit(name: str, drawings: dict[str, Drawi
     for axes in drawings[name].axes:
         if not axes.get_visible():
             continue
-        x_shared = axes.get_shared_x_axes().get_siblings(axes)
-        y_shared = axes.get_shared_y_axes().get_siblings(axes)
-        for kind, group in (("x", x_shared), ("y", y_shared)):
-            labels = {getattr(other, f"get_{kind}label")() for other in group} - {""}
+        for kind in "xy":
+            shared = getattr(axes, f"get_shared_{kind}_axes")().get_siblings(axes)
+            labels = {getattr(other, f"get_{kind}label")() for other in shared} - {""}
             assert labels, f"{name}: an axis {kind} without a label"
             for label in labels - {"policy"}:  # names, not numbers
                 assert re.search(r"\(.+\)", label, re.DOTALL), f"{name}: no unit in {label!r}"
@@ -143,522 +122,88 @@ def test_words_fit_on_the_page(name: str, drawings: dict[str, Drawing]) -> None:
     assert tight.y1 <= inside.y1 + 1
 
 
-@pytest.mark.parametrize("family", [list(POLICY_STYLES.values()), list(SERIES)])
-def test_series_can_be_told_apart_in_grey(family: list[Any]) -> None:
-    assert len({str(style.linestyle) for style in family}) == len(family)
-    assert len({style.marker for style in family}) == len(family)
+def test_series_can_be_told_apart_in_grey() -> None:
+    assert len({str(style.linestyle) for style in SERIES}) == len(SERIES)
+    assert len({style.marker for style in SERIES}) == len(SERIES)
     # Light colours vanish on paper: relative luminance of each against white.
-    for style in family:
+    for style in SERIES:
         red, green, blue = matplotlib.colors.to_rgb(style.color)
         assert 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.75
 
 
-def test_every_policy_has_a_style() -> None:
-    assert set(POLICY_NAMES) == set(POLICY_STYLES)
+def test_a_policy_looks_as_its_record_says(loaded: LoadedRun) -> None:
+    assert loaded.derivation is not None
+    for info in loaded.derivation.policies:
+        style = policy_style(info)
+        assert (style.color, style.marker) == (info.color, info.marker)
+        assert style.linestyle == ((0, info.dashes) if info.dashes else "solid")
+    assert loaded.style("not-derived") is SERIES[-1]
+    assert loaded.label("not-derived") == "not-derived"
 
 
-def test_drawing_leaves_settings_alone_and_opens_no_pyplot(loaded: LoadedRun) -> None:
-    import subprocess
-    import sys
+def test_a_policy_nobody_foresaw_is_drawn(loaded: LoadedRun) -> None:
+    """Name, label and look come from the records alone."""
+    assert loaded.derivation is not None
+    old = next(info for info in loaded.derivation.policies if info.name == "r-hlm")
+    mine = old.model_copy(update={"name": "mine", "label": "my own", "source": "mine.py:Mine"})
 
+    def renamed(entries: Any) -> Any:
+        return tuple(
+            entry.model_copy(update={"policy": "mine"}) if entry.policy == "r-hlm" else entry
+            for entry in entries
+        )
+
+    other = changed(
+        replace(loaded, validation=None),
+        policies=tuple(mine if info is old else info for info in loaded.derivation.policies),
+        operating_points=renamed(loaded.derivation.operating_points),
+        paths=renamed(loaded.derivation.paths),
+    )
+    with styled():
+        plane = drawn_by(payload_bias, other).axes[0]
+    assert "my own" in plane.get_legend_handles_labels()[1]
+    assert "r-hlm" not in plane.get_legend_handles_labels()[1]
+
+
+def test_drawing_imports_no_model_and_opens_no_window(tmp_path: Path) -> None:
+    """In its own interpreter, from a folder; the records are built there too."""
+    code = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+import paper_records
+from paper_figs import draw
+draw.save = lambda drawn, path: None
+run = paper_records.write_run(Path({str(tmp_path / "run")!r}))
+draw.draw_run(run, Path({str(tmp_path / "out")!r}))
+from paper_figs.report import report
+report.png_bytes = lambda drawn: bytes(24)
+report.write_report(run)
+heavy = {{"torch", "transformers", "sklearn", "statsmodels", "matplotlib.pyplot"}}
+sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_of_the_caller_are_left_alone(loaded: LoadedRun) -> None:
     before = dict(matplotlib.rcParams)
     with styled():
-        relation.figure(loaded)
+        drawn_by(relation, loaded)
     assert dict(matplotlib.rcParams) == before
-    code = "import sys, paper_figs.draw; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# What the figures show
+# Helpers of drawing
 
 
-def test_binned_means_are_those_of_the_tokens(loaded: LoadedRun) -> None:
-    """Recomputed by an obvious loop over sorted tokens."""
-    trace = loaded.trace
-    u, beta = trace["uncertainty"], trace["rejection_prob"]
-    with styled():
-        drawing = relation.figure(loaded)
-    assert drawing is not None
-    container = drawing.axes[0].containers[0]
-    x, y = container.lines[0].get_data()
-    edges = np.unique(np.quantile(u, np.linspace(0, 1, 21)))  # tokens that tie share a bin
-    assert len(x) == len(edges) - 1 == loaded.calibration["fit"]["num_bins"] < 20
-    for i in range(len(x)):
-        low = -1.0 if i == 0 else edges[i]
-        inside = (u > low) & (u <= edges[i + 1])
-        assert x[i] == pytest.approx(u[inside].mean())
-        assert y[i] == pytest.approx(beta[inside].mean())
-        interval = mean_over_tokens(
-            beta[inside], trace.prompt_index[inside], trace.num_prompts
-        ).interval(loaded.confidence)
-        assert interval is not None
-        low_drawn, high_drawn = container.lines[2][0].get_segments()[i][:, 1]
-        assert (low_drawn, high_drawn) == pytest.approx(interval)
-
-
-def test_line_band_is_the_interval_of_a_linear_combination(loaded: LoadedRun) -> None:
-    """At u = 0 the band is the intercept's interval: statsmodels and ours must agree."""
-    band = relation.line_band(loaded, np.array([0.0]))
-    intercept = loaded.calibration["fit"]["intercept"]
-    assert band.high[0] == pytest.approx(max(intercept["high"], 0.0), abs=1e-9)
-
-
-def test_threshold_curves_pass_through_the_derived_predictions(loaded: LoadedRun) -> None:
-    """The same risk by two ways: the figure's mean and the derivation's metric."""
-    points = thresholds.drawn_points(loaded)
-    assert points
-    for point in points:
-        threshold = min(point.uncertainty_threshold.value or 0.0, 1.0)
-        skipped = loaded.trace["uncertainty"] <= threshold
-        risk = float(np.mean(skipped * loaded.trace["rejection_prob"]))
-        assert point.predicted["rejection_risk"].value == pytest.approx(risk)
-        rates, risks = thresholds.predicted_curves(loaded)
-        below = np.searchsorted(rates.grid, threshold, side="right") - 1
-        above = min(below + 1, len(rates.grid) - 1)
-        assert risks.value[below] - 1e-12 <= risk <= risks.value[above] + 1e-12
-
-
-def test_infeasible_points_are_named_but_not_drawn(loaded: LoadedRun) -> None:
-    policy = thresholds.drawn_points(loaded)[0].policy
-    infeasible = [p.rule for p in loaded.points if p.policy == policy and not p.feasible]
-    feasible = [p for p in loaded.points if p.policy == policy and p.feasible]
-    assert infeasible, "twelve prompts cannot certify two per cent: the fixture must show it"
-    with styled():
-        drawing = thresholds.figure(loaded)
-    assert drawing is not None
-    top = drawing.axes[0]
-    hollow = [line for line in top.lines if len(line.get_xdata()) == 1 and _is_hollow(line)]
-    assert len(hollow) == len(feasible)
-    shown = {round(float(line.get_xdata()[0]), 9) for line in hollow}
-    assert shown == {round(min(p.uncertainty_threshold.value or 0.0, 1.0), 9) for p in feasible}
-    assert ", ".join(infeasible) in caption_of(drawing)
-    assert not any(p.rule in infeasible for p in payload_bias.plane_points(loaded))
-
-
-def test_sizes_are_compared_at_one_tolerance(loaded: LoadedRun) -> None:
-    from dataclasses import replace
-
-    size = truncation.online_size(loaded)
-    chosen = truncation.rerun_of(loaded, size)
-    assert chosen is not None
-    assert chosen.point.settings["theta"] == size.theta
-    assert truncation.rerun_of(loaded, replace(size, theta=size.theta / 2)) is None
-    assert truncation.rerun_of(replace(loaded, reruns=()), size) is None
-
-
-def test_captions_quote_the_confidence_that_their_intervals_have(loaded: LoadedRun) -> None:
-    """Derived at 90 %, calibrated at 95 %: each figure says its own."""
-    from dataclasses import replace
-
-    assert loaded.derived is not None
-    other = replace(loaded, derived=loaded.derived | {"confidence": 0.9})
-    expected = {"relation": "95%", "estimators": "95%", "thresholds": "90%", "payload_bias": "90%"}
-    with styled():
-        for name, drawing in draw.figures(other):
-            if name in expected:
-                assert drawing is not None
-                assert f"{expected.pop(name)} intervals, clustered" in caption_of(drawing)
-    assert not expected, "a figure was not looked at"
-    assert "90% intervals, clustered" in tables.markdown(other)
-
-
-def test_only_what_was_rerun_is_shown_if_anything_was(loaded: LoadedRun) -> None:
-    from dataclasses import replace
-
-    assert loaded.shown == loaded.feasible
-    few = replace(loaded, cells=tuple(cell for cell in loaded.cells if cell.policy == "r-hlm"))
-    assert {point.policy for point in few.shown} == {"r-hlm"}
-    assert replace(loaded, cells=()).shown == loaded.feasible
-
-
-def _is_hollow(line: Any) -> bool:
-    return line.get_marker() not in ("None", "none", "") and line.get_markerfacecolor() == "white"
-
-
-def test_measured_points_are_the_cells_of_the_rerun(loaded: LoadedRun) -> None:
-    for point in payload_bias.plane_points(loaded):
-        assert point.measured is not None
-        cell = next(
-            c for c in loaded.cells
-            if (c.policy, c.rule, c.metric) == (point.policy, point.rule, "tv_bias")
-        )  # fmt: skip
-        assert point.measured[1] == cell.measured
-
-
-def test_payload_axis_has_a_place_for_zero(drawings: dict[str, Drawing]) -> None:
-    plane = drawings["payload_bias"].axes[0]
-    assert plane.get_xscale() == "symlog"
-    assert plane.get_xlim()[0] < 0 < plane.get_xlim()[1]
-    assert 0.0 in plane.get_xticks()
-    assert plane.xaxis.get_major_formatter()(0.0, 0) == "0"
-
-
-def test_payload_paths_go_from_lossless_to_the_most_skipping(loaded: LoadedRun) -> None:
-    path = payload_bias.threshold_path(loaded, "u-hlm")
-    assert len(path) == len(THRESHOLD_GRID)
-    assert np.all(np.diff(path[:, 0]) <= 1e-9), "a higher threshold never sends more"
-    assert np.all(np.diff(path[:, 1]) >= -1e-9), "nor does it bias less"
-
-
-def test_every_cell_is_drawn_once(loaded: LoadedRun, drawings: dict[str, Drawing]) -> None:
-    drawn = [
-        line for axes in drawings["validation"].axes for line in axes.lines
-        if line.get_linestyle() == "None"
-    ]  # fmt: skip
-    assert sum(len(line.get_xdata()) for line in drawn) == len(loaded.cells)
-    crosses = sum(len(line.get_xdata()) for line in drawn if line.get_marker() == "X")
-    assert crosses == sum(not cell.covered for cell in loaded.cells)
-
-
-def test_covered_cells_and_only_they_lie_in_the_grey_band(loaded: LoadedRun) -> None:
-    for cell in loaded.cells:
-        inside = abs(validation.normalised_error(cell)) <= 1 + 1e-9
-        assert inside == cell.covered
-
-
-def test_normalised_error_takes_the_side_of_the_measurement(loaded: LoadedRun) -> None:
-    from dataclasses import replace
-
-    from calibrate.run.folder import Figure
-
-    cell = replace(
-        loaded.cells[0], predicted=Figure(1.0, 0.5, 3.0), measured=Figure(2.0, None, None)
-    )
-    assert validation.normalised_error(cell) == pytest.approx(0.5)
-    below = replace(cell, measured=Figure(0.0, None, None))
-    assert validation.normalised_error(below) == pytest.approx(-2.0)
-    fixed = replace(cell, predicted=Figure(1.0, 1.0, 1.0))
-    assert validation.normalised_error(fixed) == np.inf
-    assert validation.normalised_error(replace(fixed, measured=Figure(1.0))) == 0.0
-
-
-def test_skip_risk_curve_is_the_obvious_loop(rng: np.random.Generator) -> None:
-    score, beta = rng.integers(0, 5, 60) / 4, rng.uniform(size=60)
-    risk, rate = skip_risk_curve(score, beta)
-    expected = [(0.0, 0.0)]
-    for level in sorted(set(score)):
-        skipped = score <= level
-        expected.append((float((beta * skipped).mean()), float(skipped.mean())))
-    assert np.column_stack([risk, rate]) == pytest.approx(np.array(expected))
-
-
-def test_estimator_curves_end_where_calibration_says(loaded: LoadedRun) -> None:
-    """Skip rate at a budget, from the curve and from calibration.json.
-
-    The calibration bins scores to 200 quantiles; one bin more or less is 1/200 at most, and one
-    token where tokens are fewer.
-    """
-    beta = loaded.trace["rejection_prob"]
-    tolerance = 1 / 200 + 1.5 / loaded.trace.num_tokens
-    scores = estimators.estimator_scores(loaded.trace)
-    for entry in loaded.calibration["estimators"]:
-        score = scores[entry["name"]]
-        risk, rate = skip_risk_curve(score, beta)
-        for level, figure in entry["skip_rate_at_risk"].items():
-            best = float(rate[risk <= float(level)].max())
-            assert figure["value"] == pytest.approx(best, abs=tolerance)
-
-
-def test_truncation_bounds_are_ordered(loaded: LoadedRun) -> None:
-    soft, sharp, exact = truncation.bias_curves(loaded)
-    assert list(sharp.grid) == list(SIZE_GRID)
-    assert np.all(soft.value >= 2.8 * sharp.value - 1e-12)
-    assert np.all(np.diff(sharp.value) <= 1e-12)
-    assert list(exact.grid) == list(BIAS_SIZE_GRID)
-
-
-def test_importance_dots_agree_with_the_gate(loaded: LoadedRun) -> None:
-    """The figure's comparison of I_t with I_th is what the policy's replay decides."""
-    from calibrate.decode.recording import replay_importance
-    from hlmtheory.policies import ImportanceSettings
-
-    rows = attention.example_rows(loaded)
-    assert len(rows) == NUM_STEPS
-    for settings in (ImportanceSettings(), ImportanceSettings("context", 0.5, 0.9)):
-        importance, threshold = attention.importance_and_threshold(loaded, rows, settings)
-        decided = replay_importance(loaded.trace, settings)[rows]
-        assert list(~(importance < threshold)) == list(decided)
-        assert 0 < decided.sum() < len(decided) or settings.variant == "topk"
-
-
-def test_normalised_entropy_of_a_uniform_row_is_one(loaded: LoadedRun) -> None:
-    columns = dict(loaded.trace.columns)
-    columns["attention_entropy"] = np.log(columns["num_attended"] - 1.0)
-    from dataclasses import replace
-
-    from calibrate.run.traces import Trace
-
-    uniform = replace(loaded, trace=Trace(columns, loaded.trace.prompt_ids))
-    assert attention.normalised_entropy(uniform) == pytest.approx(1.0)
-
-
-def test_throughput_at_the_derived_snr_is_the_prediction(loaded: LoadedRun) -> None:
-    link = loaded.economics().link
-    rule = throughput_snr.chosen_rule(loaded)
-    assert rule is not None
-    for point in throughput_snr.points_at(loaded, rule):
-        tokens = predicted_tokens(loaded.trace, point.to_policy(), VOCAB)
-        for metric, _ in throughput_snr.PANELS:
-            found = throughput_snr.along_snr(loaded, tokens, metric, np.array([link.snr_db]))  # type: ignore[attr-defined]
-            assert found.value[0] == pytest.approx(point.predicted[metric].value)
-
-
-# Files
-
-
-def test_draw_run_writes_every_format_and_leaves_no_temporary(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(draw, "PNG_DPI", 40)
-    output = tmp_path / "out"
-    told: list[object] = []
-    written = draw.draw_run(run, output, told.append)
-    names = {f"{name}.{kind}" for name in draw.figure_names() for kind in ("png", "pdf")}
-    assert {path.name for path in written} == names | {
-        "main_table.md",
-        "main_table.csv",
-        "audit_table.md",
-    }
-    assert {path.name for path in output.iterdir()} == {path.name for path in written}
-    assert len(told) == len(draw.figure_names())
-    for path in written:
-        head = path.read_bytes()[:8]
-        if path.suffix == ".png":
-            assert head == b"\x89PNG\r\n\x1a\n"
-        if path.suffix == ".pdf":
-            assert head.startswith(b"%PDF")
-
-
-@pytest.mark.usefixtures("stub_rendering")
-def test_without_validation_the_others_are_drawn(without_validation: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    outdated = output / "validation.png"
-    outdated.write_bytes(b"of an earlier run")
-    written = {path.name for path in draw.draw_run(without_validation, output)}
-    missing = {f"{name}.png" for name in draw.figure_names()} - written
-    assert missing == {"validation.png", "context_shift.png"}
-    assert not outdated.exists(), "an outdated figure must not stay among the new ones"
-
-
-@pytest.mark.usefixtures("stub_rendering")
-def test_only_a_calibration_is_enough_for_its_figures(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "validation.json").unlink()
-    (copy / "operating_points.json").unlink()
-    written = {path.name for path in draw.draw_run(copy, tmp_path / "out")}
-    expected = {"relation", "attenuation", "guarantees", "estimators", "truncation", "attention"}
-    drawn = {f"{name}.{kind}" for name in expected for kind in ("png", "pdf")}
-    assert written == drawn | {"audit_table.md"}
-    text = write_report(copy).read_text(encoding="utf-8")
-    assert "Nothing was derived yet" in text
-    assert "Nothing was rerun yet" in text
-
-
-def test_a_minimal_trace_leaves_out_what_it_lacks(loaded: LoadedRun) -> None:
-    from dataclasses import replace
-
-    from calibrate.run.traces import Trace
-
-    full = ("skip_set", "tail_deviation", "truncation_bias", "attention", "context", "topk", "num_")
-    columns = {k: v for k, v in loaded.trace.columns.items() if not k.startswith(full)}
-    bare = replace(loaded, trace=Trace(columns, loaded.trace.prompt_ids))
-    with styled():
-        found = dict(draw.figures(bare))
-    missing = {name for name, drawing in found.items() if drawing is None}
-    assert missing == {"truncation", "payload_bias", "throughput_snr", "attention"}
-
-
-@pytest.mark.usefixtures("stub_rendering")
-def test_no_calibration_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such folder"):
-        draw.draw_run(tmp_path / "nothing", tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"calibration\.json is missing; run `hlm calibrate`"):
-        draw.draw_run(tmp_path / "empty", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("stub_rendering")
-def test_cells_of_an_earlier_derivation_are_not_shown_as_current(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    derived = read_json(copy, "operating_points.json")
-    point = next(p for p in derived["operating_points"] if p["policy"] == "u-hlm")
-    point["predicted"]["skip_rate"]["value"] += 0.01
-    point["uncertainty_threshold"]["value"] += 0.01
-    write_json(copy / "operating_points.json", derived)
-    loaded = load_run(copy)
-    assert loaded.outdated == (("u-hlm", point["rule"]),)
-    stale = next(p for p in loaded.points if (p.policy, p.rule) == ("u-hlm", point["rule"]))
-    assert loaded.measured(stale) == {}
-    assert not any(r.point.rule == stale.rule and r.point.policy == "u-hlm" for r in loaded.reruns)
-    assert "Derived anew since the rerun" in write_report(copy).read_text(encoding="utf-8")
-
-
-def test_a_pair_that_never_rejects_is_drawn(loaded: LoadedRun) -> None:
-    """All risks are zero: no axis collapses, which Matplotlib would warn of."""
-    from dataclasses import replace
-
-    from calibrate.run.traces import Trace
-
-    columns = dict(loaded.trace.columns)
-    for name in ("rejection_prob", "truncation_bias", "skip_set_bias"):
-        columns[name] = 0.0 * columns[name]
-    agreeing = replace(loaded, trace=Trace(columns, loaded.trace.prompt_ids))
-    with styled():
-        for module in (relation, thresholds, estimators, truncation, payload_bias):
-            drawing = module.figure(agreeing)
-            assert drawing is not None
-            drawing.canvas.draw()
-
-
-# The table
-
-
-def test_csv_holds_every_point_unrounded(loaded: LoadedRun) -> None:
-    rows = list(csv.DictReader(tables.csv_text(loaded).splitlines()))
-    assert len(rows) == len(loaded.points)
-    for row, point in zip(rows, loaded.points, strict=True):
-        assert (row["policy"], row["rule"]) == (point.policy, point.rule)
-        assert (row["feasible"] == "True") == point.feasible
-        value = point.predicted["tv_bias"].value
-        assert row["tv_bias_predicted"] == ("" if value is None else repr(value))
-        cells = loaded.measured(point)
-        assert bool(row["tv_bias_measured"]) == bool(cells)
-
-
-def test_markdown_has_one_width_and_names_infeasible_points(loaded: LoadedRun) -> None:
-    text = tables.markdown(loaded)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1
-    num_points = len(loaded.feasible)
-    assert sum("| predicted |" in line for line in lines) == num_points
-    assert sum("| measured |" in line for line in lines) == num_points
-    for point in loaded.points:
-        if not point.feasible:
-            assert f"{point.policy}/{point.rule}" in text
-
-
-@pytest.mark.parametrize(
-    ("value", "half", "text"),
-    [
-        (0.078, 0.0567, "0.078 ± 0.057"),
-        (1087356.9, 66845.2, "1,087,357 ± 66,845"),
-        (14.468, 0.529, "14.47 ± 0.53"),
-        (0.0, 0.0, "0"),
-        (100.0, 0.0, "100"),
-        (1e-7, 1e-8, "0"),
-        (12.3456789, 0.000058, "12.3457 ± 0.0001"),
-    ],
-)
-def test_short_text_shows_the_digits_that_its_interval_supports(
-    value: float, half: float, text: str
-) -> None:
-    from calibrate.run.folder import Figure
-
-    shown = tables.short_text(Figure(value, value - half, value + half))
-    assert shown.replace("\N{NO-BREAK SPACE}", " ") == text
-
-
-# The report
-
-
-class Page(HTMLParser):
-    """Tags, attributes and whether they nest."""
-
-    VOID = ("meta", "img", "br", "link", "input", "hr")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-
-@pytest.fixture(scope="module")
-def page_text(run: Path) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "PNG_DPI", 40)
-        return write_report(run).read_text(encoding="utf-8")
-
-
-def test_report_holds_every_figure_and_section(page_text: str, loaded: LoadedRun) -> None:
-    page = Page(page_text)
-    assert page.open == []
-    figure_ids = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
-    assert figure_ids == [f"figure-{name}" for name in draw.figure_names()]
-    images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == len(figure_ids)
-    assert all((image["src"] or "").startswith("data:image/png;base64,iVBOR") for image in images)
-    assert all(image["alt"] for image in images)
-    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
-    targets = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
-    assert targets
-    assert {f"#{name}" for name in ids} >= targets
-    summary = loaded.validation["coverage"] if loaded.validation else {}
-    assert f"{summary['covered']} of {summary['total']} measured figures" in page_text
-    assert "ab" * 32 in page_text
-
-
-def test_report_asks_nothing_of_the_network(page_text: str) -> None:
-    assert not re.search(r"https?://", page_text)
-    assert not re.search(r"@import|url\(", page_text)
-    page = Page(page_text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
-    for _, attrs in page.tags:
-        for name in ("src", "href", "srcset", "action"):
-            target = attrs.get(name)
-            assert target is None or target.startswith(("data:", "#"))
-
-
-def test_report_counts_covered_cells_by_metric(page_text: str, loaded: LoadedRun) -> None:
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page_text))
-    for metric in ("skip_rate", "tv_bias"):
-        cells = [cell for cell in loaded.cells if cell.metric == metric]
-        covered = sum(cell.covered for cell in cells)
-        label = {"skip_rate": "skip rate (share of tokens)", "tv_bias": "TV bias (probability)"}
-        assert f"{label[metric]} {covered} {len(cells)}" in text
-    assert page_text.count("✗ ") == sum(not cell.covered for cell in loaded.cells)
-
-
-@pytest.mark.usefixtures("stub_rendering")
-def test_malicious_names_stay_text(tmp_path: Path) -> None:
-    """A prompt file, or a prompt id that a figure's caption cites, may hold anything."""
-    folder = tmp_path / "run"
-    make_run(folder, prompts_file=NASTY, prompt_name=NASTY)
-    text = write_report(folder).read_text(encoding="utf-8")
-    page = Page(text)
-    assert not any(tag == "script" for tag, _ in page.tags)
-    assert "<script" not in text
-    assert "&lt;script" in text
-    with styled():
-        drawing = attention.figure(load_run(folder))
-        assert drawing is not None
-        assert NASTY in caption_of(drawing)
-        draw.png_bytes(drawing)  # a dollar sign must not be read as a formula
-
-
-def test_figures_in_the_report_carry_no_words_twice(loaded: LoadedRun) -> None:
-    with styled():
-        drawing = estimators.figure(loaded)
-        assert drawing is not None
-        height = drawing.get_size_inches()[1]
-        question, caption = take_words(drawing)
-        assert question.endswith("?")
-        assert "clustered by prompt" in caption
-        assert question_of(drawing) == caption_of(drawing) == ""
-        assert drawing.get_size_inches()[1] < height
+def test_parts_and_error_lengths() -> None:
+    found = parts([Figure(value=1.0, low=0.5, high=3.0), Figure(value=None)], 10)
+    assert found[:, 0].tolist() == [10.0, 5.0, 30.0]
+    assert np.isnan(found[:, 1]).all()
+    assert error_lengths(found).tolist() == [[5.0, 0.0], [20.0, 0.0]]
+    along = Curve(grid=(0.0, 1.0), value=(1.0, None), low=(None, None), high=(2.0, None))
+    assert parts(along)[2, 0] == 2.0
+    assert error_lengths(parts(along)).tolist() == [[0.0, 0.0], [1.0, 0.0]]
 
 
 def test_wrap_breaks_at_spaces_only_and_keeps_the_words() -> None:
@@ -670,10 +215,458 @@ def test_wrap_breaks_at_spaces_only_and_keeps_the_words() -> None:
     assert not any(line.endswith("three") for line in lines)
 
 
-@pytest.mark.usefixtures("stub_rendering")
-def test_json_on_disk_is_left_as_it_was(run: Path, tmp_path: Path) -> None:
-    """Figures read results; they never write them."""
-    before = {path: path.read_bytes() for path in run.glob("*.json")}
-    draw.draw_run(run, tmp_path / "out")
-    assert {path: path.read_bytes() for path in run.glob("*.json")} == before
-    assert all(json.loads(content) for content in before.values())
+def test_words_are_taken_for_the_report(loaded: LoadedRun) -> None:
+    with styled():
+        drawing = drawn_by(estimators, loaded)
+        height = drawing.get_size_inches()[1]
+        question, caption = take_words(drawing)
+    assert question.endswith("?")
+    assert "clustered by prompt" in caption
+    assert question_of(drawing) == caption_of(drawing) == ""
+    assert drawing.get_size_inches()[1] < height
+
+
+# What the figures show
+
+
+def test_bins_and_what_the_line_leaves_over(drawings: dict[str, Drawing]) -> None:
+    """beta = u**2 against the line u - 1/6, which is clipped to [0, 1]."""
+    top, bottom = drawings["relation"].axes
+    u = top.containers[0].lines[0].get_xdata()
+    assert values_of(top.containers[0]) == pytest.approx(u**2)
+    assert values_of(bottom.containers[0]) == pytest.approx(u**2 - np.maximum(u - 1 / 6, 0))
+    low, high = top.containers[0].lines[2][0].get_segments()[3][:, 1]
+    assert (low, high) == pytest.approx((0.9 * u[3] ** 2, 1.1 * u[3] ** 2))
+
+
+def test_threshold_figure_takes_points_that_lie_on_the_curves(loaded: LoadedRun) -> None:
+    points = thresholds.drawn_points(loaded)
+    assert {point.policy for point in points} == {"u-hlm"}
+    assert [point.rule for point in points] == ["risk-0.01", "risk-0.02", "risk-0.05", "risk-prone"]
+    # A second condition skips more than the threshold says: such a policy is not on the curve.
+    other = [p for p in loaded.feasible if p.policy == "ui-hlm" and p.rule != "risk-prone"]
+    assert other
+    assert not any(loaded.on_curve(point) for point in other)
+    ungated = next(point for point in loaded.feasible if point.rule == "none")
+    assert not loaded.on_curve(ungated)
+
+
+def test_infeasible_points_are_named_but_not_drawn(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    drawing = drawings["thresholds"]
+    hollow = [
+        line for line in drawing.axes[0].lines
+        if len(line.get_xdata()) == 1 and line.get_markerfacecolor() == "white"
+    ]  # fmt: skip
+    points = thresholds.drawn_points(loaded)
+    shown = {round(float(line.get_xdata()[0]), 9) for line in hollow}
+    assert shown == {round(min(p.uncertainty_threshold.value or 0.0, 1.0), 9) for p in points}
+    assert "Infeasible, so not drawn: ltt-0.01" in caption_of(drawing)
+    assert not any(p.rule == "ltt-0.01" for p in payload_bias.plane_points(loaded))
+
+
+def test_a_score_without_an_end_has_its_own_axis(loaded: LoadedRun) -> None:
+    """Entropy in nats, from 0 to 9: thresholds and grids are nine times those of u."""
+    assert loaded.derivation is not None
+    curves = loaded.derivation.thresholds
+    assert curves is not None
+
+    def stretched(means: Curve) -> Curve:
+        return means.model_copy(update={"grid": tuple(9 * place for place in means.grid)})
+
+    points = tuple(
+        point.model_copy(
+            update={
+                "score": point.score and "entropy",
+                "uncertainty_threshold": Figure(value=9 * point.uncertainty_threshold.value,
+                                                unit="nat")
+                if point.uncertainty_threshold.value is not None
+                else Figure(value=None),
+            }
+        )
+        for point in loaded.derivation.operating_points
+    )  # fmt: skip
+    other = changed(
+        loaded,
+        operating_points=points,
+        thresholds=curves.model_copy(
+            update={
+                "score": "entropy",
+                "skip_rate": stretched(curves.skip_rate),
+                "risk": stretched(curves.risk),
+            }
+        ),
+    )
+    with styled():
+        bottom = drawn_by(thresholds, other).axes[1]
+    assert bottom.get_xlim()[1] == pytest.approx(9 * 1.03)
+    assert bottom.get_xlabel() == "threshold u_th on the score: entropy (nat)"
+
+
+def test_guarantee_markers_are_the_stored_shares(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    axes, record = drawings["guarantees"].axes, loaded.guarantees
+    assert record is not None
+    for column, source in enumerate(guarantees.SOURCES):
+        for row_of_axes, key in enumerate(("violation_share", "skip_rate")):
+            bars = axes[2 * row_of_axes + column].containers
+            stored = sorted(getattr(r, key).value for r in record.rows if r.source == source)
+            assert sorted(values_of(each)[0] for each in bars) == pytest.approx(stored)
+    hollow = sum(bars.lines[0].get_markerfacecolor() == "white" for bars in axes[0].containers)
+    assert hollow == 1, "ltt at half a per cent never had a threshold"
+    caption = caption_of(drawings["guarantees"])
+    assert "risk over tokens, conformal over prompts, ltt over prompts" in caption
+    assert "Infeasible in some (a): ltt at 1\N{NO-BREAK SPACE}% in 40% of them" in caption
+
+
+def test_attenuation_bars_are_the_stored_figures_by_rising_k(drawings: dict[str, Drawing]) -> None:
+    left, right = drawings["attenuation"].axes
+    assert values_of(right.containers[0]) == [-0.01, 0.0, 0.03]
+    expected = [0.5 * (k / (k + 2)) ** 0.5 + gap for k, gap in ((5, -0.01), (20, 0), (100, 0.03))]
+    assert values_of(left.containers[0]) == pytest.approx(expected)
+    caption = caption_of(drawings["attenuation"])
+    assert "2 of 3 intervals contain 0" in caption, "the gap of 0.03 with half-width 0.02 does not"
+    assert "n = 20 prompts, 640 tokens" in caption
+
+
+def test_estimators_are_drawn_by_their_stored_curves(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    left, right = drawings["estimators"].axes
+    for line, bars, entry in zip(
+        left.lines, right.containers, loaded.calibration.estimators, strict=False
+    ):
+        assert line.get_label() == entry.label
+        assert line.get_ydata() == pytest.approx(100 * np.array(entry.skip_rate))
+        assert values_of(bars) == pytest.approx(
+            [100 * float(figure.value or 0) for figure in entry.skip_rate_at_risk.values()]
+        )
+
+
+def test_truncation_shows_the_rerun_of_its_own_point(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    labels = drawings["truncation"].axes[1].get_legend_handles_labels()[1]
+    assert [label.partition(":")[0] for label in labels] == ["predicted", "measured"]
+    assert "median 31.6" in labels[0], "log-uniform from 1 to 1000"
+    assert loaded.derivation is not None
+    assert loaded.derivation.truncation is not None
+    other = loaded.derivation.truncation.model_copy(update={"online_point": "cu-hlm-online/risk-9"})
+    assert truncation.measured_sizes(loaded, other) is None
+    bare = changed(loaded, truncation=other.model_copy(update={"online": None}))
+    with styled():
+        assert len(drawn_by(truncation, bare).axes) == 1
+
+
+def test_both_policies_that_send_next_to_nothing_are_named(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    """In every comparison of payload and bias."""
+    plane = drawings["payload_bias"].axes[0]
+    assert {"r-hlm", "coupled"} <= set(plane.get_legend_handles_labels()[1])
+    labels = [text.get_text() for text in drawings["throughput_snr"].axes[1].get_legend().texts]
+    assert labels == [entry[0] for entry in POLICIES]
+
+
+def test_payload_axis_has_a_place_for_zero(drawings: dict[str, Drawing]) -> None:
+    plane = drawings["payload_bias"].axes[0]
+    assert plane.get_xscale() == "symlog"
+    assert plane.get_xlim()[0] < 0 < plane.get_xlim()[1]
+    assert 0.0 in plane.get_xticks()
+    assert plane.xaxis.get_major_formatter()(0.0, 0) == "0"
+
+
+def test_payload_points_are_predictions_and_reruns(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    points = payload_bias.plane_points(loaded)
+    assert not any(point.rule == "risk-prone" for point in points), "skips all, as the device alone"
+    plane = drawings["payload_bias"].axes[0]
+    measured = {(float(b.lines[0].get_xdata()[0]), values_of(b)[0]) for b in plane.containers}
+    assert measured == {
+        tuple(float(loaded.measured(point)[m].measured.value or 0.0) for m in payload_bias.METRICS)
+        for point in points
+    }
+
+
+def test_throughput_markers_lie_on_the_rerun_of_that_rule(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    assert loaded.derivation is not None
+    assert loaded.derivation.snr is not None
+    left, right = drawings["throughput_snr"].axes
+    for axis, metric in ((left, "throughput_tok_s"), (right, "mean_throughput_tok_s")):
+        for bars, series in zip(axis.containers, loaded.derivation.snr.series, strict=True):
+            found = throughput_snr.measured_series(loaded, series)
+            assert found is not None
+            along = getattr(found, metric)
+            at = bars.lines[0].get_xdata()
+            assert len(at) == throughput_snr.NUM_MARKERS
+            assert values_of(bars) == pytest.approx(np.interp(at, along.grid, along.value))
+    num = len(loaded.derivation.snr.snr_db)
+    places = [throughput_snr.marker_places(num, share) for share in np.linspace(0, 0.99, 9)]
+    assert 0 <= min(map(min, places)) <= max(map(max, places)) < num
+
+
+def test_importance_dots_are_the_stored_decisions(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    assert loaded.derivation is not None
+    example = loaded.derivation.importance_example
+    assert example is not None
+    axes = drawings["attention"].axes[2]
+    full, hollow = (line for line in axes.lines if line.get_linestyle() == "None")
+    assert len(full.get_xdata()) == sum(example.important)
+    assert len(hollow.get_xdata()) == len(example.step) - sum(example.important)
+    with styled():
+        assert len(drawn_by(attention, replace(loaded, **BARE)).axes) == 2, "nothing was derived"
+
+
+def test_measured_cell_is_the_rerun_of_that_setting(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    assert loaded.derivation is not None
+    plane = loaded.derivation.importance_plane
+    assert plane is not None
+    assert list(importance_plane.measured_cells(loaded, plane)) == [
+        (KS.index(16), GAMMAS.index(1.0))
+    ]
+    assert [len(axis.patches) for axis in drawings["importance_plane"].axes] == [1] * 4
+    moved = plane.model_copy(update={"uncertainty_threshold": 0.1})
+    assert importance_plane.measured_cells(loaded, moved) == {}, "another threshold, another plane"
+    texts = {text.get_text() for text in drawings["importance_plane"].axes[3].texts}
+    assert {"6.00", "3.00", "1.50"} <= texts
+
+
+def test_every_judged_cell_is_drawn_once(loaded: LoadedRun, drawings: dict[str, Drawing]) -> None:
+    drawn = [
+        line for axes in drawings["validation"].axes for line in axes.lines
+        if line.get_linestyle() == "None"
+    ]  # fmt: skip
+    assert sum(len(line.get_xdata()) for line in drawn) == len(loaded.cells)
+    crosses = sum(len(line.get_xdata()) for line in drawn if line.get_marker() == "X")
+    assert crosses == sum(not cell.covered for cell in loaded.cells) > 0
+
+
+def test_covered_cells_and_only_they_lie_in_the_grey_band(loaded: LoadedRun) -> None:
+    for cell in loaded.cells:
+        assert (abs(validation.normalised_error(cell)) <= 1 + 1e-9) == cell.covered
+
+
+def test_normalised_error_takes_the_side_of_the_measurement(loaded: LoadedRun) -> None:
+    def error(predicted: Figure, measured: float) -> float:
+        changes = {"predicted": predicted, "measured": Figure(value=measured)}
+        return validation.normalised_error(loaded.cells[0].model_copy(update=changes))
+
+    wide = Figure(value=1.0, low=0.5, high=3.0)
+    assert error(wide, 2.0) == pytest.approx(0.5)
+    assert error(wide, 0.0) == pytest.approx(-2.0)
+    fixed = Figure(value=1.0, low=1.0, high=1.0)
+    assert error(fixed, 2.0) == np.inf
+    assert error(fixed, 1.0) == 0.0
+
+
+def test_shifts_with_an_interval_without_zero_are_crosses(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    rows = context_shift.shift_rows(loaded)
+    away = sum(excludes_zero(row.below_threshold) for row in rows)
+    assert 0 < away < len(rows)
+    first = drawings["context_shift"].axes[0]
+    crosses = [bars for bars in first.containers if bars.lines[0].get_marker() == "X"]
+    assert [len(bars.lines[0].get_xdata()) for bars in crosses] == [away]
+    assert f"of {len(rows)} reruns (a) {away}" in caption_of(drawings["context_shift"])
+
+
+def test_captions_quote_the_confidence_that_their_intervals_have(loaded: LoadedRun) -> None:
+    """Derived at 90 %, calibrated at 95 %: each figure says its own."""
+    other = changed(loaded, confidence=0.9)
+    expected = {"relation": "95%", "estimators": "95%", "thresholds": "90%", "payload_bias": "90%",
+                "truncation": "90%"}  # fmt: skip
+    with styled():
+        for name, drawing in draw.figures(other):
+            if name in expected:
+                assert isinstance(drawing, Drawing)
+                assert f"{expected.pop(name)} intervals, clustered" in caption_of(drawing)
+    assert not expected, "a figure was not looked at"
+
+
+def test_a_pair_that_never_rejects_is_drawn(loaded: LoadedRun) -> None:
+    """All risks are zero: no axis collapses, which Matplotlib would warn of."""
+    assert loaded.derivation is not None
+    assert loaded.derivation.thresholds is not None
+    assert loaded.derivation.truncation is not None
+    derivation = loaded.derivation
+    zero = fig(0.0)
+
+    def flat(means: Curve) -> Curve:
+        nothing = tuple(0.0 for _ in means.grid)
+        return Curve(grid=means.grid, value=nothing, low=nothing, high=nothing)
+
+    agreeing = changed(
+        replace(loaded, validation=None),
+        operating_points=tuple(
+            point.model_copy(
+                update={"predicted": point.predicted | {"rejection_risk": zero, "tv_bias": zero}}
+            )
+            for point in loaded.feasible
+        ),
+        thresholds=derivation.thresholds.model_copy(
+            update={"risk": flat(derivation.thresholds.risk)}
+        ),
+        truncation=derivation.truncation.model_copy(
+            update={"exact": flat(derivation.truncation.exact)}
+        ),
+        paths=(),
+    )
+    fit = agreeing.calibration.fit.model_copy(update={"mean_rejection": zero})
+    calibration = agreeing.calibration.model_copy(update={"fit": fit})
+    with styled():
+        for module in (relation, thresholds, estimators, truncation, payload_bias):
+            drawing = drawn_by(module, replace(agreeing, calibration=calibration))
+            drawing.canvas.draw()
+
+
+# What a run lacks
+
+
+def test_each_missing_figure_names_the_command_that_makes_it(loaded: LoadedRun) -> None:
+    """One line a figure: what is missing, and what to run."""
+    with styled():
+        found = dict(draw.figures(replace(loaded, **BARE)))
+    lines = {name: drawing for name, drawing in found.items() if isinstance(drawing, str)}
+    commands = {
+        "attenuation": "attenuation", "guarantees": "guarantees", "thresholds": "derive",
+        "truncation": "derive", "payload_bias": "derive", "throughput_snr": "derive",
+        "importance_plane": "derive", "validation": "validate", "context_shift": "validate",
+    }  # fmt: skip
+    assert lines.keys() == commands.keys()
+    for name, command in commands.items():
+        assert f"`hlm {command} RUN`" in lines[name]
+        assert "\n" not in lines[name]
+    named = draw.lack(replace(loaded, validation=None, name="lte"), validation)
+    assert "validation.json of derivation lte" in named
+
+
+def test_a_part_that_a_derivation_lacks_is_said(loaded: LoadedRun) -> None:
+    """A minimal trace: no truncation, no attention, no plane."""
+    calibration = loaded.calibration.model_copy(update={"attention": None})
+    bare = changed(
+        replace(loaded, calibration=calibration),
+        truncation=None, importance_plane=None, snr=None, thresholds=None,
+    )  # fmt: skip
+    with styled():
+        found = dict(draw.figures(bare))
+    lines = {name for name, drawing in found.items() if isinstance(drawing, str)}
+    assert lines == {"truncation", "attention", "importance_plane", "throughput_snr", "thresholds"}
+    assert "--trace full" in str(found["truncation"])
+
+
+def test_only_what_was_rerun_is_shown_if_anything_was(loaded: LoadedRun) -> None:
+    assert loaded.validation is not None
+    assert {point.rule for point in loaded.shown} == {
+        "none", "risk-0.01", "risk-0.02", "risk-0.05"
+    }  # fmt: skip
+    assert replace(loaded, validation=None).shown == loaded.feasible
+    few = tuple(cell for cell in loaded.cells if cell.policy == "r-hlm")
+    other = replace(loaded, validation=loaded.validation.model_copy(update={"cells": few}))
+    assert {point.policy for point in other.shown} == {"r-hlm"}
+
+
+def test_cells_of_an_earlier_derivation_are_not_shown_as_current(loaded: LoadedRun) -> None:
+    points = list(loaded.points)
+    place = next(i for i, p in enumerate(points) if p.key == "u-hlm/risk-0.02")
+    moved = points[place].predicted | {"skip_rate": fig(0.5)}
+    points[place] = points[place].model_copy(update={"predicted": moved})
+    other = changed(loaded, operating_points=tuple(points))
+    assert other.outdated == (("u-hlm", "risk-0.02"),)
+    assert other.measured(points[place]) == {}
+    assert other.rerun_of(points[place]) is None
+    assert loaded.outdated == ()
+
+
+# Files
+
+
+def test_draw_run_writes_every_format_and_leaves_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "PNG_DPI", 40)
+    run = paper_records.write_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    output, told = tmp_path / "out", list[object]()
+    written = draw.draw_run(run, output, told.append)
+    names = {f"{name}.{kind}" for name in draw.figure_names() for kind in ("png", "pdf")}
+    assert {path.name for path in written} == names | {
+        "main_table.md", "main_table.csv", "audit_table.md"
+    }  # fmt: skip
+    assert {path.name for path in output.iterdir()} == {path.name for path in written}
+    assert told == [f"{name}: drawn" for name in draw.figure_names()]
+    for path in written:
+        head = path.read_bytes()[:8]
+        if path.suffix == ".png":
+            assert head == b"\x89PNG\r\n\x1a\n"
+        if path.suffix == ".pdf":
+            assert head.startswith(b"%PDF")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before, "figures read, only"
+
+
+@pytest.fixture
+def stub_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are built, but not rendered: that is slow, and other tests do it."""
+
+    def save(drawn: Drawing, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"drawn")
+
+    monkeypatch.setattr(draw, "save", save)
+
+
+@pytest.mark.usefixtures("stub_save")
+def test_without_validation_the_others_are_drawn(tmp_path: Path) -> None:
+    run = paper_records.write_run(tmp_path / "run")
+    (run / "validation.json").unlink()
+    output, told = tmp_path / "out", list[object]()
+    output.mkdir()
+    outdated = output / "validation.png"
+    outdated.write_bytes(b"of an earlier run")
+    written = {path.name for path in draw.draw_run(run, output, told.append)}
+    missing = {f"{name}.png" for name in draw.figure_names()} - written
+    assert missing == {"validation.png", "context_shift.png"}
+    assert not outdated.exists(), "an outdated figure must not stay among the new ones"
+    assert sum(f"`hlm validate {run}`" in str(line) for line in told) == 2
+
+
+@pytest.mark.usefixtures("stub_save")
+def test_a_named_derivation_is_drawn_with_its_own_validation(tmp_path: Path) -> None:
+    run = paper_records.write_run(tmp_path / "run")
+    named = paper_records.derivation_record("lte", confidence=0.9)
+    paper_records.write_record(run, named, "lte")
+    assert load_run(run, "lte").validation is None, "the default one judged another derivation"
+    judged = paper_records.validation_record(named, seed=7)
+    paper_records.write_record(run, judged, "night")
+    loaded = load_run(run, "lte")
+    assert (loaded.name, loaded.validation_name) == ("lte", "night")
+    assert loaded.derivation == named
+    assert loaded.validation == judged
+    assert load_run(run).validation_name == "default"
+    with pytest.raises(UserError, match=r"operating_points\.5g\.json is missing"):
+        draw.draw_run(run, tmp_path / "out", name="5g")
+
+
+def test_no_calibration_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder"):
+        draw.draw_run(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"calibration\.json is missing; run `hlm calibrate`"):
+        draw.draw_run(tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_optional_file_is_one_clear_line(tmp_path: Path) -> None:
+    run = paper_records.write_run(tmp_path / "run")
+    (run / "guarantees.json").write_text("{")
+    with pytest.raises(UserError, match=r"guarantees\.json is not valid JSON"):
+        load_run(run)
