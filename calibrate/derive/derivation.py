@@ -26,6 +26,8 @@ from calibrate.run.records import (
 
 JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, QualityRecord)
 """What is held against a derivation, and so loses its meaning with it."""
+MAX_IN_DOUBLE = 200_000
+"""Tokens up to which a trace is kept in double precision while it is looked at many times."""
 
 
 def derive_run(
@@ -111,7 +113,7 @@ def _derived(
     from calibrate.derive import curves
     from calibrate.derive.importance_plane import importance_plane
     from calibrate.derive.operating_points import Study, operating_points, policy_infos
-    from calibrate.derive.optimum import optima, policy_paths
+    from calibrate.derive.optimum import in_double, optima, policy_paths
     from calibrate.derive.predict import Economics, point_policy
     from calibrate.derive.presets import link_to_dict, load_link, load_profile, profile_to_dict
     from calibrate.run.traces import read_trace, shard_paths
@@ -128,7 +130,7 @@ def _derived(
             "--trace full"
         )
     study = Study(
-        trace,
+        in_double(trace) if trace.num_tokens <= MAX_IN_DOUBLE else trace,
         calibration,
         request,
         Economics(link, profile, calibration.pair.vocab_size, request.accounting),

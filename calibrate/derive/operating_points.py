@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -42,6 +42,9 @@ from hlmtheory.scores import Score, score_named
 
 UNGATED = "none"
 """Rule of a policy without a threshold."""
+
+Gate: TypeAlias = tuple[SkipAtoms, list[DerivedThreshold]]
+"""Pieces of drafts with the score that a gate sees, and its threshold under every rule."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Study:
     request: DeriveRequest
     economics: Economics
     options: DeriveOptions
-    _gates: list[tuple[SkipAtoms, list[DerivedThreshold]]] = field(default_factory=list)
+    _gates: dict[str, Gate] = field(default_factory=dict)
 
     @property
     def score(self) -> Score:
@@ -120,20 +123,17 @@ class Study:
             raise UsageError(_refusal(source, error)) from None
         return offers
 
-    def gate(self, policy: GatedPolicy) -> tuple[SkipAtoms, list[DerivedThreshold]]:
-        """Pieces of drafts that a policy's gate sees, and its threshold under every rule.
-
-        Policies that skip alike share them.
-        """
-        atoms = policy_atoms(self.trace, policy)
-        for known in self._gates:
-            if np.array_equal(known[0].score, atoms.score) and np.array_equal(
-                known[0].mass, atoms.mass
-            ):
-                return known
-        found = derive_thresholds(atoms, self.score, self.trace, self.calibration, self.request)
-        self._gates.append((atoms, found))
-        return self._gates[-1]
+    def gate(self, policy: GatedPolicy) -> Gate:
+        """What a policy's gate sees, and its thresholds; policies that skip alike share them."""
+        key = repr(policy)
+        if key not in self._gates:
+            atoms = policy_atoms(self.trace, policy)
+            alike = (known for known in self._gates.values() if _same(known[0], atoms))
+            self._gates[key] = next(alike, None) or (
+                atoms,
+                derive_thresholds(atoms, self.score, self.trace, self.calibration, self.request),
+            )
+        return self._gates[key]
 
     def predict(self, policy: Policy) -> dict[str, Figure]:
         """Predicted metrics with intervals for the calibration's sampling of prompts."""
@@ -141,6 +141,10 @@ class Study:
         return {
             name: as_figure(found[name], UNITS[name], self.request.confidence) for name in METRICS
         }
+
+
+def _same(first: SkipAtoms, second: SkipAtoms) -> bool:
+    return np.array_equal(first.score, second.score) and np.array_equal(first.mass, second.mass)
 
 
 def score_of(name: str, learned: LearnedModel | None) -> Score:

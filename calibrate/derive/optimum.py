@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 
 from calibrate.derive.operating_points import Study
-from calibrate.derive.predict import Economics, metrics, predicted_tokens
+from calibrate.derive.predict import Economics, predicted_tokens, uplink_bits
 from calibrate.run.records import Optimum, PolicyPath
 from calibrate.run.traces import Trace
 from hlmtheory.optimise import Choice, Objective, PolicyCurve, best_choice
@@ -19,7 +19,6 @@ MAX_TOKENS = 50_000
 """Paths are drawn and searched, not reported: means over at most so many tokens will do."""
 NUM_THRESHOLDS = 27
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-PATH_METRICS = ("skip_rate", "rejection_risk", "uplink_bits_per_token", "tv_bias")
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,15 @@ def thin_prompts(trace: Trace, most: int = MAX_TOKENS) -> Trace:
     return Trace(columns, trace.prompt_ids[::step], trace.axes, trace.categories[::step])
 
 
+def in_double(trace: Trace) -> Trace:
+    """The same with floats that every step would turn into double precision turned once."""
+    columns = {
+        name: values.astype(np.float64) if values.dtype == np.float32 else values
+        for name, values in trace.columns.items()
+    }
+    return Trace(columns, trace.prompt_ids, trace.axes, trace.categories)
+
+
 def path_thresholds(study: Study, policy: GatedPolicy) -> np.ndarray:
     """Rising thresholds that skip ever more: quantiles of the score, and the derived ones."""
     atoms, derived = study.gate(policy)
@@ -85,14 +93,17 @@ def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: 
     moved: list[Policy] = [policy]
     if isinstance(policy, GatedPolicy):
         moved = [policy.with_threshold(threshold) for threshold in thresholds]
-    found = [metrics(predicted_tokens(trace, one), economics) for one in moved]
-    columns = ([one[name].value for one in found] for name in PATH_METRICS)
-    return Path(policy, thresholds, *map(np.array, columns))
+    rows = []
+    for one in moved:
+        tokens = predicted_tokens(trace, one)
+        bits = uplink_bits(tokens, economics)
+        rows.append([np.nanmean(part) for part in (tokens.skip, tokens.risk, bits, tokens.bias)])
+    return Path(policy, thresholds, *np.array(rows).T)
 
 
 def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:
     """Paths of the first setting of every policy, and those with another fixed size."""
-    trace = thin_prompts(study.trace)
+    trace = in_double(thin_prompts(study.trace))
     first, resized = [], []
     for offers in study.offers.values():
         for offer in offers[:1]:
