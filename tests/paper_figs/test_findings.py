@@ -2,66 +2,109 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import paper_records
 import pytest
 
-from calibrate.fit.calibration import summarise
-from calibrate.run.folder import read_json
+from calibrate.run.folder import read_record
+from calibrate.run.records import CalibrationRecord, Figure, RunRecord
 from calibrate.run.resources import data_path
-from calibrate.run.traces import read_trace, shard_paths
-from paper_figs.report.findings import REAL, findings, replaced
+from paper_figs.loaded import LoadedRun
+from paper_figs.report.findings import REAL, findings, replaced, shipped_findings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def loaded() -> LoadedRun:
+    return paper_records.full_run()
+
+
 def test_numbers_in_readme_are_those_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert replaced(readme, findings(data_path("results"))) == readme
-
-
-def test_calibration_is_what_the_shipped_trace_gives() -> None:
-    """Point values and bootstrap intervals alike; numpy's sums may differ in the last digits."""
-    run = data_path("results") / REAL
-    made = summarise(read_trace(shard_paths(run)), read_json(run, "run.json"))
-    shipped = read_json(run, "calibration.json")
-    for found, kept in zip(numbers(made), numbers(shipped), strict=True):
-        assert found == pytest.approx(kept, rel=1e-9, abs=1e-12)
-
-
-def numbers(content: dict[str, Any]) -> list[float]:
-    """Every number of the fit, the estimators and the attention, in order."""
-    parts = json.loads(json.dumps([content[key] for key in ("fit", "estimators", "attention")]))
-
-    def walk(value: Any) -> Iterator[float]:
-        if isinstance(value, dict | list):
-            for inner in value.values() if isinstance(value, dict) else value:
-                yield from walk(inner)
-        elif isinstance(value, int | float):
-            yield value
-
-    return list(walk(parts))
-
-
-def test_a_changed_result_is_a_changed_finding(tmp_path: Path) -> None:
-    """Negative control: the comparison above can fail."""
-    results = data_path("results")
-    for source in results.rglob("*.json"):
-        copy = tmp_path / source.relative_to(results)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(source.read_text())
-    assert findings(tmp_path) == findings(results)
-    path = tmp_path / REAL / "calibration.json"
-    content = json.loads(path.read_text())
-    content["fit"]["slope"]["value"] *= 1.1
-    path.write_text(json.dumps(content))
-    assert findings(tmp_path) != findings(results)
+    assert replaced(readme, shipped_findings(data_path("results"))) == readme
 
 
 def test_figures_of_the_findings_are_there() -> None:
     readme = (ROOT / "README.md").read_text()
     for part in readme.split("](docs/")[1:]:
         assert (ROOT / "docs" / part.partition(")")[0]).is_file()
+
+
+def test_a_changed_result_is_a_changed_finding(loaded: LoadedRun) -> None:
+    """Negative control: the comparison with README can fail."""
+    fit = loaded.calibration.fit.model_copy(update={"slope": Figure(value=1.1)})
+    moved = replace(loaded, calibration=loaded.calibration.model_copy(update={"fit": fit}))
+    assert findings([loaded], loaded) == findings([loaded], loaded)
+    assert findings([moved], moved) != findings([loaded], loaded)
+
+
+def payload_rows(loaded: LoadedRun) -> dict[str, list[str]]:
+    """Rows of the third finding, by policy and in their order."""
+    part = findings([loaded], loaded).split("**3. ")[1].split("**4. ")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    return {line[0].strip("`"): line[1:] for line in lines}
+
+
+def test_payload_and_bias_of_every_gated_policy_by_what_it_sends(loaded: LoadedRun) -> None:
+    rows = payload_rows(loaded)
+    assert list(rows) == ["coupled", "r-hlm", "cu-hlm-online", "ui-hlm", "u-hlm"]
+    assert {row[-1] for row in rows.values()} == {"rerun"}
+    text = findings([loaded], loaded)
+    assert "At one threshold `coupled` sends least, 0\N{NO-BREAK SPACE}[0" in text
+
+
+def test_a_policy_that_was_not_rerun_says_so(loaded: LoadedRun) -> None:
+    assert loaded.validation is not None
+    cells = tuple(cell for cell in loaded.cells if cell.policy != "coupled")
+    other = replace(loaded, validation=loaded.validation.model_copy(update={"cells": cells}))
+    rows = payload_rows(other)
+    assert rows["coupled"][-1] == "predicted; not rerun yet"
+    assert rows["coupled"][2].startswith("0.0261"), "2 % of risk and 0.01 of each sent token"
+    assert rows["r-hlm"][-1] == "rerun"
+
+
+def test_misses_are_split_where_the_score_alone_decides(loaded: LoadedRun) -> None:
+    assert loaded.validation is not None
+    assert "| RUN | `cu-hlm-online` 24 | +5.0 and +5.0 | 3 of 15 |" in findings([loaded], loaded)
+    cells = tuple(
+        cell.model_copy(update={"covered": cell.policy != "ui-hlm"}) for cell in loaded.cells
+    )
+    other = replace(loaded, validation=loaded.validation.model_copy(update={"cells": cells}))
+    assert "| `ui-hlm` only, not split |" in findings([other], other)
+    good = tuple(cell.model_copy(update={"covered": True}) for cell in loaded.cells)
+    fine = replace(loaded, validation=loaded.validation.model_copy(update={"cells": good}))
+    assert "| RUN | none | none missed |" in findings([fine], fine)
+
+
+def test_findings_of_runs_that_lack_parts(loaded: LoadedRun) -> None:
+    bare = replace(loaded, validation=None, guarantees=None)
+    text = findings([bare], bare)
+    assert "None of the shipped runs was rerun yet" in text
+    assert "**4. " not in text
+    assert "predicted; not rerun yet" in text
+
+
+def test_calibration_is_what_the_shipped_trace_gives() -> None:
+    """Point values and bootstrap intervals alike; numpy's sums may differ in the last digits."""
+    from calibrate.fit.calibration import summarise
+    from calibrate.run.traces import read_trace, shard_paths
+
+    run = data_path("results") / REAL
+    made = summarise(read_trace(shard_paths(run)), read_record(run, RunRecord))
+    shipped = read_record(run, CalibrationRecord)
+    for found, kept in zip(numbers(made.model_dump()), numbers(shipped.model_dump()), strict=True):
+        assert found == pytest.approx(kept, rel=1e-9, abs=1e-12)
+
+
+def numbers(content: Any) -> Iterator[float]:
+    """Every number of a record, in order."""
+    if isinstance(content, dict | tuple | list):
+        for inner in content.values() if isinstance(content, dict) else content:
+            yield from numbers(inner)
+    elif isinstance(content, int | float):
+        yield content
