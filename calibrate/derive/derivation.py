@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import (
@@ -23,6 +23,9 @@ from calibrate.run.records import (
     StageRecord,
     ValidationRecord,
 )
+
+if TYPE_CHECKING:
+    from calibrate.derive.operating_points import Study
 
 JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, QualityRecord)
 """What is held against a derivation, and so loses its meaning with it."""
@@ -112,15 +115,49 @@ def _derived(
     """The derivation itself: a function of traces, calibration and request alone."""
     from calibrate.derive import curves
     from calibrate.derive.importance_plane import importance_plane
-    from calibrate.derive.operating_points import Study, operating_points, policy_infos
-    from calibrate.derive.optimum import in_double, optima, policy_paths
-    from calibrate.derive.predict import Economics, point_policy
-    from calibrate.derive.presets import link_to_dict, load_link, load_profile, profile_to_dict
+    from calibrate.derive.operating_points import operating_points, policy_infos
+    from calibrate.derive.optimum import optima, policy_paths
+    from calibrate.derive.presets import link_to_dict, profile_to_dict
+
+    infos = policy_infos(request.policies)
+    study = _study(run, request)
+    points = operating_points(study)
+    runnable = [(point, policy) for point, policy in points if policy is not None]
+    paths, resized = policy_paths(study)
+    economics = study.economics
+    return DerivationRecord(
+        name=name,
+        request=request,
+        provenance=provenance(command),
+        pair=study.calibration.pair,
+        num_prompts=study.trace.num_prompts,
+        num_tokens=study.trace.num_tokens,
+        confidence=request.confidence,
+        link={"name": request.link, **link_to_dict(economics.link)},
+        profile={"name": request.profile, **profile_to_dict(economics.profile)},
+        accounting=request.accounting,
+        policies=infos,
+        operating_points=tuple(point for point, _ in points),
+        optima=tuple(optima(study, paths + resized)),
+        thresholds=curves.threshold_curves(study),
+        paths=tuple(path.record() for path in paths if path.policy.gated),
+        snr=curves.snr_sweep(study, runnable),
+        truncation=curves.truncation_curves(study, runnable),
+        importance_plane=importance_plane(study),
+        importance_example=curves.importance_example(study),
+    )
+
+
+def _study(run: Path, request: DeriveRequest) -> Study:
+    """What the request is made from, all of it checked."""
+    from calibrate.derive.operating_points import Study
+    from calibrate.derive.optimum import in_double
+    from calibrate.derive.predict import Economics
+    from calibrate.derive.presets import load_link, load_profile
     from calibrate.run.traces import read_trace, shard_paths
     from hlmtheory.policies import DeriveOptions
 
     calibration = read_record(run, CalibrationRecord)
-    infos = policy_infos(request.policies)
     importances = tuple(parse_importance(text) for text in request.importances)
     link, profile = load_link(request.link), load_profile(request.profile, calibration.timings)
     trace = read_trace(shard_paths(run))
@@ -129,49 +166,12 @@ def _derived(
             f"RUN {run}: minimal traces lack the candidates that predictions need; calibrate with "
             "--trace full"
         )
-    study = Study(
+    return Study(
         in_double(trace) if trace.num_tokens <= MAX_IN_DOUBLE else trace,
         calibration,
         request,
         Economics(link, profile, calibration.pair.vocab_size, request.accounting),
         DeriveOptions(request.thetas, request.eta, importances, request.draft_from_sent),
-    )
-    points = operating_points(study)
-    paths, resized = policy_paths(study)
-    record = DerivationRecord(
-        name=name,
-        request=request,
-        provenance=provenance(command),
-        pair=calibration.pair,
-        num_prompts=trace.num_prompts,
-        num_tokens=trace.num_tokens,
-        confidence=request.confidence,
-        link={"name": request.link, **link_to_dict(link)},
-        profile={"name": request.profile, **profile_to_dict(profile)},
-        accounting=request.accounting,
-        policies=infos,
-        operating_points=tuple(points),
-        optima=tuple(optima(study, paths + resized)),
-        thresholds=None,
-        paths=tuple(path.record() for path in paths if path.policy.gated),
-        snr=None,
-        truncation=None,
-        importance_plane=None,
-        importance_example=None,
-    )
-    runnable = [
-        (point, point_policy(record, point, calibration.learned))
-        for point in points
-        if point.feasible
-    ]
-    return record.model_copy(
-        update={
-            "thresholds": curves.threshold_curves(study),
-            "snr": curves.snr_sweep(study, runnable),
-            "truncation": curves.truncation_curves(study, runnable),
-            "importance_plane": importance_plane(study),
-            "importance_example": curves.importance_example(study),
-        }
     )
 
 

@@ -188,32 +188,32 @@ def _refusal(source: str, error: ValueError) -> str:
     return f"--policy {source}: {str(error).removeprefix(f'policy {source}: ')}"
 
 
-def operating_points(study: Study) -> list[OperatingPoint]:
-    """Operating points of every requested policy under every rule, infeasible ones included."""
-    points: list[OperatingPoint] = []
+def operating_points(study: Study) -> list[tuple[OperatingPoint, Policy | None]]:
+    """Points of every requested policy under every rule, with the policy of feasible ones."""
+    points: list[tuple[OperatingPoint, Policy | None]] = []
     for source, offers in study.offers.items():
         if not offers:
             reason = "the trace lacks the columns that it needs; calibrate with --trace full"
-            points.append(_infeasible(policy_class(source).name, reason))
+            points.append((_infeasible(policy_class(source).name, reason), None))
         for offer in offers:
             policy = offer.policy
             if isinstance(policy, GatedPolicy):
                 points += [_gated_point(study, offer, policy, one) for one in study.gate(policy)[1]]
             else:
-                points.append(_ungated_point(study, offer))
+                points.append((_ungated_point(study, offer), policy))
     return points
 
 
 def _gated_point(
     study: Study, offer: Offer, policy: GatedPolicy, derived: DerivedThreshold
-) -> OperatingPoint:
+) -> tuple[OperatingPoint, Policy | None]:
     threshold = derived.threshold
     predicted, reason = _undefined(), threshold.reason
     if threshold.feasible:
         policy = policy.with_threshold(threshold.value)
         predicted = study.predict(policy)
         reason = policy.remark or reason or _degenerate(predicted["skip_rate"].value)
-    return OperatingPoint(
+    point = OperatingPoint(
         policy=policy.name,
         rule=threshold.rule + offer.label,
         family=threshold.family,
@@ -229,6 +229,7 @@ def _gated_point(
         settings=offer.settings,
         predicted=predicted,
     )
+    return point, policy if threshold.feasible else None
 
 
 def _ungated_point(study: Study, offer: Offer) -> OperatingPoint:

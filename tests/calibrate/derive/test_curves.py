@@ -105,6 +105,8 @@ def test_the_sweep_is_the_metrics_at_each_snr(derived: DerivationRecord, trace: 
     own = snr.snr_db.index(derived.link["snr_db"])
     point = point_named(derived, "coupled/risk-0.02")
     coupled = next(one for one in snr.series if one.policy == "coupled")
+    expected = point.predicted["throughput_tok_s"].value
+    assert coupled.throughput_tok_s.value[own] == pytest.approx(expected)
 
 
 def test_the_rule_to_compare_at(derived: DerivationRecord) -> None:
