@@ -173,11 +173,11 @@ class Policy:
         if unknown:
             raise ValueError(f"policy {cls.name}: unknown setting {unknown[0]!r}")
         hints = get_type_hints(cls)
-        values = {
-            key: hints[key](**value) if is_dataclass(hints[key]) else value
-            for key, value in settings.items()
-        }
         try:
+            values = {
+                key: hints[key](**value) if is_dataclass(hints[key]) else value
+                for key, value in settings.items()
+            }
             return cls(**values, **gate)
         except TypeError as error:
             raise ValueError(f"policy {cls.name}: {error}") from None
@@ -217,9 +217,13 @@ class Policy:
         """TV between the output's law and the server's, (B,): rho, for full verification (12)."""
         return skip.risk(step)
 
+    def as_drafted(self, step: Step) -> Step:
+        """The step with the law that drafts come from in the place of x."""
+        return step
+
     def outcome(self, step: Step) -> Outcome:
         """What the policy does, averaged over the draft wherever the head decides."""
-        skip = self.skip_probability(step)
+        skip, step = self.skip_probability(step), self.as_drafted(step)
         mass = skip.mass(step)
         entries = (1.0 - mass) * self.entries(step, skip)
         return Outcome(mass, skip.risk(step), self.bias(step, skip), entries)
@@ -228,6 +232,7 @@ class Policy:
         """What it does with the very draft that was drawn; the bias stays that of the law."""
         skip = self.skip_probability(step)
         skipped = array_namespace(skip.beyond).astype(self.skips(step), skip.beyond.dtype)
+        step = self.as_drafted(step)
         entries = (1.0 - skipped) * self.entries(step, skip)
         return Outcome(skipped, skipped * step["rejection_prob"], self.bias(step, skip), entries)
 
@@ -339,8 +344,11 @@ class TruncatingPolicy(GatedPolicy):
         rho = skip.risk(step)
         if self.rule.drafts_from_sent or size is None:
             return rho
+        if self.threshold >= self.score.high:
+            return rho
         both = np.minimum(rho + self.truncation_bias(step, size), 1.0)
-        return np.where(skip.whole, rho, both)
+        # Unknown stays unknown where all is skipped: a mean over what is known must not choose.
+        return np.where(skip.whole & ~np.isnan(both), rho, both)
 
 
 __all__ = [

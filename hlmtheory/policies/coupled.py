@@ -37,17 +37,21 @@ class Coupled(GatedPolicy):
     def bias(self, step: Step, skip: Skip) -> Array:
         """Exact on the candidates; a skipped draft beyond the head counts in full.
 
-        NaN where something is skipped and the coupling was not recorded.
+        NaN where the coupling was not recorded, also where nothing is skipped: a mean over what is
+        known must not choose contexts by what they skip.
         """
         x, y, _ = (column[:, : skip.width] for column in candidates(step))
         xp = array_namespace(x)
         if isinstance(step, LawStep):
             agreement, race = self._columns(step, skip)
+        elif self.threshold >= self.score.high:
+            return skip.risk(step)
         else:
             agreement, race = (step[f"head_{name}"] for name in ("agreement", "race"))
         agreement, race = agreement[:, : skip.width], race[:, : skip.width]
         bias = coupled_output_bias(x, y, agreement, race, skip.candidates)
-        return xp.where(skip.whole, skip.risk(step), xp.astype(bias, x.dtype) + skip.beyond)
+        total = xp.where(skip.whole, skip.risk(step), xp.astype(bias, x.dtype) + skip.beyond)
+        return total if step.has_laws else xp.where(xp.isnan(race[:, 0]), race[:, 0], total)
 
     def _columns(self, step: LawStep, skip: Skip) -> tuple[Array, Array]:
         """The coupling's columns of the contexts that skip something; others are not read."""

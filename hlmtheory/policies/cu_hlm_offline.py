@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 from array_api_compat import array_namespace
 
+from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.domain import Array
 from hlmtheory.head import tail_level
 from hlmtheory.policies.base import DeriveOptions, Fitted, TruncatingPolicy
@@ -102,17 +102,35 @@ class FixedTruncation(TruncatingPolicy):
         law = self.rule.reference_law(step.x, self.size(step)) if self.draft_from_sent else step.x
         return sample_inverse_cdf(law, step.noise.draft)
 
-    def outcome(self, step: Step) -> Any:
-        """As ever, with the law that drafts come from in the place of x."""
-        return super().outcome(self._from_sent(step))
+    def as_drafted(self, step: Step) -> Step:
+        """The sent law in the place of x; recorded, only if its k largest lie in the head.
 
-    def _from_sent(self, step: Step) -> Step:
+        Beyond a recorded head all of its tail counts as rejected: the risk of skipping everything
+        is bounded from above.
+        """
         kind = "candidate_prob" if step.has_laws else "head_prob"
-        x = step[kind]
-        k = self.size(step)
-        if not self.draft_from_sent or k >= x.shape[-1]:
+        x, k, vocab_size = step[kind], self.size(step), step.axes.vocab_size
+        num = x.shape[-1]
+        if not self.draft_from_sent or (k >= num and not step.has_laws):
             return step
         xp = array_namespace(x)
-        level = tail_level(xp.sum(x[:, :k], axis=-1), k, step.axes.vocab_size)[:, None]
-        kept = xp.asarray(np.arange(x.shape[-1]) < k)
-        return step.with_columns({kind: xp.where(kept, x, level)})
+        if isinstance(step, LawStep):
+            law = self.rule.reference_law(step.x, k)
+            sent = xp.take_along_axis(law, step["candidate_token"], axis=-1)
+            draft_prob = step.at(law, step["draft_token"])
+            distance = total_variation(law, step.y)
+        else:
+            level = tail_level(xp.sum(x[:, :k], axis=-1), k, vocab_size)
+            sent = xp.where(xp.arange(num) < k, x, level[:, None])
+            rank = step["draft_rank"]
+            draft_prob = xp.where((rank >= 0) & (rank < k), step["draft_prob"], level)
+            excess = xp.clip(sent - step["head_target_prob"], 0.0, None)
+            distance = xp.sum(excess, axis=-1) + (vocab_size - num) * level
+        return step.with_columns(
+            {
+                kind: sent,
+                "draft_prob": draft_prob,
+                "rejection_prob": rejection_probability(draft_prob, step["target_prob"]),
+                "tv_distance": distance,
+            }
+        )

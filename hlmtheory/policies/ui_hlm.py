@@ -130,5 +130,6 @@ class ImportanceGated(GatedPolicy):
         """The score's; an unimportant context lies whole at the least score."""
         score, mass, rejection = super().atoms(step)
         xp = array_namespace(score)
-        least = max(self.score.low, float(xp.min(score)))
+        low = self.score.low
+        least = low if np.isfinite(low) else float(xp.min(score))
         return xp.where(step["important"][:, None], score, 0 * score + least), mass, rejection
