@@ -21,16 +21,19 @@ import hlmtheory
 from hlmtheory import (
     acceptance,
     cost,
-    gates,
     importance,
     link,
-    policies,
     relation,
     sampling,
+    steps,
     truncation,
     uncertainty,
     verification,
 )
+from hlmtheory.policies import policy_from_settings
+from hlmtheory.policies.ask_llm import AskAndSample
+from hlmtheory.policies.r_hlm import ResidualVerification
+from hlmtheory.scores import SCORE_NAMES, score_named
 
 BATCH, VOCAB, LENGTH = 7, 300, 40
 THETAS = uncertainty.temperatures()
@@ -64,6 +67,7 @@ def inputs() -> Inputs:
         "important": rng.uniform(size=BATCH) < 0.5,
         "p": rng.uniform(size=(BATCH, 5, 20)),
         "uniforms": rng.uniform(size=(BATCH, 5, 20)),
+        "exponentials": rng.standard_exponential((BATCH, VOCAB)),
         "two_uniforms": rng.uniform(size=(BATCH, 2)),
         "size": rng.integers(1, VOCAB + 1, size=BATCH),
         "deviation": rng.uniform(0, 2, size=BATCH),
@@ -75,6 +79,20 @@ def inputs() -> Inputs:
         "bits": rng.integers(0, 10_000, size=BATCH).astype(float),
         "skip_set_size": rng.integers(0, 4, size=BATCH),
     }
+
+
+def live_step(a: dict[str, Any]) -> steps.LawStep:
+    """A live step of the logits and laws, with a draft, an output and its random numbers."""
+    noise = SimpleNamespace(
+        draft=a["two_uniforms"],
+        accept=a["u"],
+        resample=a["two_uniforms"],
+        perturbation=a["uniforms"][:, 0],
+        races=lambda: a["exponentials"],
+    )
+    known = {"draft_token": a["tokens"][:, 0], "output_token": a["tokens"][:, 1]}
+    axes = steps.Axes(VOCAB)
+    return steps.LawStep(axes, a["logits"], a["x"], a["y"], noise, columns=known)
 
 
 def public_array_functions() -> dict[str, Callable[..., Any]]:
@@ -94,6 +112,17 @@ def public_array_functions() -> dict[str, Callable[..., Any]]:
 
 F = SimpleNamespace(**public_array_functions())
 FUNCTIONS: dict[str, Call] = {
+    "arange_like": lambda a: F.arange_like(live_step(a)),
+    "coupled_output_bias": lambda a: F.coupled_output_bias(
+        a["x"][:, :5], a["y"][:, :5], a["x"][:, 5:10], a["y"][:, 5:10], a["sigma"][:, :5]
+    ),
+    "coupled_output_law": lambda a: F.coupled_output_law(a["x"], a["y"], a["sigma"]),
+    "coupling_columns": lambda a: F.coupling_columns(a["x"], a["y"], a["tokens"]),
+    "joint_law": lambda a: F.joint_law(a["x"], a["y"]),
+    "poisson_binomial_law": lambda a: F.poisson_binomial_law(a["p"], 7),
+    "race_argmin": lambda a: F.race_argmin(a["x"], a["exponentials"]),
+    "used_width": lambda a: float(F.used_width(a["sigma"] > 0.9)),
+    "whole_skip": lambda a: F.whole_skip(live_step(a), a["u"] > 0.5).whole,
     "attention_entropy": lambda a: F.attention_entropy(a["row"]),
     "attention_sink": lambda a: F.attention_sink(a["attention"]),
     "bias_lower_bound": lambda a: F.bias_lower_bound(a["x"], a["y"], a["sigma"]),
@@ -121,7 +150,6 @@ FUNCTIONS: dict[str, Call] = {
     "output_law": lambda a: [
         F.output_law(rule, a["x"], a["y"], a["sigma"], a["size"]) for rule in RULES
     ],
-    "pareto_front": lambda a: F.pareto_front(a["x"][:, :3]),
     "participation_ratio": lambda a: F.participation_ratio(a["row"]),
     "payload_bits": lambda a: F.payload_bits(a["size"], VOCAB, accounting="full"),
     "perturbed_probabilities": lambda a: F.perturbed_probabilities(
@@ -162,16 +190,26 @@ RULES = (
     verification.FullDistribution(),
     verification.TruncatedDistribution(),
     verification.DraftFromSent(),
-    verification.ResidualVerification(),
-    verification.AskAndSample(),
+    ResidualVerification(),
+    AskAndSample(),
 )
-GATES = (
-    gates.NeverSkip(),
-    gates.AlwaysSkip(),
-    gates.UncertaintyGate(0.3),
-    gates.UncertaintyGate(0.35, "sampled"),
-    gates.UncertaintyImportanceGate(0.3),
+POLICIES = tuple(
+    policy_from_settings(name, settings, 0.4)
+    for name, settings in (
+        *((name, {}) for name in ("slm", "llm", "hlm", "u-hlm", "r-hlm", "ask-llm", "coupled")),
+        ("cu-hlm-offline", {"num_entries": 9}),
+        ("cu-hlm-offline", {"num_entries": 9, "draft_from_sent": True}),
+        ("cu-hlm-online", {"theta": 0.1, "eta": 1.0, "slope": 0.815, "intercept": -0.066}),
+    )
 )
+LEARNED = {
+    "features": ("uncertainty", "entropy"),
+    "mean": (0.4, 1.0),
+    "scale": (0.3, 0.9),
+    "coefficients": (1.3, 0.5),
+    "intercept": -0.7,
+}
+SCORES = tuple(score_named(name, LEARNED) for name in SCORE_NAMES)
 LINKS = (
     link.AwgnLink(1e6, 10.0),
     link.ErgodicRayleighLink(1e6, 10.0),
@@ -179,9 +217,30 @@ LINKS = (
     link.TraceLink((1e5, 3e5, 2e6)),
 )
 METHODS: dict[str, Call] = {
-    "gate.skip": lambda a: [gate.skip(a["u"], a["u_sampled"], a["important"]) for gate in GATES],
-    "gate.skip_probability": lambda a: [
-        gate.skip_probability(a["p"], a["important"]) for gate in GATES
+    "step.columns": lambda a: [
+        live_step(a)[name] for name, column in steps.COLUMNS.items() if column.compute is not None
+    ],
+    "score.of_draft": lambda a: [score.of_draft(live_step(a)) for score in SCORES],
+    "score.skips": lambda a: [score.skips(live_step(a), 0.4) for score in SCORES],
+    "score.skip_probability": lambda a: [
+        values
+        for score in SCORES
+        for skip in [score.skip_probability(live_step(a), 0.4)]
+        for values in (skip.candidates, skip.whole, skip.beyond)
+    ],
+    "score.atoms": lambda a: [values for score in SCORES for values in score.atoms(live_step(a))],
+    "skip.over_vocabulary": lambda a: (
+        SCORES[0].skip_probability(live_step(a), 0.4).over_vocabulary(live_step(a))
+    ),
+    "policy.outcome": lambda a: [
+        values for policy in POLICIES for values in vars(policy.outcome(live_step(a))).values()
+    ],
+    "policy.drawn": lambda a: [
+        values for policy in POLICIES for values in vars(policy.drawn(live_step(a))).values()
+    ],
+    "policy.draft": lambda a: [policy.draft(live_step(a)) for policy in POLICIES],
+    "policy.answer": lambda a: [
+        values for policy in POLICIES for values in vars(policy.answer(live_step(a))).values()
     ],
     "rule.reference_law": lambda a: [rule.reference_law(a["x"], a["size"]) for rule in RULES],
     "rule.acceptance": lambda a: [
@@ -190,12 +249,6 @@ METHODS: dict[str, Call] = {
     "rule.resample_weights": lambda a: [
         rule.resample_weights(a["x"], a["y"], a["sigma"] * a["x"]) for rule in RULES
     ],
-    "rule.num_entries": lambda a: [
-        rule.num_entries(VOCAB, a["size"], a["skip_set_size"]) for rule in RULES
-    ],
-    "policy.sizes": lambda a: policies.make_policy(
-        "cu-hlm-online", 0.3, size=policies.OnlineSize(0.1, 0.815, -0.066)
-    ).sizes(a["x"], a["draft_prob"], a["u"]),
     "running_threshold": lambda a: (
         importance.RunningThreshold.start(a["u"])
         .update(a["draft_prob"], 0.9)
