@@ -28,39 +28,11 @@ from paper_figs.report.tables import (
 from paper_figs.style import styled, take_words
 
 REPORT_NAME = "report.html"
-SECTIONS = (
-    ("settings", "Settings"),
-    ("fit", "Fit"),
-    ("thresholds", "Thresholds"),
-    ("validation", "Predictions against reruns"),
-    ("quality", "Texts"),
-    ("figures", "Figures"),
-    ("audit", "The papers' numbers"),
-    ("provenance", "Provenance"),
-)
-FIT_ROWS = (
-    ("slope", "slope a", "rejection probability gained per unit of uncertainty"),
-    ("intercept", "intercept b", "predicted rejection probability at u = 0"),
-    ("correlation", "correlation, token by token", "how well u tells single rejections"),
-    ("correlation_binned", "correlation of binned means", "how linear the average is"),
-    ("curvature", "quadratic term", "coefficient of u² beside the line; 0 if it is a line"),
-    ("mean_rejection", "mean rejection", "share of drafts that verification rejects"),
-    ("delta", "Δ", "share of drafts that can be rejected at all, P(y_d < x_d)"),
-)
 
 
 @dataclass(frozen=True)
 class EmbeddedFigure:
-    """A figure as the page holds it.
-
-    Attributes
-    ----------
-    name, question, caption : str
-    png : str
-        Base64.
-    width, height : int
-        Pixels at which it is shown.
-    """
+    """A figure as the page holds it: words apart, the PNG in base64, its size in pixels."""
 
     name: str
     question: str
@@ -100,11 +72,9 @@ def render(loaded: LoadedRun) -> str:
     return environment.get_template("page.html").render(
         title=f"When should the device ask? {loaded.pair_name}",
         subtitle=" ".join(part for part in (loaded.sample, loaded.validation_sample) if part),
-        sections=SECTIONS,
         findings=findings(loaded),
         loaded=loaded,
         settings=settings_rows(loaded),
-        fit_rows=FIT_ROWS,
         levels=list(estimators[0].skip_rate_at_risk) if estimators else [],
         more_points=[point for point in loaded.feasible if point not in loaded.shown],
         point_columns=[column.title for column in COLUMNS],
