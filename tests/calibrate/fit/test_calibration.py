@@ -1,0 +1,111 @@
+"""Calibrations of a toy pair: what is drawn is stored, and what is resumed must be the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import paper_records
+import pytest
+import toy_pair
+
+from calibrate.fit import calibration
+from calibrate.fit.calibration import calibrate, prepare
+from calibrate.run.errors import UserError
+from calibrate.run.folder import read_record
+from calibrate.run.prompts import draw_prompts, read_prompts, text_key
+from calibrate.run.records import RunRecord
+from calibrate.run.traces import read_axes, read_trace, shard_paths
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("toy")
+    toy_pair.make_pair(path)
+    toy_pair.write_prompts(path / "prompts.txt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path):
+    return toy_pair.load(folder)
+
+
+class Stop(Exception):
+    """An interruption between two shards."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, request, pair) -> None:
+    """Calibrate in batches of 4 and stop before the second shard is written."""
+    written = []
+    write = calibration.write_shard
+
+    def one_shard(*arguments) -> None:
+        if written:
+            raise Stop
+        written.append(write(*arguments))
+
+    monkeypatch.setattr(calibration, "write_shard", one_shard)
+    with pytest.raises(Stop):
+        calibrate(request, prepare(request), pair)
+    monkeypatch.undo()
+
+
+def test_the_draw_is_stored_and_reaches_the_whole_file(folder, pair, tmp_path, monkeypatch) -> None:
+    request = toy_pair.request(folder, tmp_path / "run", limit=6, max_new_tokens=3)
+    prompts = prepare(request)
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    calibrate(request, prompts, pair)
+    info = read_record(tmp_path / "run", RunRecord)
+    everything = read_prompts(str(folder / "prompts.txt"))
+    expected = draw_prompts(everything, "calibration", 6, 0)
+    assert info.settings.order == "random"
+    assert info.prompt_ids == tuple(prompt.prompt_id for prompt in expected)
+    assert info.prompt_keys == tuple(text_key(prompt.text) for prompt in expected)
+    assert info.prompt_ids != tuple(prompt.prompt_id for prompt in everything[:6])
+    trace = read_trace(shard_paths(tmp_path / "run"))
+    assert set(trace.prompt_ids) == set(info.prompt_ids)
+    assert (info.complete, info.num_tokens) == (True, trace.num_tokens)
+    by_file = prepare(toy_pair.request(folder, tmp_path / "other", limit=6, order="file"))
+    assert by_file == everything[:6]
+    # Fresh prompts have other texts, whatever the order.
+    for order in ("random", "file"):
+        fresh = draw_prompts(everything, "validation", 40, 1, order, set(info.prompt_keys))
+        assert len(fresh) == 34
+        assert not {text_key(prompt.text) for prompt in fresh} & set(info.prompt_keys)
+
+
+def test_a_resumed_run_has_the_tokens_of_one_that_was_not(folder, pair, tmp_path, monkeypatch):
+    request = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=4)
+    interrupted(monkeypatch, request, pair)
+    assert len(shard_paths(tmp_path / "run")) == 1
+    assert not read_record(tmp_path / "run", RunRecord).complete
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    again = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=4, resume=True)
+    calibrate(again, prepare(again), pair)
+    whole = toy_pair.request(folder, tmp_path / "whole", max_new_tokens=4, batch_size=4)
+    calibrate(whole, prepare(whole), pair)
+    first, second = (read_trace(shard_paths(tmp_path / name)) for name in ("run", "whole"))
+    assert first.prompt_ids == second.prompt_ids
+    assert (first["output_token"] == second["output_token"]).all()
+
+
+def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path, monkeypatch):
+    """One line with both values; the run stays as it is."""
+    request = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=2)
+    interrupted(monkeypatch, request, pair)
+    (shard,) = shard_paths(tmp_path / "run")
+    sizes = read_axes(shard).attention_sizes
+    before = shard.read_bytes()
+    monkeypatch.setattr(
+        calibration, "read_axes", lambda path: replace(read_axes(path), attention_sizes=(1, 3))
+    )
+    again = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=2, resume=True)
+    with pytest.raises(UserError, match=r"attention_sizes = \(1, 3\), this version") as caught:
+        calibrate(again, prepare(again), pair)
+    assert str(sizes) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert shard.read_bytes() == before
+    assert shard_paths(tmp_path / "run") == [shard]
