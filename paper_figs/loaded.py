@@ -121,6 +121,11 @@ class LoadedRun:
         """What figures call a policy."""
         return self.policies[policy].label if policy in self.policies else policy
 
+    def legend(self, policy: str) -> str:
+        """The same with the name that commands, tables and captions call it by."""
+        label = self.label(policy)
+        return label if label.lower() == policy else f"{label}\n({policy})"
+
     def score_label(self, score: str) -> str:
         """What figures call a score."""
         labels = {entry.name: entry.label for entry in self.calibration.estimators}

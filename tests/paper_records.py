@@ -82,6 +82,8 @@ POLICIES: tuple[tuple[str, str | None, bool, str, tuple[float, ...], str, float,
     ("r-hlm", None, True, "#b0588e", (1, 1.4), "*", 2.0, 0.0),
     ("coupled", None, True, "#3b3b98", (4, 1, 1, 1), "h", 0.0, 0.01),
 )
+LABELS = {"slm": "device alone", "llm": "server alone", "cu-hlm-online": "CU-HLM, online k",
+          "r-hlm": "residual verification", "coupled": "coupled draws"}  # fmt: skip
 BUDGETS = {"risk-0.01": 0.01, "risk-0.02": 0.02, "risk-0.05": 0.05}
 SKIP_ALL = "risk-prone"
 INFEASIBLE = "ltt-0.01"
@@ -262,7 +264,8 @@ def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord
                     "t_uncertainty_ms": 1.0},
         "accounting": "paper",
         "policies": tuple(
-            PolicyInfo(name=entry[0], label=entry[0], source=None, paper=entry[1], gated=entry[2],
+            PolicyInfo(name=entry[0], label=LABELS.get(entry[0], entry[0].upper()),
+                       source=None, paper=entry[1], gated=entry[2],
                        color=entry[3], dashes=entry[4], marker=entry[5])
             for entry in POLICIES
         ),

@@ -99,7 +99,7 @@ def _draw_policy(loaded: LoadedRun, plane: Any, points: list[OperatingPoint]) ->
     policy = points[0].policy
     look = loaded.style(policy)
     combined = look.filled_marker() | {"linestyle": look.linestyle}
-    plane.plot([], [], **combined, label=loaded.label(policy))
+    plane.plot([], [], **combined, label=loaded.legend(policy))
     for point in points:
         bits, bias = style.parts(point.predicted[metric] for metric in METRICS)[0]
         plane.plot([bits], [bias], **look.open_marker(), markersize=7.5, zorder=3)

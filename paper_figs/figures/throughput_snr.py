@@ -50,7 +50,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
                     **look.filled_marker(),
                 )  # fmt: skip
         combined = look.filled_marker() | {"linestyle": look.linestyle}
-        axes[0, 1].plot([], [], **combined, label=loaded.label(series.policy))
+        axes[0, 1].plot([], [], **combined, label=loaded.legend(series.policy))
     for axis, letter, name in zip(axes[0], "ab", PANELS.values(), strict=True):
         axis.set_ylim(bottom=0)
         axis.set_xlim(snr.snr_db[0], snr.snr_db[-1])

@@ -59,7 +59,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
             if cell.metric == metric:
                 _draw_cell(axis, cell, rows[cell.policy, cell.rule])
         axis.set_title(_two_lines(metric_label(metric)), fontsize=8, loc="left")
-        axis.set_yticks(range(len(policies)), [loaded.label(policy) for policy in policies])
+        axis.set_yticks(range(len(policies)), policies)
         axis.grid(visible=False, axis="x")
     axes[0, 0].set_ylim(len(policies) - 0.5, -0.5)
     axes[0, 0].set_xlim(-LIMIT - 0.25, LIMIT + 0.25)

@@ -161,8 +161,9 @@ def test_a_policy_nobody_foresaw_is_drawn(loaded: LoadedRun) -> None:
     )
     with styled():
         plane = drawn_by(payload_bias, other).axes[0]
-    assert "my own" in plane.get_legend_handles_labels()[1]
-    assert "r-hlm" not in plane.get_legend_handles_labels()[1]
+    names = " ".join(plane.get_legend_handles_labels()[1])
+    assert "my own\n(mine)" in names
+    assert "r-hlm" not in names
 
 
 def test_drawing_imports_no_model_and_opens_no_window(tmp_path: Path) -> None:
@@ -365,9 +366,11 @@ def test_both_policies_that_send_next_to_nothing_are_named(
 ) -> None:
     """In every comparison of payload and bias."""
     plane = drawings["payload_bias"].axes[0]
-    assert {"r-hlm", "coupled"} <= set(plane.get_legend_handles_labels()[1])
+    both = {"residual verification\n(r-hlm)", "coupled draws\n(coupled)"}
+    assert both <= set(plane.get_legend_handles_labels()[1])
     labels = [text.get_text() for text in drawings["throughput_snr"].axes[1].get_legend().texts]
-    assert labels == [entry[0] for entry in POLICIES]
+    assert labels == [loaded.legend(entry[0]) for entry in POLICIES]
+    assert "U-HLM" in labels, "a label that says the name says it once"
 
 
 def test_payload_axis_has_a_place_for_zero(drawings: dict[str, Drawing]) -> None:
