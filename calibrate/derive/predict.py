@@ -14,7 +14,7 @@ import numpy as np
 
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
-from hlmtheory.clusters import RatioEstimate, mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, error_terms, mean_over_tokens
 from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
 from hlmtheory.link import Link
 from hlmtheory.policies import GatedPolicy, Outcome, Policy, policy_from_settings
@@ -58,6 +58,8 @@ class PolicyTokens:
         TV between the policy's output law and the server's; NaN where unknown.
     entries : float array (N,)
         Probabilities sent, 0 where nothing is.
+    rho : float array (N,)
+        Rejection risk expected there, over the draft.
     prompt_index : int array (N,)
     num_prompts : int
     """
@@ -67,6 +69,7 @@ class PolicyTokens:
     risk: np.ndarray
     bias: np.ndarray
     entries: np.ndarray
+    rho: np.ndarray
     prompt_index: np.ndarray
     num_prompts: int
 
@@ -121,11 +124,12 @@ def policy_steps(trace: Trace, policy: Policy) -> Iterator[Step]:
 
 def _tokens(trace: Trace, policy: Policy, look: Callable[[Step], Outcome]) -> PolicyTokens:
     found = [look(step) for step in policy_steps(trace, policy)]
-    skip, risk, bias, entries = (
+    skip, risk, bias, entries, rho = (
         np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in found])
-        for name in ("skip", "risk", "bias", "entries")
+        for name in ("skip", "risk", "bias", "entries", "rho")
     )
-    return PolicyTokens(policy, skip, risk, bias, entries, trace.prompt_index, trace.num_prompts)
+    prompts = (trace.prompt_index, trace.num_prompts)
+    return PolicyTokens(policy, skip, risk, bias, entries, rho, *prompts)
 
 
 def predicted_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
@@ -152,6 +156,7 @@ def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
         skipped * trace["rejection_prob"],
         trace["policy_bias"],
         trace["policy_entries"],
+        trace["policy_risk"],
         trace.prompt_index,
         trace.num_prompts,
     )
@@ -249,5 +254,24 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
         ),
         "mean_throughput_tok_s": mean(expected(1e3 / skipped_ms, 1e3 / sent_ms)),
         "energy_j_per_token": mean(expected(*both(token_energy_j))),
-        "tv_bias": mean(tokens.bias),
+        "tv_bias": mean_bias(tokens),
     }
+
+
+def mean_bias(tokens: PolicyTokens) -> RatioEstimate:
+    r"""Mean bias over tokens, from those where it is known.
+
+    .. math:: E[\rho] + E[\mathrm{bias} - \rho]
+
+    with the first mean over all tokens and the second over those whose bias is known: rho, known
+    everywhere, takes most of the sampling of the others out.
+    """
+    of = (tokens.prompt_index, tokens.num_prompts)
+    if np.isfinite(tokens.bias).all():
+        return mean_over_tokens(tokens.bias, *of)
+    first, rest = mean_over_tokens(tokens.rho, *of), mean_over_tokens(tokens.bias - tokens.rho, *of)
+    influence = first.influence + np.nan_to_num(rest.influence)
+    error = error_terms(influence)
+    return RatioEstimate(
+        first.value + rest.value, error.standard_error, error.num_prompts, influence
+    )

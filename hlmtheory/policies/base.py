@@ -37,12 +37,15 @@ class Outcome:
         TV between the law of the output and the server's; NaN where a recorded step cannot tell.
     entries : array
         Probabilities sent, 0 where nothing is.
+    rho : array
+        Expected rejection risk: `risk`, or its mean over the draft where `risk` is of one draft.
     """
 
     skip: Array
     risk: Array
     bias: Array
     entries: Array
+    rho: Array
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,8 @@ class Policy:
         skip, step = self.skip_probability(step), self.as_drafted(step)
         mass = skip.mass(step)
         entries = (1.0 - mass) * self.entries(step, skip)
-        return Outcome(mass, skip.risk(step), self.bias(step, skip), entries)
+        rho = skip.risk(step)
+        return Outcome(mass, rho, self.bias(step, skip), entries, rho)
 
     def drawn(self, step: Step) -> Outcome:
         """What it does with the very draft that was drawn; the bias stays that of the law."""
@@ -234,7 +238,8 @@ class Policy:
         skipped = array_namespace(skip.beyond).astype(self.skips(step), skip.beyond.dtype)
         step = self.as_drafted(step)
         entries = (1.0 - skipped) * self.entries(step, skip)
-        return Outcome(skipped, skipped * step["rejection_prob"], self.bias(step, skip), entries)
+        risk = skipped * step["rejection_prob"]
+        return Outcome(skipped, risk, self.bias(step, skip), entries, skip.risk(step))
 
     # Drawing: live steps only.
 

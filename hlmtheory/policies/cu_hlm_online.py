@@ -95,4 +95,4 @@ class OnlineTruncation(TruncatingPolicy):
         """Averaged over the draft but for the entries, which go with it."""
         averaged, drawn = super().outcome(step), self.drawn(step)
         whole = array_namespace(averaged.skip).clip(averaged.skip, None, 1.0)
-        return Outcome(whole, averaged.risk, averaged.bias, drawn.entries)
+        return Outcome(whole, averaged.risk, averaged.bias, drawn.entries, averaged.rho)
