@@ -13,8 +13,9 @@ from calibrate.derive.predict import (
     Economics,
     PolicyTokens,
     drawn_tokens,
-    metrics,
     predicted_tokens,
+    throughputs,
+    uplink_bits,
 )
 from calibrate.run.figure import curve
 from calibrate.run.records import (
@@ -111,7 +112,8 @@ def throughput_curves(
     confidence: float,
 ) -> ThroughputCurves:
     """Both throughputs of a point's tokens along the SNR; docs/theory.md, (26), (28)."""
-    found = [metrics(tokens, economics_at(economics, snr)) for snr in snr_db]
+    bits = uplink_bits(tokens, economics)
+    found = [throughputs(tokens, economics_at(economics, snr), bits) for snr in snr_db]
     both = {
         name: curve(snr_db, [at_snr[name] for at_snr in found], confidence) for name in THROUGHPUTS
     }

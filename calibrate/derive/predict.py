@@ -215,47 +215,58 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
     docs/theory.md, (11), (18), (27), (28), (29). Throughput is 1/E[token time], mean throughput
     E[1/token time], expected over skipping and sending; they answer different questions.
     """
-    sent = 1.0 - tokens.skip
     bits = uplink_bits(tokens, economics)
-    link, profile = economics.link, economics.profile
+    found = {
+        "skip_rate": _mean(tokens, tokens.skip),
+        "rejection_risk": _mean(tokens, tokens.risk),
+        "uplink_bits_per_token": _mean(tokens, bits),
+        "token_time_ms": _mean(
+            tokens, _expected(tokens, *_priced(token_time_ms, tokens, economics, bits))
+        ),
+        **throughputs(tokens, economics, bits),
+        "energy_j_per_token": _mean(
+            tokens, _expected(tokens, *_priced(token_energy_j, tokens, economics, bits))
+        ),
+        "tv_bias": mean_bias(tokens),
+    }
+    return {name: found[name] for name in METRICS}
+
+
+def throughputs(
+    tokens: PolicyTokens, economics: Economics, bits: np.ndarray
+) -> dict[str, RatioEstimate]:
+    """Both throughputs of tokens whose uplink bits are known."""
+    skipped_ms, sent_ms = _priced(token_time_ms, tokens, economics, bits)
+    time = _mean(tokens, _expected(tokens, skipped_ms, sent_ms))
+    scale = 1e3 / time.value**2
+    return {
+        "throughput_tok_s": RatioEstimate(
+            1e3 / time.value, scale * time.standard_error, time.num_prompts, -scale * time.influence
+        ),
+        "mean_throughput_tok_s": _mean(tokens, _expected(tokens, 1e3 / skipped_ms, 1e3 / sent_ms)),
+    }
+
+
+def _priced(
+    price: Callable[..., Any], tokens: PolicyTokens, economics: Economics, bits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Time or energy of each token if it is skipped, and if it is sent, (N,) each."""
+    link, profile, sent = economics.link, economics.profile, 1.0 - tokens.skip
     if not tokens.policy.gated:
         # Nobody looks at the uncertainty, so nobody computes it.
         profile = replace(profile, t_uncertainty_ms=0.0)
-    alone = tokens.policy.role == "server"
     if_sent = np.where(sent > 0, bits / np.where(sent > 0, sent, 1.0), 0.0)
-    uplink_ms = np.asarray(link.uplink_time_ms(if_sent))
     none, ones = np.zeros_like(sent), np.ones_like(sent)
+    rest = (profile, link.round_trip_ms, tokens.policy.role == "server")
+    return price(none, none, *rest), price(ones, np.asarray(link.uplink_time_ms(if_sent)), *rest)
 
-    def both(of: Callable[..., Any]) -> list[np.ndarray]:
-        """A skipped token's, and a sent one's."""
-        return [
-            np.asarray(of(asked, up, profile, link.round_trip_ms, alone))
-            for asked, up in ((none, none), (ones, uplink_ms))
-        ]
 
-    def expected(skipped: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        return np.asarray(tokens.skip * skipped + sent * asked)
+def _expected(tokens: PolicyTokens, skipped: np.ndarray, sent: np.ndarray) -> np.ndarray:
+    return np.asarray(tokens.skip * skipped + (1.0 - tokens.skip) * sent)
 
-    def mean(values: np.ndarray) -> RatioEstimate:
-        return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
 
-    skipped_ms, sent_ms = both(token_time_ms)
-    time = mean(expected(skipped_ms, sent_ms))
-    return {
-        "skip_rate": mean(tokens.skip),
-        "rejection_risk": mean(tokens.risk),
-        "uplink_bits_per_token": mean(bits),
-        "token_time_ms": time,
-        "throughput_tok_s": RatioEstimate(
-            1e3 / time.value,
-            1e3 * time.standard_error / time.value**2,
-            time.num_prompts,
-            -1e3 * time.influence / time.value**2,
-        ),
-        "mean_throughput_tok_s": mean(expected(1e3 / skipped_ms, 1e3 / sent_ms)),
-        "energy_j_per_token": mean(expected(*both(token_energy_j))),
-        "tv_bias": mean_bias(tokens),
-    }
+def _mean(tokens: PolicyTokens, values: np.ndarray) -> RatioEstimate:
+    return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
 
 
 def mean_bias(tokens: PolicyTokens) -> RatioEstimate:
