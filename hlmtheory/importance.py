@@ -8,9 +8,10 @@ The attention row A_t is that of the query which produces the draft (the newest 
 context), mean over heads and layers. So importance depends on the context alone: it is known before
 the draft is drawn and before anything is sent.
 
-Rows have shape (..., n) and a bool mask of the same shape says which positions hold a token, so
-that rows of a batch may be padded anywhere. The sink is the first such position, the query's own
-position the last.
+`attention` has shape (..., n), weights >= 0, and a bool `mask` of the same shape says which
+positions hold a token, so that rows of a batch may be padded anywhere. The sink is the first such
+position, the query's own position the last. A `row` is :func:`normalised_attention`. Results have
+shape (...) unless said otherwise; a negative or infinite weight raises ValueError.
 """
 
 from __future__ import annotations
@@ -20,14 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from array_api_compat import array_namespace
 
-from hlmtheory.clusters import RatioEstimate, mean_over_tokens, sum_by_prompt
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens, ratio_of_sums, sum_by_prompt
 from hlmtheory.domain import Array, check_nonnegative, check_unit_interval
 from hlmtheory.order import largest
-
-IMPORTANCE_ASSUMPTION = (
-    "assumption: UI-HLM's importance formulas are not public to us; these are ours, (31) and (32)"
-)
-"""One line for whoever prints a result that depends on importance."""
 
 
 def _rank_from_first(mask: Array) -> Array:
@@ -42,19 +38,7 @@ def _kept_sum(weights: Array, kept: Array) -> Array:
 
 
 def attention_sink(attention: Array, mask: Array | None = None) -> Array:
-    """Attention mass on the sink, the first position that holds a token.
-
-    Parameters
-    ----------
-    attention : array (..., n)
-        Non-negative weights.
-    mask : bool array (..., n), optional
-        Positions that hold a token; left out, position 0 is the sink.
-
-    Returns
-    -------
-    array (...)
-    """
+    """Attention mass on the sink; without a mask that is position 0."""
     check_nonnegative(attention, "attention")
     if mask is None:
         return attention[..., 0]
@@ -62,19 +46,9 @@ def attention_sink(attention: Array, mask: Array | None = None) -> Array:
 
 
 def normalised_attention(attention: Array, mask: Array) -> Array:
-    """Attention rows without the sink and without empty positions, summing to one.
+    """Rows (..., n) without the sink and without empty positions, summing to one.
 
-    Parameters
-    ----------
-    attention : array (..., n)
-        Non-negative weights.
-    mask : bool array (..., n)
-        Positions that hold a token.
-
-    Returns
-    -------
-    array (..., n)
-        The sink is zero. A row that attends to its sink alone becomes zero throughout.
+    A row that attends to its sink alone becomes zero throughout.
 
     Assumption: the sink carries no content, so what is left is compared among itself.
     """
@@ -87,7 +61,7 @@ def normalised_attention(attention: Array, mask: Array) -> Array:
 
 
 def attention_entropy(row: Array) -> Array:
-    r"""H(A) = -sum_j A_j ln A_j in nats, of normalised rows (..., n).
+    r"""H(A) = -sum_j A_j ln A_j in nats.
 
     exp(H) is the effective number of attended tokens; a uniform row over m tokens has H = ln m.
     """
@@ -98,21 +72,10 @@ def attention_entropy(row: Array) -> Array:
 
 
 def normalised_entropy(entropy: Array, num_positions: Array) -> Array:
-    r"""Entropy of a row as a share of the largest that its length allows.
+    r"""H(A_t)/ln n, the entropy as a share of the largest that n positions allow.
 
-    .. math:: H(A_t) / \ln n
-
-    Parameters
-    ----------
-    entropy : array (...)
-        H >= 0 in nats.
-    num_positions : integer array (...)
-        n, the positions that the row is spread over: without the sink where that was removed.
-
-    Returns
-    -------
-    array (...)
-        In [0, 1]: 0 on one token, 1 uniform. NaN where n < 2, for one position is both.
+    `num_positions` (...), integer, leaves out the sink where the row does. In [0, 1]: 0 on one
+    token, 1 uniform. NaN where n < 2, for one position is both.
     """
     check_nonnegative(entropy, "entropy")
     xp = array_namespace(entropy)
@@ -122,7 +85,7 @@ def normalised_entropy(entropy: Array, num_positions: Array) -> Array:
 
 
 def participation_ratio(row: Array) -> Array:
-    """1 / sum_j A_j^2 of normalised rows (..., n): attended tokens, less tail-heavy than exp(H).
+    """1 / sum_j A_j^2: attended tokens, less tail-heavy than exp(H).
 
     Between 1 (one token) and the number of tokens (uniform), never above exp(H); 0 for a row that
     is zero throughout.
@@ -134,21 +97,10 @@ def participation_ratio(row: Array) -> Array:
 
 
 def context_attention(attention: Array, mask: Array) -> Array:
-    r"""Attention mass on other tokens, 1 - self - sink, the `context` importance.
+    r"""The `context` importance, 1 - self - sink: attention mass on other tokens.
 
-    docs/theory.md, (32). Assumption: ours.
-
-    Parameters
-    ----------
-    attention : array (..., n)
-        Rows that sum to one over `mask`.
-    mask : bool array (..., n)
-        Positions that hold a token.
-
-    Returns
-    -------
-    array (...)
-        0 for a context of one or two tokens.
+    docs/theory.md, (32), for rows that sum to one over `mask`; 0 for a context of one or two
+    tokens. Assumption: ours.
     """
     check_nonnegative(attention, "attention")
     rank = _rank_from_first(mask)
@@ -156,20 +108,10 @@ def context_attention(attention: Array, mask: Array) -> Array:
 
 
 def topk_attention(row: Array, k: int) -> Array:
-    r"""Mean of the k largest weights of a normalised row, the `topk` importance.
+    r"""The `topk` importance: mean of the k >= 1 largest weights, in [0, 1/k].
 
-    docs/theory.md, (31). Rows shorter than k count their missing weights as zero. Assumption: ours.
-
-    Parameters
-    ----------
-    row : array (..., n)
-    k : int
-        >= 1; k = 1 is the largest weight.
-
-    Returns
-    -------
-    array (...)
-        In [0, 1/k]; 1/n for a uniform row over n >= k tokens.
+    docs/theory.md, (31). Rows shorter than k count their missing weights as zero; a uniform row
+    over n >= k tokens has 1/n. Assumption: ours.
     """
     if k < 1:
         raise ValueError(f"k = {k}: allowed is >= 1")
@@ -180,7 +122,7 @@ def topk_attention(row: Array, k: int) -> Array:
 
 
 def topk_importance_threshold(entropy: Array, gamma: float) -> Array:
-    r"""Threshold of the `topk` importance.
+    r"""Threshold of the `topk` importance, from H(A_t) in nats and gamma >= 0.
 
     .. math:: I_{th} = \gamma\, e^{-H(A_t)}, \qquad \text{important when } I_t \ge I_{th}
 
@@ -188,16 +130,7 @@ def topk_importance_threshold(entropy: Array, gamma: float) -> Array:
     it on the threshold. The rule compares gamma with (mean of the top k) x (effective number of
     tokens): a row focused on m < k tokens reaches only m/k, so for k > 1 it is the *too focused*
     rows that fall below, and gamma > 1 asks diffuse rows to stand out too. With k = 1 every row
-    passes for gamma <= 1, since no largest weight lies below e^{-H}.
-
-    Parameters
-    ----------
-    entropy : array (...)
-        H(A_t) in nats.
-    gamma : float
-        >= 0; 0 calls every context important.
-
-    Assumption: ours.
+    passes for gamma <= 1, since no largest weight lies below e^{-H}. Assumption: ours.
     """
     check_nonnegative(gamma, "gamma")
     xp = array_namespace(entropy)
@@ -212,13 +145,8 @@ class RunningThreshold:
               s_t^2 = \gamma\big(s_{t-1}^2 + (1-\gamma)(I_t - m_{t-1})^2\big)
 
     docs/theory.md, (32): exactly the mean and variance of the past under weights that fall by gamma
-    a step. The threshold of a step uses the steps before it; at the first step there are none, and
-    every context is important. Assumption: ours.
-
-    Attributes
-    ----------
-    mean, variance : array (B,)
-        One entry for each row of the batch; the variance is >= 0.
+    a step, (B,) each for a batch. The threshold of a step uses the steps before it; at the first
+    step there are none, and every context is important. Assumption: ours.
     """
 
     mean: Array
@@ -248,28 +176,14 @@ class RunningThreshold:
 def position_trend(
     values: np.ndarray, position: np.ndarray, prompt_index: np.ndarray, num_prompts: int
 ) -> RatioEstimate:
-    r"""Slope of a token statistic along an answer, within prompts.
+    r"""Slope of a token statistic along an answer, within prompts: change a position.
 
     .. math:: \hat b = \frac{\sum_i \sum_t (p_{it} - \bar p_i)(v_{it} - \bar v_i)}
                             {\sum_i \sum_t (p_{it} - \bar p_i)^2}
 
     Means are taken within each prompt first: prompts that run long differ from those that stop
-    early, and a pooled slope would mix that difference in. The standard error treats prompts as the
-    independent observations (sandwich over prompts).
-
-    Parameters
-    ----------
-    values : float array (N,)
-        The statistic of each token; NaN is left out.
-    position : array (N,)
-        Position of each token in its answer.
-    prompt_index : int array (N,)
-    num_prompts : int
-
-    Returns
-    -------
-    RatioEstimate
-        Change a position, over the prompts with at least two positions.
+    early, and a pooled slope would mix that difference in. Arrays are (N,); NaN values are left
+    out. The standard error is the sandwich over the prompts with two positions or more.
 
     Raises
     ------
@@ -282,35 +196,19 @@ def position_trend(
     counts = np.maximum(sum_by_prompt(np.ones(len(v)), owner, num_prompts), 1.0)
     v = v - (sum_by_prompt(v, owner, num_prompts) / counts)[owner]
     p = p - (sum_by_prompt(p, owner, num_prompts) / counts)[owner]
-    cross = sum_by_prompt(v * p, owner, num_prompts)
     spread = sum_by_prompt(p * p, owner, num_prompts)
-    used = spread > 0
-    num = int(used.sum())
-    if num == 0:
+    if not spread.any():
         raise ValueError("values holds no prompt with two positions: give longer answers")
-    total = float(spread[used].sum())
-    slope = float(cross[used].sum()) / total
-    if num < 2:
-        return RatioEstimate(slope, float("nan"), num)
-    residual = cross[used] - slope * spread[used]
-    variance = num / (num - 1) * float(residual @ residual) / total**2
-    return RatioEstimate(slope, variance**0.5, num)
+    return ratio_of_sums(sum_by_prompt(v * p, owner, num_prompts), spread)
 
 
 @dataclass(frozen=True)
 class CollapseReport:
     """Whether attention collapses along an answer, towards one token or towards uniform.
 
-    Attributes
-    ----------
-    entropy_trend, sink_trend : RatioEstimate
-        Change a position of the normalised entropy and of the sink mass, within prompts.
-    low, high : float
-        The stated band of normalised entropy.
-    share_too_focused, share_too_diffuse, share_outside : RatioEstimate
-        Shares of the steps below the band, above it, and either.
-    num_tokens : int
-        Steps whose normalised entropy is defined.
+    Trends are changes a position, within prompts, of the normalised entropy and the sink mass;
+    shares are those of the steps below the band [low, high], above it, and either, among the
+    `num_tokens` steps whose normalised entropy is defined.
     """
 
     entropy_trend: RatioEstimate
@@ -337,10 +235,8 @@ def collapse_report(
 
     Parameters
     ----------
-    entropy_share : float array (N,)
-        From :func:`normalised_entropy`; NaN where undefined.
-    sink_mass : float array (N,)
-        From :func:`attention_sink`.
+    entropy_share, sink_mass : float array (N,)
+        From :func:`normalised_entropy`, NaN where undefined, and :func:`attention_sink`.
     position, prompt_index : int array (N,)
     num_prompts : int
     band : (low, high)
@@ -356,20 +252,18 @@ def collapse_report(
     if not 0 <= low < high <= 1:
         raise ValueError(f"band = ({low:g}, {high:g}): allowed is 0 <= low < high <= 1")
     defined = np.isfinite(entropy_share)
+    focused, diffuse = entropy_share < low, entropy_share > high
+
+    def trend(values: np.ndarray) -> RatioEstimate:
+        return position_trend(values, position, prompt_index, num_prompts)
 
     def share(inside: np.ndarray) -> RatioEstimate:
-        return mean_over_tokens(
-            np.where(defined, inside.astype(np.float64), np.nan), prompt_index, num_prompts
-        )
+        return mean_over_tokens(np.where(defined, inside, np.nan), prompt_index, num_prompts)
 
-    focused, diffuse = entropy_share < low, entropy_share > high
     return CollapseReport(
-        position_trend(entropy_share, position, prompt_index, num_prompts),
-        position_trend(sink_mass, position, prompt_index, num_prompts),
-        float(low),
-        float(high),
-        share(focused),
-        share(diffuse),
-        share(focused | diffuse),
-        int(defined.sum()),
+        trend(entropy_share),
+        trend(sink_mass),
+        *(float(low), float(high)),
+        *(share(focused), share(diffuse), share(focused | diffuse)),
+        num_tokens=int(defined.sum()),
     )

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hlmtheory.importance import (
-    IMPORTANCE_ASSUMPTION,
     RunningThreshold,
     attention_entropy,
     attention_sink,
@@ -232,11 +231,6 @@ def test_numpy_and_torch_agree(rng):
     for ours, theirs in zip(*results, strict=True):
         assert isinstance(theirs, torch.Tensor)
         np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-12, atol=1e-12)
-
-
-def test_the_assumption_is_said_in_one_line():
-    assert "assumption" in IMPORTANCE_ASSUMPTION
-    assert "\n" not in IMPORTANCE_ASSUMPTION
 
 
 # --- collapse ------------------------------------------------------------------------------------
