@@ -131,7 +131,8 @@ def _one_of(name: str, value: str, *allowed: str) -> Any:
 
 def _show(result: StageRecord, as_json: bool, print_table: Callable[..., None], *more: Any) -> None:
     if as_json:
-        print(json.dumps(result.model_dump(mode="json"), indent=1))
+        content = result.model_dump(mode="json")
+        print(json.dumps({"schema_version": result.schema_version, **content}, indent=1))
     else:
         print_table(result, *more)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.run.prompts import calibration_prompts, read_prompts, tokenize_prompts
+from calibrate.run.prompts import draw_prompts, read_prompts, tokenize_prompts
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,10 +40,10 @@ def pair():
 def decode_tokens(pair, batch_size: int, num_prompts: int = 16, max_new_tokens: int = 24):
     from calibrate.decode.engine import DecodingSettings, decode
     from calibrate.decode.models import TransformerModel
-    from hlmtheory.policies import make_policy
+    from hlmtheory.policies import calibration_policy
 
     prompts = tokenize_prompts(
-        calibration_prompts(read_prompts(None), num_prompts),
+        draw_prompts(read_prompts(None), "calibration", num_prompts, 0),
         pair.tokenizer,
         max_new_tokens,
         pair.max_context,
@@ -52,7 +52,7 @@ def decode_tokens(pair, batch_size: int, num_prompts: int = 16, max_new_tokens: 
     slm = TransformerModel(pair.slm, pair.vocab_size)
     llm = TransformerModel(pair.llm, pair.vocab_size)
     rows = {}
-    for batch in decode(slm, llm, prompts, make_policy("hlm"), settings, pair.eos_token_ids):
+    for batch in decode(slm, llm, prompts, calibration_policy(), settings, pair.eos_token_ids):
         columns = batch.columns
         for i in range(len(columns["row"])):
             key = (batch.prompt_ids[columns["row"][i]], int(columns["step"][i]))
@@ -133,7 +133,7 @@ def test_cached_batched_logits_are_those_of_a_plain_forward(pair) -> None:
     from calibrate.decode.models import TransformerModel
 
     prompts = tokenize_prompts(
-        calibration_prompts(read_prompts(None), 6), pair.tokenizer, 8, pair.max_context
+        draw_prompts(read_prompts(None), "calibration", 6, 0), pair.tokenizer, 8, pair.max_context
     )
     model = TransformerModel(pair.llm.float(), pair.vocab_size)
     try:
@@ -188,8 +188,10 @@ def test_uncertainty_predicts_rejection(run: Path) -> None:
 
 def test_trace_identities_hold_on_real_tokens(run: Path) -> None:
     """Drawn and exact forms of the same expectation agree within their own standard error."""
+    from calibrate.derive.predict import drawn_tokens, predicted_tokens
     from calibrate.run.traces import read_trace, shard_paths
     from hlmtheory.clusters import mean_over_tokens
+    from hlmtheory.policies import policy_from_settings
 
     trace = read_trace(shard_paths(run))
 
@@ -205,28 +207,26 @@ def test_trace_identities_hold_on_real_tokens(run: Path) -> None:
     noise = trace["uncertainty_sampled"] - trace["uncertainty"]
     assert z_score(noise) < 4
     assert z_score(noise**2 - trace["uncertainty_variance"]) < 4
-    # (11): the risk at a stored threshold, drawn and summed over the skip set.
-    from calibrate.decode.recording import THRESHOLD_GRID
-
-    column = THRESHOLD_GRID.index(0.5)
-    drawn = (trace["uncertainty"] <= 0.5) * trace["rejection_prob"]
-    assert z_score(drawn - trace["skip_set_bias"][:, column]) < 4
+    # (11): risk and skip rate at a threshold, of the drawn draft and summed over all.
+    policy = policy_from_settings("u-hlm", {}, 0.5)
+    drawn, expected = drawn_tokens(trace, policy), predicted_tokens(trace, policy)
+    assert z_score(drawn.risk - expected.risk) < 4
+    assert z_score(drawn.skip - expected.skip) < 4
     # (22): exact truncation bias within N(k)/2, where both are recorded.
-    from calibrate.decode.recording import BIAS_SIZE_GRID, SIZE_GRID
-
-    for i, k in enumerate(BIAS_SIZE_GRID):
-        bias, bound = trace["truncation_bias"][:, i], trace["tail_deviation"][:, SIZE_GRID.index(k)]
+    sizes = trace.axes.truncation_sizes
+    for i, k in enumerate(trace.axes.truncation_bias_sizes):
+        bias, bound = trace["truncation_bias"][:, i], trace["tail_deviation"][:, sizes.index(k)]
         known = np.isfinite(bias)
         assert known.any()
         assert (bias[known] <= bound[known] / 2 + 1e-5).all()
 
 
 def test_derived_points_follow_the_contract(run: Path) -> None:
-    points = json.loads((run / "operating_points.json").read_text())["operating_points"]
-    from calibrate.derive.policy_tokens import METRICS
-    from hlmtheory.policies import POLICY_NAMES
+    from calibrate.derive.predict import METRICS
+    from hlmtheory.policies import policy_names
 
-    assert {point["policy"] for point in points} == set(POLICY_NAMES)
+    points = json.loads((run / "operating_points.json").read_text())["operating_points"]
+    assert {point["policy"] for point in points} == set(policy_names())
     for point in points:
         assert set(point["predicted"]) == set(METRICS)
         if not point["feasible"]:
@@ -254,6 +254,20 @@ def test_validation_on_own_prompts(run: Path, tmp_path: Path) -> None:
     assert report["num_prompts"] == 4
     assert report["coverage"]["total"] == len(report["cells"]) == 16
     assert report["coverage"]["covered"] == sum(cell["covered"] for cell in report["cells"])
+    assert len(list((run / "reruns").iterdir())) == 2
+
+
+def test_what_draws_do_to_the_line_is_a_command(run: Path) -> None:
+    result = hlm("attenuation", str(run), "--limit", "6", "--max-new-tokens", "8", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["num_temperatures"] for row in rows] == [5, 10, 20, 50, 100]
+    reliability = [row["reliability"] for row in rows]
+    assert reliability == sorted(reliability)
+    assert json.loads((run / "attenuation.json").read_text())["rows"] == rows
+    counted = hlm("guarantees", str(run), "--risk", "0.05", "--num-draws", "40", "--json")
+    assert counted.returncode == 0, counted.stderr
+    assert all(row["budget"] == 0.05 for row in json.loads(counted.stdout)["rows"])
 
 
 def test_interrupted_calibration_can_go_on(tmp_path: Path) -> None:
