@@ -52,8 +52,9 @@ def figure(loaded: LoadedRun) -> Figure | None:
         for number, (rule, (label, look)) in enumerate(RULES.items()):
             rows = rows_of(record, source, rule)
             shift = (number - (len(RULES) - 1) / 2) * ROW_SPACING
-            _draw(top, rows, budgets, shift, "violation_share", look)
-            _draw(bottom, rows, budgets, shift, "skip_rate", look)
+            x = [budgets.index(row.budget) + shift for row in rows]
+            _draw(top, rows, x, "violation_share", look)
+            _draw(bottom, rows, x, "skip_rate", look)
             if column == 0:
                 bottom.plot([], [], **look.filled_marker(), label=label)
         delta = 1 - record.confidence
@@ -79,21 +80,12 @@ def figure(loaded: LoadedRun) -> Figure | None:
     return style.finish(drawn, QUESTION, _caption(loaded, record))
 
 
-def _draw(
-    axes: Any,
-    rows: list[GuaranteeRow],
-    budgets: list[float],
-    shift: float,
-    key: str,
-    look: style.SeriesStyle,
-) -> None:
-    for row in rows:
+def _draw(axes: Any, rows: list[GuaranteeRow], x: list[float], key: str, look: Any) -> None:
+    for row, place in zip(rows, x, strict=True):
         # Hollow: no calibration had a threshold at all, so there was nothing to break.
         never = row.infeasible_share.value == 1
         marker = look.open_marker() if never else look.filled_marker()
-        style.error_bars(
-            axes, [budgets.index(row.budget) + shift], style.parts([getattr(row, key)]), **marker
-        )
+        style.error_bars(axes, [place], style.parts([getattr(row, key)]), **marker)
 
 
 def partly_infeasible(record: GuaranteesRecord, source: str) -> str:

@@ -40,13 +40,9 @@ def figure(loaded: LoadedRun) -> Figure | None:
     u = np.array([entry.uncertainty for entry in relation.bins])
     means = style.parts(entry.rejection_prob for entry in relation.bins)
     style.error_bars(
-        top,
-        u,
-        means,
-        fmt="o",
-        color=style.BLACK,
+        top, u, means, fmt="o", color=style.BLACK,
         label=f"mean of {len(u)} bins of equal token count",
-    )
+    )  # fmt: skip
     top.set(xlim=(-0.015, 1.015), ylim=(-0.02, 1.02))
     top.set_ylabel("rejection probability β (probability)")
     style.panel_letter(top, "a", "tokens (grey: darker = more), their means, and two fits")

@@ -50,8 +50,10 @@ def figure(loaded: LoadedRun) -> Figure | None:
     top.set_ylabel("skip rate (share of tokens)")
     style.panel_letter(top, "a", "skip rate")
     bottom.set_yscale("function", functions=(_root, np.square))
+    cells = [cell for point in points if (cell := loaded.measured(point).get("rejection_risk"))]
+    risks = [style.parts(curves.risk), style.parts(cell.measured for cell in cells)]
     # A pair that never rejects has no risk at all: its axis still needs a length.
-    highest = max(float(np.nanmax(style.parts(curves.risk))), 0.01)
+    highest = max(float(np.nanmax(np.hstack(risks))), 0.01)
     bottom.set_ylim(0.0, min(1.0, highest) * 1.05)
     ticks = [tick for tick in TICKS if tick <= highest]
     bottom.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -91,6 +91,6 @@ def _caption(loaded: LoadedRun, derivation: DerivationRecord, snr: SnrSweep, mea
     return (
         f"{loaded.sample} Gated policies at the rule {snr.rule}. Lines: predicted{reruns} AWGN "
         f"link of {snr.bandwidth_hz / 1e6:g} MHz at capacity, round trip {snr.round_trip_ms:g} ms; "
-        f"token times in ms: {times}. '{derivation.accounting}' accounting. {own}A policy whose "
-        "line is flat sends nothing up."
+        f"token times in ms: {times}. '{derivation.accounting}' accounting. {own}What sends "
+        "nothing up does not depend on the link."
     )

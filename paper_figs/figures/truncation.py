@@ -62,19 +62,13 @@ def _draw_bias(axes: Any, truncation: TruncationCurves) -> None:
         (truncation.sharp_bound, style.BLUE, "solid", "bound (22), N(k)/2"),
     ):
         value, low, high = style.parts(means)
+        low, high = np.maximum([low, high], floor)
         axes.plot(means.grid, value, color=color, linestyle=linestyle, label=label)
-        axes.fill_between(
-            means.grid, np.maximum(low, floor), high, color=color, alpha=0.18, linewidth=0
-        )
+        axes.fill_between(means.grid, low, high, color=color, alpha=0.18, linewidth=0)
     style.error_bars(
-        axes,
-        truncation.exact.grid,
-        exact,
-        fmt="o:",
-        color=style.BLACK,
-        linewidth=1.0,
+        axes, truncation.exact.grid, exact, fmt="o:", color=style.BLACK, linewidth=1.0,
         label="exact",
-    )
+    )  # fmt: skip
     axes.axhline(
         truncation.theta, color=style.GREY, linewidth=0.9, linestyle=(0, (1, 1)),
         label=f"tolerance θ = {truncation.theta:g}",

@@ -17,17 +17,8 @@ from calibrate.run.folder import DEFAULT_NAME, write_text
 from calibrate.run.records import OperatingPoint, Provenance
 from paper_figs.draw import figures, png_bytes
 from paper_figs.loaded import LoadedRun, load_run, metric_label, metric_names
-from paper_figs.report import audit_table
-from paper_figs.report.tables import (
-    COLUMNS,
-    QUALITY_COLUMNS,
-    predicted_texts,
-    quality_texts,
-    reasons,
-)
+from paper_figs.report import audit_table, tables
 from paper_figs.style import styled, take_words
-
-REPORT_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -42,20 +33,15 @@ class EmbeddedFigure:
     height: int
 
 
-def report_name(name: str = DEFAULT_NAME) -> str:
-    """File name of the report of a derivation."""
-    return REPORT_NAME if name == DEFAULT_NAME else f"report.{name}.html"
-
-
 def write_report(run: Path, name: str = DEFAULT_NAME) -> Path:
-    """Write RUN/report.html, whole or not at all, and return its path.
+    """Write RUN/report.html, or RUN/report.NAME.html of a named derivation; return its path.
 
     Raises
     ------
     UserError, UsageError
         If there is no such run or derivation, or it has no calibration.
     """
-    path = run / report_name(name)
+    path = run / ("report.html" if name == DEFAULT_NAME else f"report.{name}.html")
     write_text(path, render(load_run(run, name)))
     return path
 
@@ -68,7 +54,7 @@ def render(loaded: LoadedRun) -> str:
     environment.filters |= {"number": number_text, "metric": metric_label}
     embedded, left_out = embedded_figures(loaded)
     estimators = loaded.calibration.estimators
-    quality = [(point, quality_texts(loaded, point)) for point in loaded.feasible]
+    quality = [(point, tables.quality_texts(loaded, point)) for point in loaded.feasible]
     return environment.get_template("page.html").render(
         title=f"When should the device ask? {loaded.pair_name}",
         subtitle=" ".join(part for part in (loaded.sample, loaded.validation_sample) if part),
@@ -77,12 +63,12 @@ def render(loaded: LoadedRun) -> str:
         settings=settings_rows(loaded),
         levels=list(estimators[0].skip_rate_at_risk) if estimators else [],
         more_points=[point for point in loaded.feasible if point not in loaded.shown],
-        point_columns=[column.title for column in COLUMNS],
-        predicted_texts=predicted_texts,
-        notes=reasons(point for point in loaded.points if point.reason),
+        point_columns=[column.title for column in tables.COLUMNS],
+        predicted_texts=tables.predicted_texts,
+        notes=tables.reasons(point for point in loaded.points if point.reason),
         metrics=metric_names(loaded.cells),
         quality=[(point, texts) for point, texts in quality if set(texts) != {NO_VALUE}],
-        quality_columns=[column.title for column in QUALITY_COLUMNS],
+        quality_columns=[column.title for column in tables.QUALITY_COLUMNS],
         audit=[audit_table.audit_cells(row) for row in published_audit()[0]],
         audit_columns=audit_table.COLUMNS,
         audit_note=audit_table.INTRODUCTION,
@@ -129,14 +115,14 @@ def findings(loaded: LoadedRun) -> list[str]:
     if num_infeasible:
         lines.append(
             f"Infeasible on this calibration: {num_infeasible} of {len(loaded.points)} derived "
-            "settings; the reasons are below."
+            "settings; the tables.reasons are below."
         )
     lines.append(loaded.coverage_note or "Nothing was rerun yet: `hlm validate` does.")
     return lines
 
 
 def _point_sentence(loaded: LoadedRun, point: OperatingPoint) -> str:
-    by_metric = {column.metric: column for column in COLUMNS}
+    by_metric = {column.metric: column for column in tables.COLUMNS}
     cells = loaded.measured(point)
 
     def pair(metric: str, unit: str) -> str:
