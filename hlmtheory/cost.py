@@ -49,22 +49,18 @@ def payload_bits(
     ----------
     num_entries : array (...) or float
         k >= 0 probabilities sent.
-    vocab_size : int
-        V >= 2.
-    prob_bits : int
-        Bits of one probability; 8 in the papers.
+    vocab_size, prob_bits : int
+        V >= 2, and the bits of one probability, 8 in the papers.
     accounting : {"paper", "full"}
     draft_sent : bool
-        False for rules that resample without it (r-hlm, ask-llm). Only ``full`` counts it.
+        False for rules that resample without it (r-hlm, ask-llm). Only ``full`` counts this and
+        what follows.
     num_unsent : array (...) or float
-        m >= 0, from :func:`num_unsent_before`. Only ``full`` counts it.
+        m >= 0, from :func:`num_unsent_before`.
     header_bits : int
-        Framing of request and reply together, >= 0. Only ``full`` counts it.
+        Framing of request and reply together, >= 0.
 
-    Returns
-    -------
-    array (...) or float
-        Bits. V = 32,000: k = V gives 736,000 bit = 92,000 B, k = 30 gives 690 bit = 86.25 B.
+    V = 32,000: k = V gives 736,000 bit = 92,000 B, k = 30 gives 690 bit = 86.25 B.
 
     Assumption of ``full``: the reply is billed at the uplink's rate, and an accepted draft costs
     the same reply as a rejected one.
@@ -89,6 +85,9 @@ def payload_bits(
 def num_unsent_before(sent: Array, starts: Array | None = None) -> Array:
     """Tokens that the device emitted alone since the server was last asked, before each token.
 
+    It is m of :func:`payload_bits`, an int array (..., T): 0 at the first token of an answer, and
+    throughout where nothing is skipped.
+
     Parameters
     ----------
     sent : array (..., T)
@@ -96,12 +95,6 @@ def num_unsent_before(sent: Array, starts: Array | None = None) -> Array:
     starts : bool array (..., T), optional
         True at the first token of each answer, where several follow one another on the last axis;
         left out, each row is one answer.
-
-    Returns
-    -------
-    int array (..., T)
-        m of ``payload_bits``; 0 at the first token of an answer. Where nothing is skipped, 0
-        throughout.
     """
     xp = array_namespace(sent)
     skipped = xp.astype(sent == 0, xp.int64)
@@ -120,16 +113,10 @@ def num_unsent_before(sent: Array, starts: Array | None = None) -> Array:
 class DeviceProfile:
     """Times and powers of one token, each stated by whoever made the profile.
 
-    Attributes
-    ----------
-    t_slm_ms, t_uncertainty_ms, t_llm_ms : float
-        Milliseconds a token of the device model, of the uncertainty, of the server model.
-    p_slm_w, p_tx_w, p_llm_w, p_idle_w : float
-        Watts of the device while it computes, of its transmitter, of the server, and of the device
-        while it waits.
-    assumed : tuple of str
-        Names of the fields above that were neither measured nor taken from a source: whoever prints
-        a figure made from them says so.
+    Milliseconds a token of the device model, of the uncertainty, of the server model; watts of the
+    device while it computes, of its transmitter, of the server, and of the device while it waits.
+    `assumed` names the fields that were neither measured nor taken from a source: whoever prints a
+    figure made from them says so.
     """
 
     t_slm_ms: float
@@ -158,28 +145,21 @@ def token_time_ms(
     round_trip_ms: float = 0.0,
     server_only: bool = False,
 ) -> Array:
-    r"""Time of each token.
+    r"""Time of each token (N,), ms.
 
     .. math:: t = t_{slm} + t_u + 1\{sent\}\,(B/C + t_{llm} + t_{rt})
 
-    docs/theory.md, (27).
+    docs/theory.md, (27). The device alone takes t_slm + t_u.
 
     Parameters
     ----------
-    sent : array (N,)
-        1 (or the probability) that the server is asked.
-    uplink_ms : array (N,)
-        B/C of each token, 0 where nothing is sent.
+    sent, uplink_ms : array (N,)
+        1 (or the probability) that the server is asked; B/C, 0 where nothing is sent.
     profile : DeviceProfile
     round_trip_ms : float
     server_only : bool
         The server decodes alone and streams: t_llm and nothing else. Assumption: the stream hides
         its own delay.
-
-    Returns
-    -------
-    array (N,)
-        Milliseconds. The device alone takes t_slm + t_u.
 
     Assumption: nothing overlaps; the device waits for the server's reply before it goes on.
     """
@@ -201,14 +181,12 @@ def token_energy_j(
     round_trip_ms: float = 0.0,
     server_only: bool = False,
 ) -> Array:
-    r"""Energy of each token, device and server together.
+    r"""Energy of each token, device and server together; as in :func:`token_time_ms`.
 
     .. math:: E = P_{slm}(t_{slm} + t_u) + P_{tx} B/C
               + 1\{sent\}\,(P_{llm} t_{llm} + P_{idle}(t_{llm} + t_{rt}))
 
     docs/theory.md, (29). UI-HLM's constants are not public to us: the profile states its own.
-
-    Parameters are those of :func:`token_time_ms`.
 
     Assumption: powers are constant while their stage lasts, and the server serves one stream; a
     server that batches shares its power, so p_llm_w is then its share.
@@ -230,9 +208,8 @@ def throughput_tok_s(time_ms: Array) -> float:
 
     What a user who reads a long answer sees: tokens over the time they took.
     """
-    xp = array_namespace(time_ms)
     check_positive(time_ms, "time_ms")
-    return 1e3 / float(xp.mean(time_ms))
+    return 1e3 / float(array_namespace(time_ms).mean(time_ms))
 
 
 def mean_throughput_tok_s(time_ms: Array) -> float:
@@ -241,9 +218,8 @@ def mean_throughput_tok_s(time_ms: Array) -> float:
     Never below :func:`throughput_tok_s`, by Jensen; equal only if every token takes equally long.
     Under skipping the fast tokens dominate it, and it may exceed any speed-up ceiling.
     """
-    xp = array_namespace(time_ms)
     check_positive(time_ms, "time_ms")
-    return 1e3 * float(xp.mean(1.0 / time_ms))
+    return 1e3 * float(array_namespace(time_ms).mean(1.0 / time_ms))
 
 
 def _check_two_times(
@@ -261,16 +237,7 @@ def throughput_at_skip_rate_tok_s(
 
     .. math:: \frac{1}{p\, t_{skip} + (1 - p)\, E[t \mid sent]}
 
-    docs/theory.md, (28).
-
-    Parameters
-    ----------
-    skip_rate : array (...) or float
-        p in [0, 1].
-    skipped_ms : array (...) or float
-        Time of a skipped token, > 0.
-    sent_ms : array (...) or float
-        Mean time of a sent token, > 0.
+    docs/theory.md, (28); p in [0, 1] and times > 0, each (...) or a float.
     """
     _check_two_times(skip_rate, skipped_ms, sent_ms)
     return 1e3 / (skip_rate * skipped_ms + (1.0 - skip_rate) * sent_ms)
@@ -283,17 +250,9 @@ def mean_throughput_at_skip_rate_tok_s(
 
     .. math:: \frac{p}{t_{skip}} + (1 - p)\, E[1/t \mid sent]
 
-    docs/theory.md, (28).
-
-    Parameters
-    ----------
-    skip_rate : array (...) or float
-        p in [0, 1].
-    skipped_ms : array (...) or float
-        Time of a skipped token, > 0.
-    sent_ms : array (...) or float
-        *Harmonic* mean time of a sent token, 1/E[1/t | sent], > 0. With the arithmetic mean in its
-        place the result is a lower bound, exact where every sent token takes equally long.
+    As in :func:`throughput_at_skip_rate_tok_s`, but `sent_ms` is the *harmonic* mean time of a sent
+    token, 1/E[1/t | sent]. With the arithmetic mean in its place the result is a lower bound, exact
+    where every sent token takes equally long.
     """
     _check_two_times(skip_rate, skipped_ms, sent_ms)
     return 1e3 * (skip_rate / skipped_ms + (1.0 - skip_rate) / sent_ms)

@@ -263,7 +263,10 @@ def collapse_report(
     return CollapseReport(
         trend(entropy_share),
         trend(sink_mass),
-        *(float(low), float(high)),
-        *(share(focused), share(diffuse), share(focused | diffuse)),
-        num_tokens=int(defined.sum()),
+        float(low),
+        float(high),
+        share(focused),
+        share(diffuse),
+        share(focused | diffuse),
+        int(defined.sum()),
     )

@@ -19,13 +19,7 @@ LOG2_E = float(np.log2(np.e))
 
 @dataclass(frozen=True)
 class Temperatures:
-    """The perturbation temperatures theta_1..theta_K of one uncertainty.
-
-    Attributes
-    ----------
-    values : tuple of float
-        Temperatures, each >= 0; theta = 0 is read as argmax.
-    """
+    """Perturbation temperatures theta_1..theta_K >= 0; theta = 0 is read as argmax."""
 
     values: tuple[float, ...]
 
@@ -43,19 +37,11 @@ def temperatures(
     r"""Perturbation temperatures.
 
     ``grid``: theta_k = theta_max (k - 1)/(K - 1), the linspace from 0 to theta_max that public
-    replications of U-HLM use with K = 20 and theta_max = 2, theta = 0 read as argmax.
+    replications of U-HLM use with K = 20 and theta_max = 2.
     ``midpoint``: theta_k = theta_max (k - 1/2)/K, the midpoint rule for the integral over
     theta ~ uniform(0, theta_max), the other reading of the paper.
 
-    Parameters
-    ----------
-    num_temperatures : int
-        K >= 2.
-    theta_max : float
-        Largest temperature, > 0.
-    kind : {"grid", "midpoint"}
-        Which reading. Assumption: the papers' own choice is not public to us; ``grid`` is the
-        default everywhere.
+    Assumption: the papers' own choice is not public to us; ``grid`` is the default everywhere.
 
     Raises
     ------
@@ -76,7 +62,7 @@ def temperatures(
 
 
 def log_partitions(logits: Array, thetas: Temperatures) -> Array:
-    r"""Log partition functions of the softmax at every temperature, relative to the largest logit.
+    r"""Log partition functions (..., K) of the softmax, relative to the largest logit.
 
     .. math:: \log Z_k = \log \sum_v e^{(z_v - z_{\max})/\theta_k}, \quad \theta_k > 0
 
@@ -92,11 +78,6 @@ def log_partitions(logits: Array, thetas: Temperatures) -> Array:
     logits : array (..., V)
         z, finite logits of the device model, before any temperature.
     thetas : Temperatures
-        The K temperatures.
-
-    Returns
-    -------
-    array (..., K)
     """
     check_finite(logits, "logits")
     xp = array_namespace(logits)
@@ -141,20 +122,17 @@ def _halving_chains(values: tuple[float, ...]) -> list[list[int]]:
         for j in positive
         if abs(values[j] - values[i] / 2) <= 1e-14 * values[i]
     }
-    starts = [i for i in positive if i not in half_of.values()]
-    chains = []
-    for start in starts:
-        chain = [start]
+    chains = [[start] for start in positive if start not in half_of.values()]
+    for chain in chains:
         while chain[-1] in half_of:
             chain.append(half_of[chain[-1]])
-        chains.append(chain)
     return chains
 
 
 def perturbed_probabilities(
     logits: Array, token_ids: Array, thetas: Temperatures, log_z: Array | None = None
 ) -> Array:
-    r"""Probability of given tokens under each perturbed softmax.
+    r"""Probability of given tokens under each perturbed softmax, (..., M, K).
 
     .. math:: p_k(d) = \mathrm{softmax}(z/\theta_k)_d
 
@@ -169,18 +147,12 @@ def perturbed_probabilities(
     thetas : Temperatures
     log_z : array (..., K), optional
         Result of :func:`log_partitions`, if it is at hand.
-
-    Returns
-    -------
-    array (..., M, K)
-        Probabilities in [0, 1].
     """
     xp = array_namespace(logits)
     if log_z is None:
         log_z = log_partitions(logits, thetas)
-    shifted = xp.take_along_axis(logits, token_ids, axis=-1) - xp.max(
-        logits, axis=-1, keepdims=True
-    )
+    largest_logit = xp.max(logits, axis=-1, keepdims=True)
+    shifted = xp.take_along_axis(logits, token_ids, axis=-1) - largest_logit
     columns = []
     for index, theta in enumerate(thetas.values):
         log_zk = log_z[..., index][..., None]
@@ -194,29 +166,14 @@ def perturbed_probabilities(
 def exact_uncertainty(
     logits: Array, token_ids: Array, thetas: Temperatures, log_z: Array | None = None
 ) -> Array:
-    r"""Exact temperature-perturbation uncertainty.
+    r"""Exact temperature-perturbation uncertainty, (..., M) in [0, 1].
 
     .. math:: u(s, d) = 1 - \frac1K \sum_k \mathrm{softmax}(z/\theta_k)_d = E[u_K \mid s, d]
 
     docs/theory.md, (5). No token is ever drawn. u falls as z_d grows, so the tokens below any
     threshold are a prefix of the vocabulary sorted by logit, and there are at most
-    1/(1 - threshold) of them, for the p_k sum to one over the vocabulary.
-
-    Parameters
-    ----------
-    logits : array (..., V)
-        z, finite logits of the device model, before any temperature.
-    token_ids : integer array (..., M)
-        The tokens d whose uncertainty is wanted.
-    thetas : Temperatures
-        The K perturbation temperatures.
-    log_z : array (..., K), optional
-        Result of :func:`log_partitions`.
-
-    Returns
-    -------
-    array (..., M)
-        u in [0, 1].
+    1/(1 - threshold) of them, for the p_k sum to one over the vocabulary. Arguments are those of
+    :func:`perturbed_probabilities`.
 
     Raises
     ------
@@ -227,9 +184,8 @@ def exact_uncertainty(
     replications quote it).
     """
     xp = array_namespace(logits)
-    return xp.clip(
-        1.0 - xp.mean(perturbed_probabilities(logits, token_ids, thetas, log_z), axis=-1), 0.0, 1.0
-    )
+    probabilities = perturbed_probabilities(logits, token_ids, thetas, log_z)
+    return xp.clip(1.0 - xp.mean(probabilities, axis=-1), 0.0, 1.0)
 
 
 def sampled_uncertainty(probabilities: Array, uniforms: Array) -> Array:
@@ -239,19 +195,12 @@ def sampled_uncertainty(probabilities: Array, uniforms: Array) -> Array:
               1\{d_k \ne d\} \sim \mathrm{Bernoulli}(1 - p_k(d))
 
     docs/theory.md, (4). Which token d_k is when it is not d does not matter, so K uniforms replace
-    K draws over the vocabulary, with the same law.
+    K draws over the vocabulary, with the same law: multiples of 1/K in [0, 1], shape (...).
 
     Parameters
     ----------
-    probabilities : array (..., K)
-        p_k(d) from :func:`perturbed_probabilities`.
-    uniforms : array (..., K)
-        Independent uniforms in [0, 1).
-
-    Returns
-    -------
-    array (...)
-        Multiples of 1/K in [0, 1].
+    probabilities, uniforms : array (..., K)
+        p_k(d) from :func:`perturbed_probabilities`, and independent uniforms in [0, 1).
     """
     check_unit_interval(probabilities, "probabilities")
     check_unit_interval(uniforms, "uniforms")
@@ -269,22 +218,11 @@ def sampled_uncertainty_variance(probabilities: Array) -> Array:
 
     .. math:: \mathrm{Var}(u_K \mid s, d) = \frac1{K^2} \sum_k p_k (1 - p_k)
 
-    docs/theory.md, (5).
-
-    Parameters
-    ----------
-    probabilities : array (..., K)
-        p_k(d).
-
-    Returns
-    -------
-    array (...)
-        Variances, at most 1/(4K).
+    docs/theory.md, (5): (...) from p_k(d) of shape (..., K), at most 1/(4K).
     """
     check_unit_interval(probabilities, "probabilities")
     xp = array_namespace(probabilities)
-    num = probabilities.shape[-1]
-    return xp.sum(probabilities * (1.0 - probabilities), axis=-1) / num**2
+    return xp.sum(probabilities * (1.0 - probabilities), axis=-1) / probabilities.shape[-1] ** 2
 
 
 @dataclass(frozen=True)
@@ -307,25 +245,16 @@ def attenuation(
     .. math:: \lambda_K = \frac{\mathrm{Var}(u)}{\mathrm{Var}(u) + E[\mathrm{Var}(u_K|s,d)]},
               \quad a_K = \lambda_K a, \quad r_K = \sqrt{\lambda_K}\, r
 
-    docs/theory.md, (6).
-
-    Parameters
-    ----------
-    variance_exact : float or array (...)
-        Var(u) > 0 over tokens.
-    mean_sampling_variance : float or array (...)
-        E[Var(u_K | s, d)] >= 0.
-    slope, correlation : float or array (...)
-        a and r of beta on the exact u of the same K temperatures.
+    docs/theory.md, (6). Each (...) or a float: Var(u) > 0 over tokens, E[Var(u_K | s, d)] >= 0, and
+    a and r of beta on the exact u of the same K temperatures.
 
     Raises
     ------
     ValueError
         If a variance is out of range.
 
-    Valid when the perturbation draws are independent of the verification given (s, d), which
-    holds by construction: classical errors-in-variables, no assumption of linearity is needed for
-    the covariance.
+    Valid when the perturbation draws are independent of the verification given (s, d), which holds
+    by construction: classical errors-in-variables, the covariance needs no linearity.
     """
     if not np.all(np.asarray(variance_exact) > 0):
         raise ValueError(f"variance_exact = {np.min(variance_exact)}: allowed is (0, inf)")
