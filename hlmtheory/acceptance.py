@@ -18,20 +18,12 @@ def rejection_probability(draft_prob: Array, target_prob: Array) -> Array:
 
     .. math:: \beta_d = \max(0,\, 1 - y_d / x_d)
 
-    docs/theory.md, (1).
+    docs/theory.md, (1). A token with x_d = 0 is never drawn; its value is 0.
 
     Parameters
     ----------
-    draft_prob : array (...)
-        x_d, probability in [0, 1] of the draft token under the law it was drawn from.
-    target_prob : array (...)
-        y_d, probability in [0, 1] of the same token under the server's law.
-
-    Returns
-    -------
-    array (...)
-        beta_d in [0, 1]. A token with x_d = 0 is never drawn; its value is set to 0 if y_d = 0
-        too (limit of equal laws) and to 0 otherwise (y_d / x_d is infinite: never rejected).
+    draft_prob, target_prob : array (...)
+        x_d and y_d in [0, 1], of the draft token under the law it was drawn from and the server's.
 
     Raises
     ------
@@ -54,21 +46,14 @@ def residual_distribution(x: Array, y: Array) -> Array:
 
     .. math:: r_v = \frac{\max(y_v - x_v,\, 0)}{\sum_j \max(y_j - x_j,\, 0)}
 
-    docs/theory.md, (2). `x` need not be normalised: residual verification passes the
-    sub-distribution sigma * x (docs/theory.md, (24)).
+    docs/theory.md, (2). Where it has no mass (x = y: nothing is ever rejected) it is y itself, the
+    limit in which the branch has probability zero.
 
     Parameters
     ----------
-    x : array (..., V)
-        Non-negative draft weights.
-    y : array (..., V)
-        Target distribution.
-
-    Returns
-    -------
-    array (..., V)
-        The residual law. Where it has no mass (x = y: nothing is ever rejected) it is y itself,
-        the limit in which the branch has probability zero.
+    x, y : array (..., V)
+        Draft weights and target distribution. The weights need not be normalised: residual
+        verification passes the sub-distribution sigma * x (docs/theory.md, (24)).
 
     Raises
     ------
@@ -88,21 +73,11 @@ def residual_distribution(x: Array, y: Array) -> Array:
 
 
 def total_variation(x: Array, y: Array) -> Array:
-    r"""Total variation distance between distributions on the last axis.
+    r"""Total variation distance (...) between distributions x and y (..., V).
 
     .. math:: \mathrm{TV}(x, y) = \sum_v \max(x_v - y_v, 0) = \tfrac12 \sum_v |x_v - y_v|
 
     It is also the mean rejection probability E_{d~x}[beta_d]: docs/theory.md, (3).
-
-    Parameters
-    ----------
-    x, y : array (..., V)
-        Probability distributions.
-
-    Returns
-    -------
-    array (...)
-        Distances in [0, 1].
 
     Raises
     ------
@@ -114,26 +89,3 @@ def total_variation(x: Array, y: Array) -> Array:
     check_same_shape(x, y, "x", "y")
     xp = array_namespace(x, y)
     return xp.sum(xp.abs(x - y), axis=-1) / 2
-
-
-def expected_rejection(x: Array, y: Array) -> Array:
-    r"""Mean rejection probability E_{d~x}[beta_d], summed token by token.
-
-    Equal to :func:`total_variation` by docs/theory.md, (3); kept as the definition that tests
-    hold the closed form against.
-
-    Parameters
-    ----------
-    x, y : array (..., V)
-        Probability distributions of the draft and of the target.
-
-    Returns
-    -------
-    array (...)
-        Values in [0, 1].
-    """
-    check_distribution(x, "x")
-    check_distribution(y, "y")
-    check_same_shape(x, y, "x", "y")
-    xp = array_namespace(x, y)
-    return xp.sum(x * rejection_probability(x, y), axis=-1)

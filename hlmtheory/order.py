@@ -9,18 +9,9 @@ from hlmtheory.domain import Array
 
 
 def largest(x: Array, num: int) -> tuple[Array, Array]:
-    """The `num` largest entries of each row, falling, and their indices.
+    """The `num` in 1..V largest entries of each row (..., V), falling, and their indices.
 
-    Parameters
-    ----------
-    x : array (..., V)
-    num : int
-        In 1..V.
-
-    Returns
-    -------
-    values, indices : arrays (..., num)
-        Which of several equal entries come first is not specified.
+    Both are (..., num); which of several equal entries come first is not specified.
     """
     if not 1 <= num <= x.shape[-1]:
         raise ValueError(f"num = {num}: allowed is 1 to V = {x.shape[-1]}")

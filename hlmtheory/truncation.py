@@ -24,26 +24,15 @@ HEAD_SIZE = 16384
 
 
 def truncated_distribution(x: Array, size: Array | int) -> Array:
-    r"""Top-k of a distribution with a uniform tail.
+    r"""Top-k of a distribution x (..., V) with a uniform tail, (..., V).
 
     .. math:: \hat x_i = x_i \;(i \le k), \qquad
               \hat x_i = \frac{1 - \sum_{j \le k} x_j}{V - k} \;(i > k)
 
-    with tokens numbered by falling probability; docs/theory.md, (17).
-
-    Parameters
-    ----------
-    x : array (..., V)
-        Distribution.
-    size : int or integer array (...)
-        k in 1..V, for all rows or one for each.
-
-    Returns
-    -------
-    array (..., V)
-        k = V recovers x. Which of several equally likely tokens at the edge are kept is not
-        specified: N(k) does not depend on it, the exact bias (21) does. Half-precision logits
-        make such ties common.
+    with tokens numbered by falling probability and k in 1..V, for all rows or one for each (...);
+    docs/theory.md, (17). k = V recovers x. Which of several equally likely tokens at the edge are
+    kept is not specified: N(k) does not depend on it, the exact bias (21) does. Half-precision
+    logits make such ties common.
 
     Raises
     ------
@@ -80,23 +69,13 @@ def tail_deviation(x: Array) -> Array:
     .. math:: N(k) = \sum_{i > k} |x_i - \hat x_i|
               = 2 \sum_{i > k} \max(x_i - c_k, 0), \quad c_k = \frac{1 - S_k}{V - k}
 
-    docs/theory.md, (17), for all k at once in O(V log V): one sort, prefix sums S_k, and a binary
-    search for the place where the sorted probabilities cross c_k.
+    N(1), ..., N(V) of x (..., V), in its precision, at once in O(V log V): one sort, prefix sums
+    S_k, and a binary search for the place where the sorted probabilities cross c_k. N(V) = 0; for
+    the law concentrated on one token and for the uniform one N = 0 throughout.
 
     N never increases. Let D(A) be the sum of |a - mean(A)| over a tail A, and a_0 the entry that
     k + 1 takes out of it. The mean of the rest lies |a_0 - mean(A)|/(|A| - 1) away from mean(A),
     so D(rest) <= sum over the rest of |a - mean(A)| + |a_0 - mean(A)| = D(A).
-
-    Parameters
-    ----------
-    x : array (..., V)
-        Distribution.
-
-    Returns
-    -------
-    array (..., V)
-        N(1), ..., N(V), in the precision of x; N(V) = 0. For the law concentrated on one token
-        and for the uniform one N = 0 throughout.
 
     Raises
     ------
@@ -114,29 +93,15 @@ def tail_deviation(x: Array) -> Array:
 
 
 def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
-    r"""N(k) of :func:`tail_deviation` at a few k only, without sorting the vocabulary.
+    r"""N(k) of :func:`tail_deviation` at a few k in 1..V, (..., len(sizes)), without a full sort.
 
     Only entries above c_k enter N(k), and c_k falls with k: the head of x down to the smallest
     c_k wanted is enough, and where it proves too short the row is redone whole.
-
-    Parameters
-    ----------
-    x : array (..., V)
-        Distribution.
-    sizes : sequence of int
-        k in 1..V.
-
-    Returns
-    -------
-    array (..., len(sizes))
-        In the precision of x, summed in float64.
 
     Raises
     ------
     ValueError
         If x is not a distribution or a size lies outside 1..V.
-
-    Source: docs/theory.md, (17).
     """
     check_distribution(x, "x")
     rows = Head.rows(x)
@@ -165,17 +130,10 @@ def online_bound_denominator(draft_prob: Array, rejection_prob: Array, eta: floa
 
     Parameters
     ----------
-    draft_prob : array (...)
-        x_d in [0, 1].
-    rejection_prob : array (...)
-        Predicted beta_d in [0, 1], from the fitted line.
+    draft_prob, rejection_prob : array (...)
+        x_d and, from the fitted line, the predicted beta_d.
     eta : float
         Sharpness of the soft maximum, > 0. Default 1, the replications' choice.
-
-    Returns
-    -------
-    array (...)
-        Positive values.
 
     Raises
     ------
@@ -199,24 +157,11 @@ def truncation_bound_soft(
 ) -> Array:
     r"""CU-HLM's bound on the bias of verifying against a truncation: U_TV = N(k)/D.
 
-    docs/theory.md, (19). At k = V it is 0.
+    docs/theory.md, (19), from N(k) (...) in [0, 2] and the arguments of
+    :func:`online_bound_denominator`. 0 at k = V; not clipped: values above 1 say nothing.
 
     Valid when eta >= ln(2)/2 = 0.347, for then D <= 2 and U_TV >= N(k)/2, the bound (22). With a
     softer maximum U_TV shrinks in proportion to eta and falls below the exact bias.
-
-    Parameters
-    ----------
-    deviation : array (...)
-        N(k) of the context, in [0, 2].
-    draft_prob, rejection_prob : array (...)
-        x_d and the predicted beta_d, in [0, 1].
-    eta : float
-        Sharpness of the soft maximum, > 0.
-
-    Returns
-    -------
-    array (...)
-        Not clipped: values above 1 say nothing.
 
     Source: CU-HLM (arXiv 2505.11788), eq. 26, second-hand.
     """
@@ -243,7 +188,7 @@ def truncation_bias(x: Array, y: Array, size: Array | int) -> Array:
               P_v = x_v \min(1, y_v/\hat x_v) + Z\, r_v, \quad
               Z = \sum_v x_v \max(0, 1 - y_v/\hat x_v)
 
-    with r the normalised max(y - xhat, 0); docs/theory.md, (21).
+    with r the normalised max(y - xhat, 0). 0 for k = V; never above N(k)/2.
 
     Parameters
     ----------
@@ -252,11 +197,6 @@ def truncation_bias(x: Array, y: Array, size: Array | int) -> Array:
     size : int or integer array (...)
         k in 1..V.
 
-    Returns
-    -------
-    array (...)
-        0 for k = V; never above N(k)/2.
-
     Raises
     ------
     ValueError
@@ -264,24 +204,7 @@ def truncation_bias(x: Array, y: Array, size: Array | int) -> Array:
 
     Source: docs/theory.md, (21).
     """
-    return reference_law_bias(x, y, truncated_distribution(x, size))
-
-
-def reference_law_bias(x: Array, y: Array, reference: Array) -> Array:
-    """Exact bias of drafting from x and verifying against any law: docs/theory.md, (21).
-
-    Zero where the reference is x; never above TV(x, reference), by data processing.
-
-    Parameters
-    ----------
-    x, y, reference : array (..., V)
-        Device and server distributions, and what the server takes for x.
-
-    Returns
-    -------
-    array (...)
-    """
-    check_distribution(x, "x")
+    reference = truncated_distribution(x, size)
     check_same_shape(x, y, "x", "y")
     xp = array_namespace(x, y)
     rejected = x * rejection_probability(reference, y)
@@ -299,23 +222,16 @@ def online_truncation_size(
 
     docs/theory.md, (19). N never increases in k (:func:`tail_deviation`), so bisection finds the
     first k that meets the tolerance; it runs on the head of the distribution, and on all of it
-    only where the head does not settle the answer.
+    only where the head does not settle the answer. k = V always meets it.
 
     Parameters
     ----------
-    x : array (B, V)
+    x : array (..., V)
         Distributions.
-    draft_prob, rejection_prob : array (B,)
-        x_d and the predicted beta_d.
+    draft_prob, rejection_prob, eta
+        As in :func:`online_bound_denominator`.
     theta : float
         Tolerance on U_TV, > 0. 0.1 is the replications' default.
-    eta : float
-        Sharpness of the soft maximum, > 0.
-
-    Returns
-    -------
-    integer array (B,)
-        k* in 1..V; k = V always meets the tolerance.
 
     Raises
     ------
@@ -366,16 +282,8 @@ def _smallest_sizes(head: Head, limit: Array) -> tuple[Array, Array]:
 class OfflineTruncation:
     """A size fixed for all tokens: docs/theory.md, (20).
 
-    Attributes
-    ----------
-    num_entries : int
-        k*, or the largest size tried if none meets the tolerance.
-    mean_bound : float
-        Mean U_TV over tokens at that size.
-    feasible : bool
-        Whether it meets the tolerance.
-    num_tokens : int
-        Tokens averaged over.
+    `num_entries` is k*, or, not `feasible`, the largest size tried if none meets the tolerance;
+    `mean_bound` the mean U_TV there over `num_tokens` tokens.
     """
 
     num_entries: int
@@ -397,9 +305,8 @@ def offline_truncation(
     Parameters
     ----------
     bounds : float array (N, G), or (G,) if averaged already
-        U_TV of each token at each size; rows with NaN are left out.
+        U_TV of each token at each of the G rising sizes; rows with NaN are left out.
     sizes : sequence of int
-        The G sizes, rising.
     theta : float
         Tolerance, > 0.
 
@@ -424,8 +331,3 @@ def offline_truncation(
     fits = mean <= theta
     index = int(np.argmax(fits)) if fits.any() else len(sizes) - 1
     return OfflineTruncation(int(sizes[index]), float(mean[index]), bool(fits.any()), len(known))
-
-
-def offline_truncation_size(bounds: np.ndarray, sizes: Sequence[int], theta: float = 0.1) -> int:
-    """k* of :func:`offline_truncation`: the largest size given if none meets the tolerance."""
-    return offline_truncation(bounds, sizes, theta).num_entries

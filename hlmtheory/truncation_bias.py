@@ -1,4 +1,4 @@
-"""Exact bias of truncation at many sizes at once, and the price of the unbiased alternative."""
+"""Exact bias of truncation at many sizes at once."""
 
 from __future__ import annotations
 
@@ -7,29 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from array_api_compat import array_namespace, is_torch_array
 
-from hlmtheory.acceptance import total_variation
 from hlmtheory.domain import Array, check_distribution, check_same_shape
 from hlmtheory.head import Head, check_sizes, tail_level
-from hlmtheory.truncation import truncated_distribution, truncation_bias
+from hlmtheory.truncation import truncation_bias
 
 
 def truncation_bias_at(x: Array, y: Array, sizes: Sequence[int]) -> Array:
-    r"""The exact bias (21) of :func:`truncation_bias` at several k, in about one pass over V.
+    r"""The bias of :func:`truncation_bias` at several k, (..., len(sizes)), in about one pass.
 
     A token v outside the top k with both x_v <= c_k and y_v <= c_k is accepted with probability
     y_v/c_k and never resampled, so all such tokens together enter through the sums of x, y and x y
     alone. Those of the smallest c_k are summed once; only the others are looked at for every k.
-
-    Parameters
-    ----------
-    x, y : array (..., V)
-        Device and server distributions.
-    sizes : sequence of int
-        k in 1..V.
-
-    Returns
-    -------
-    array (..., len(sizes))
 
     Raises
     ------
@@ -93,24 +81,3 @@ def _bias_row(x: np.ndarray, y: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
         gap = np.sum(np.abs(accepted, out=accepted)) + max(sum_y - rest_accepted, 0.0)
         out[i] = (excess[k - 1] * abs(share - 1.0) + gap) / 2
     return out
-
-
-def draft_from_sent_rejection(x: Array, y: Array, size: Array | int) -> Array:
-    r"""Mean rejection probability when drafts are drawn from the truncated law: TV(xhat, y).
-
-    docs/theory.md, (23): draft and verify with the law that is sent, and the output is exactly y
-    for every k; the price is this many rejections instead of TV(x, y), at most N(k)/2 more.
-
-    Parameters
-    ----------
-    x, y : array (..., V)
-    size : int or integer array (...)
-
-    Returns
-    -------
-    array (...)
-        k = V recovers TV(x, y).
-
-    Source: docs/theory.md, (23); known from quantise-sample-verify work.
-    """
-    return total_variation(truncated_distribution(x, size), y)

@@ -127,10 +127,8 @@ FUNCTIONS: dict[str, Call] = {
     "attention_sink": lambda a: F.attention_sink(a["attention"]),
     "bias_lower_bound": lambda a: F.bias_lower_bound(a["x"], a["y"], a["sigma"]),
     "context_attention": lambda a: F.context_attention(a["attention"], a["mask"]),
-    "draft_from_sent_rejection": lambda a: F.draft_from_sent_rejection(a["x"], a["y"], a["size"]),
     "entropy": lambda a: F.entropy(a["x"]),
     "exact_uncertainty": lambda a: F.exact_uncertainty(a["logits"], a["tokens"], THETAS),
-    "expected_rejection": lambda a: F.expected_rejection(a["x"], a["y"]),
     "largest": lambda a: F.largest(a["x"], 30),
     "linear_rejection": lambda a: F.linear_rejection(a["u"], 0.82, -0.06),
     "log_partitions": lambda a: F.log_partitions(a["logits"], THETAS),
@@ -159,7 +157,6 @@ FUNCTIONS: dict[str, Call] = {
     "put_along_last_axis": lambda a: F.put_along_last_axis(
         a["x"], a["tokens"][:, :1], a["u"][:, None]
     ),
-    "reference_law_bias": lambda a: F.reference_law_bias(a["x"], a["y"], a["reference"]),
     "rejection_probability": lambda a: F.rejection_probability(a["draft_prob"], a["target_prob"]),
     "rejection_risk": lambda a: F.rejection_risk(a["x"], a["y"], a["sigma"]),
     "residual_distribution": lambda a: F.residual_distribution(a["x"], a["y"]),
