@@ -26,6 +26,7 @@ from calibrate.run.records import (
     StageRecord,
     ValidationRecord,
 )
+from calibrate.run.wording import coverage_text
 from paper_figs.style import SERIES, SeriesStyle, policy_style
 
 PointKey = tuple[str, str]
@@ -213,29 +214,7 @@ class LoadedRun:
         validation = self.validation
         if validation is None or not validation.cells:
             return ""
-        coverage = validation.coverage
-        tested, hold = coverage.tested, coverage.if_predictions_hold
-        text = (
-            f"{coverage.covered} of {coverage.total} measured figures fall inside their "
-            f"{validation.confidence:.0%} prediction intervals; of the {tested.total} that a "
-            f"policy does not fix by itself, {tested.covered}"
-        )
-        if hold is not None and hold.share.low is not None and hold.share.high is not None:
-            text += (
-                f" = {100 * tested.covered / tested.total:.1f} %. They share prompts: predictions "
-                f"that hold would cover {100 * hold.share.low:.0f} to {100 * hold.share.high:.0f} "
-                f"% of them in {100 * validation.confidence:g} of 100 repeats, and as few with "
-                f"probability {hold.probability_of_at_most:.2g}; the widest error, "
-                f"{hold.widest_error:.2g} standard errors, is matched with probability "
-                f"{hold.probability_of_as_wide:.2g}"
-            )
-        if validation.strata is not None:
-            plain = coverage.unstratified
-            text += (
-                ". Intervals take prompts by category, of which both sets have the same mix; "
-                f"taken as independent draws, {plain.covered} of {plain.total} would be inside"
-            )
-        return f"{text}."
+        return coverage_text(validation)
 
 
 def load_run(run: Path, name: str = DEFAULT_NAME) -> LoadedRun:

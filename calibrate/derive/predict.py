@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from calibrate.derive.presets import link_from_dict, profile_from_dict
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
 from hlmtheory.clusters import RatioEstimate, error_terms, mean_over_tokens
@@ -82,6 +83,16 @@ class Economics:
     profile: DeviceProfile
     vocab_size: int
     accounting: str = "paper"
+
+
+def economics_of(derivation: DerivationRecord) -> Economics:
+    """What a derivation priced its predictions with."""
+    return Economics(
+        link_from_dict(derivation.link),
+        profile_from_dict(derivation.profile),
+        derivation.pair.vocab_size,
+        derivation.accounting,
+    )
 
 
 def point_policy(

@@ -7,9 +7,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from calibrate.derive.predict import Economics
 from calibrate.run.errors import UsageError
-from calibrate.run.records import DerivationRecord, Timings
+from calibrate.run.records import Timings
 from calibrate.run.resources import data_path
 from hlmtheory.audit import AuditRow, audit
 from hlmtheory.cost import DeviceProfile
@@ -78,16 +77,6 @@ def profile_from_dict(entry: dict[str, Any], where: str = "profile") -> DevicePr
 def profile_to_dict(profile: DeviceProfile) -> dict[str, Any]:
     """The JSON object of a profile, which :func:`profile_from_dict` reads back."""
     return _json_object(profile)
-
-
-def economics_of(derivation: DerivationRecord) -> Economics:
-    """What a derivation priced its predictions with."""
-    return Economics(
-        link_from_dict(derivation.link),
-        profile_from_dict(derivation.profile),
-        derivation.pair.vocab_size,
-        derivation.accounting,
-    )
 
 
 def _json_object(record: Any) -> dict[str, Any]:

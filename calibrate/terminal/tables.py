@@ -202,7 +202,7 @@ def print_operating_points(result: DerivationRecord) -> None:
 def print_validation(result: ValidationRecord) -> None:
     """`hlm validate`: cell by cell, and the coverage."""
     from calibrate.run.figure import excludes_zero, scaled
-    from calibrate.validate.comparison import coverage_text
+    from calibrate.run.wording import coverage_text
 
     console = new_console()
     console.print(

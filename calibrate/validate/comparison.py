@@ -19,14 +19,13 @@ from calibrate.derive.predict import (
     metrics,
     predicted_tokens,
 )
-from calibrate.run.figure import as_figure, figure, number_text, share_figure
+from calibrate.run.figure import as_figure, figure, share_figure
 from calibrate.run.records import (
     Cell,
     Coverage,
     CoverageSummary,
     OperatingPoint,
     Repeats,
-    ValidationRecord,
 )
 from calibrate.run.traces import Trace
 from hlmtheory.clusters import ErrorTerms, error_terms, prediction_error
@@ -264,35 +263,3 @@ def repeats(tested: Sequence[Comparison], confidence: float, seed: int = 0) -> R
         widest_error=widest,
         probability_of_as_wide=float(np.mean(np.max(drawn / spread, axis=1) >= widest)),
     )
-
-
-def coverage_text(validation: ValidationRecord) -> str:
-    """What validation.json says of its coverage, in sentences."""
-    summary, confidence = validation.coverage, validation.confidence
-    tested, hold = summary.tested, summary.if_predictions_hold
-    text = (
-        f"{summary.covered} of {summary.total} measured figures fall inside their "
-        f"{confidence:.0%} prediction intervals; of the {tested.total} "
-        f"that a policy does not fix by itself, {tested.covered}"
-    )
-    if hold:
-        low, high = (_percent(end) for end in (hold.share.low, hold.share.high))
-        text += (
-            f" = {100 * tested.covered / tested.total:.1f} %. They share prompts: "
-            f"predictions that hold would cover {low} to {high} % of them in "
-            f"{100 * confidence:g} of 100 repeats, "
-            f"and as few with probability {number_text(hold.probability_of_at_most, 2)}; "
-            f"the widest error, {number_text(hold.widest_error, 2)} standard errors, is matched "
-            f"with probability {number_text(hold.probability_of_as_wide, 2)}"
-        )
-    if validation.strata:
-        plain = summary.unstratified
-        text += (
-            ". Intervals take prompts by category, of which both sets have the same mix; "
-            f"taken as independent draws, {plain.covered} of {plain.total} would be inside"
-        )
-    return f"{text}."
-
-
-def _percent(share: float | None) -> str:
-    return number_text(None if share is None else 100 * share, decimals=0)

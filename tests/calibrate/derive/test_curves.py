@@ -11,8 +11,13 @@ from synthetic_run import AXES, RISKS, VOCAB, make_calibration, synthetic_step
 
 from calibrate.derive.curves import comparison_rule, size_distribution
 from calibrate.derive.derivation import derive_run
-from calibrate.derive.predict import drawn_tokens, metrics, point_policy, predicted_tokens
-from calibrate.derive.presets import economics_of
+from calibrate.derive.predict import (
+    drawn_tokens,
+    economics_of,
+    metrics,
+    point_policy,
+    predicted_tokens,
+)
 from calibrate.run.folder import read_record
 from calibrate.run.records import (
     CalibrationRecord,
