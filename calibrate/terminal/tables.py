@@ -3,61 +3,91 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrate.run.figure import number_text
+from calibrate.run.figure import excludes_zero, number_text, scaled
+from calibrate.run.records import (
+    AttenuationRecord,
+    CalibrationRecord,
+    DerivationRecord,
+    GuaranteesRecord,
+    ValidationRecord,
+)
+from calibrate.run.wording import coverage_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from calibrate.pairs.registry import PairDescription
-    from calibrate.run.records import (
-        AttenuationRecord,
-        CalibrationRecord,
-        DerivationRecord,
-        Figure,
-        GuaranteesRecord,
-        ValidationRecord,
-    )
+    from calibrate.pairs.registry import ModelDescription, PairDescription
     from calibrate.terminal.doctor import HealthReport
     from hlmtheory.audit import AuditRow
     from hlmtheory.reconcile import Reconciliation
 
-
-PRICE_METRICS = (
-    "uplink_bits_per_token",
-    "token_time_ms",
-    "throughput_tok_s",
-    "mean_throughput_tok_s",
-    "energy_j_per_token",
-)
+PRICES = {
+    "uplink_bits_per_token": ">uplink bit/token",
+    "token_time_ms": ">ms/token",
+    "throughput_tok_s": ">token/s",
+    "mean_throughput_tok_s": ">mean token/s",
+    "energy_j_per_token": ">J/token",
+}
+FIT = {
+    "slope": "rejection probability gained per unit of uncertainty",
+    "intercept": "predicted rejection probability at u = 0",
+    "correlation": "token by token: how well u tells single rejections",
+    "correlation_binned": "of binned means: how linear the average is",
+    "curvature": "coefficient of u^2 added to the line; 0 if linear",
+    "mean_rejection": "mean rejection probability = mean TV(x, y)",
+    "delta": "share of drafts that can be rejected at all, P(y_d < x_d)",
+}
 WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
 
 
-def new_console() -> Any:
-    """Where tables are printed: as wide as the terminal, wide in a pipe."""
-    import shutil
-    import sys
+class Page:
+    """Where results are printed: as wide as the terminal, wide in a pipe."""
 
-    from rich.console import Console
+    def __init__(self) -> None:
+        import shutil
+        import sys
 
-    # A pipe has no width; tables folded to 80 columns would be hard to read back.
-    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 160
-    return Console(width=max(width, 100), highlight=False, soft_wrap=False)
+        from rich.console import Console
+
+        # A pipe has no width; tables folded to 80 columns would be hard to read back.
+        width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 160
+        self._console = Console(width=max(width, 100), highlight=False, soft_wrap=False)
+
+    def say(self, text: str = "") -> None:
+        """A line, folded by the terminal alone."""
+        self._console.print(text, soft_wrap=True)
+
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None
+    ) -> None:
+        """A table of texts, figures, numbers and truths.
+
+        Columns whose name begins with ">" are set to the right; an empty row draws a line.
+        """
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        for name in columns:
+            justify: Any = "right" if name.startswith(">") else "left"
+            table.add_column(name.lstrip(">"), justify=justify, no_wrap=name not in WRAPPED)
+        for row in rows:
+            if row:
+                table.add_row(*map(_cell, row))
+            else:
+                table.add_section()
+        self._console.print(table)
 
 
-def new_table(*columns: str, title: str | None = None) -> Any:
-    """An empty table; columns whose name begins with ">" are numbers, set to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in columns:
-        justify: Any = "right" if name.startswith(">") else "left"
-        table.add_column(name.lstrip(">"), justify=justify, no_wrap=name not in WRAPPED)
-    return table
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return number_text(value)
 
 
 def _size(num_bytes: int | None) -> str:
@@ -69,19 +99,20 @@ def print_pairs(pairs: Sequence[PairDescription], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"pairs": [asdict(pair) for pair in pairs]}, indent=1, default=str))
         return
-    table = new_table("pair", "device model", "server model", ">download", "here", "what it is")
-    for pair in pairs:
+
+    def download(pair: PairDescription) -> str:
         sizes = {m.source: m.download_num_bytes for m in (pair.slm, pair.llm)}
         known = [size for size in sizes.values() if size is not None]
-        table.add_row(
-            pair.name,
-            pair.slm.label,
-            pair.llm.label,
-            _size(sum(known)) if len(known) == len(sizes) else "-",
-            "yes" if pair.cached else "no",
-            pair.description,
-        )
-    new_console().print(table)
+        return _size(sum(known)) if len(known) == len(sizes) else "-"
+
+    Page().table(
+        ("pair", "device model", "server model", ">download", "here", "what it is"),
+        (
+            (pair.name, pair.slm.label, pair.llm.label, download(pair),
+             "yes" if pair.cached else "no", pair.description)
+            for pair in pairs
+        ),
+    )  # fmt: skip
 
 
 def print_pair(pair: PairDescription, as_json: bool) -> None:
@@ -89,93 +120,82 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(pair), indent=1, default=str))
         return
-    table = new_table(
-        "", "device model (SLM)", "server model (LLM)", title=f"{pair.name}: {pair.description}"
-    )
-    rows: dict[str, Callable[[Any], str]] = {
-        "name": lambda m: m.label,
-        "source": lambda m: m.source,
-        "sha256": lambda m: m.sha256 or "-",
-        "layers left out": lambda m: ", ".join(map(str, m.drop_layers)) or "-",
-        "download": lambda m: _size(m.download_num_bytes),
-        "in cache": lambda m: _size(m.cached_num_bytes),
-        "folder": lambda m: str(m.folder or "-"),
-    }
-    for name, read in rows.items():
-        table.add_row(name, read(pair.slm), read(pair.llm))
-    console = new_console()
-    console.print(table)
-    console.print(f"licence: {pair.license}\ncache: {pair.cache_path}")
+
+    def told(model: ModelDescription) -> dict[str, str]:
+        return {
+            "name": model.label,
+            "source": model.source,
+            "sha256": model.sha256 or "-",
+            "layers left out": ", ".join(map(str, model.drop_layers)) or "-",
+            "download": _size(model.download_num_bytes),
+            "in cache": _size(model.cached_num_bytes),
+            "folder": str(model.folder or "-"),
+        }
+
+    page, slm, llm = Page(), told(pair.slm), told(pair.llm)
+    title = f"{pair.name}: {pair.description}"
+    rows = [(name, slm[name], llm[name]) for name in slm]
+    page.table(("", "device model (SLM)", "server model (LLM)"), rows, title)
+    page.say(f"licence: {pair.license}\ncache: {pair.cache_path}")
 
 
 def print_calibration(summary: CalibrationRecord, run: Path) -> None:
     """`hlm calibrate`: the line, the estimators, the timings."""
-    fit, console = summary.fit, new_console()
+    fit, page = summary.fit, Page()
     slope, intercept = fit.slope.value or 0.0, fit.intercept.value or 0.0
-    sign = "-" if intercept < 0 else "+"
-    console.print(
+    page.say(
         f"\n{summary.pair.name}: {summary.num_prompts} prompts, {summary.num_tokens} tokens; "
         f"intervals {summary.confidence:.0%}, clustered by prompt\n"
-        f"fitted line   beta = {slope:.3f} u {sign} {abs(intercept):.3f}"
+        f"fitted line   beta = {slope:.3f} u {'-' if intercept < 0 else '+'} {abs(intercept):.3f}"
     )
-    table = new_table("quantity", ">value", "what it says")
-    for key, meaning in (
-        ("slope", "rejection probability gained per unit of uncertainty"),
-        ("intercept", "predicted rejection probability at u = 0"),
-        ("correlation", "token by token: how well u tells single rejections"),
-        ("correlation_binned", "of binned means: how linear the average is"),
-        ("curvature", "coefficient of u^2 added to the line; 0 if linear"),
-        ("mean_rejection", "mean rejection probability = mean TV(x, y)"),
-        ("delta", "share of drafts that can be rejected at all, P(y_d < x_d)"),
-    ):
-        table.add_row(key, number_text(getattr(fit, key)), meaning)
-    console.print(table)
-    risks = ("0.01", "0.05")
-    table = new_table(
-        "estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk",
-        title="what tells rejections best",
-    )  # fmt: skip
-    for one in summary.estimators:
-        figures = (one.correlation, one.auroc, *(one.skip_rate_at_risk[risk] for risk in risks))
-        table.add_row(one.name, *map(number_text, figures))
-    console.print(table)
-    console.print(
-        "one token of one user on this machine: "
-        + ", ".join(f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings)
-        + f"\nin {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"
+    rows: list[Sequence[Any]] = [(key, getattr(fit, key), meaning) for key, meaning in FIT.items()]
+    page.table(("quantity", ">value", "what it says"), rows)
+    rows = [
+        (one.name, one.correlation, one.auroc,
+         *(one.skip_rate_at_risk[risk] for risk in ("0.01", "0.05")))
+        for one in summary.estimators
+    ]  # fmt: skip
+    page.table(
+        ("estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk"),
+        rows,
+        "what tells rejections best",
+    )
+    times = (f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings)
+    page.say(
+        f"one token of one user on this machine: {', '.join(times)}\n"
+        f"in {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"
     )
 
 
 def print_operating_points(result: DerivationRecord) -> None:
     """`hlm derive`: every point with its predictions."""
-    console = new_console()
-    console.print(
+    page = Page()
+    page.say(
         f"derived settings ({result.num_prompts} prompts, {result.num_tokens} tokens; link "
         f"{result.link['name']}, profile {result.profile['name']}, accounting "
         f"{result.accounting}; score {result.request.score}; intervals "
         f"{result.confidence:.0%}, clustered by prompt)"
     )
-    choice = new_table("policy", "rule", ">threshold", ">skip rate", ">risk", ">TV bias")
-    price = new_table(
-        "policy", "rule", ">uplink bit/token", ">ms/token", ">token/s", ">mean token/s", ">J/token"
-    )
-    notes: dict[str, list[str]] = {}
-    for point in result.operating_points:
-        if point.reason:
-            kind = "" if point.feasible else "infeasible: "
-            notes.setdefault(kind + point.reason, []).append(point.key)
-        if not point.feasible:
-            continue
-        name, predicted = (point.policy, point.rule), point.predicted
-        shown = [predicted[metric] for metric in ("skip_rate", "rejection_risk", "tv_bias")]
-        choice.add_row(*name, *map(number_text, (point.uncertainty_threshold, *shown)))
-        price.add_row(
-            *name, *(number_text(predicted[metric], 4, interval=False) for metric in PRICE_METRICS)
-        )
-    console.print(choice)
-    console.print("at which the policies cost (means over tokens)")
-    console.print(price)
+    points = [point for point in result.operating_points if point.feasible]
+    page.table(
+        ("policy", "rule", ">threshold", ">skip rate", ">risk", ">TV bias"),
+        (
+            (point.policy, point.rule, point.uncertainty_threshold,
+             *(point.predicted[key] for key in ("skip_rate", "rejection_risk", "tv_bias")))
+            for point in points
+        ),
+    )  # fmt: skip
+    page.say("at which the policies cost (means over tokens)")
+    page.table(
+        ("policy", "rule", *PRICES.values()),
+        (
+            (point.policy, point.rule,
+             *(number_text(point.predicted[key], 4, interval=False) for key in PRICES))
+            for point in points
+        ),
+    )  # fmt: skip
     for best in result.optima:
+        found = best.reason
         if best.feasible:
             size = f", k = {best.num_entries}" if best.num_entries else ""
             speed, energy, bias = (
@@ -186,102 +206,91 @@ def print_operating_points(result: DerivationRecord) -> None:
                 f"{best.policy} at u_th = {number_text(best.uncertainty_threshold)}{size}: "
                 f"{speed} token/s, {energy} J/token, bias at most {bias}"
             )
-        else:
-            found = best.reason
-        console.print(
-            f"  best {best.objective} within risk {best.budget:g}: {found}", soft_wrap=True
-        )
-    assumed = result.profile.get("assumed", ())
-    if assumed:
-        console.print(f"  energy: {', '.join(assumed)} are assumed, not measured")
+        page.say(f"  best {best.objective} within risk {best.budget:g}: {found}")
+    if assumed := result.profile.get("assumed"):
+        page.say(f"  energy: {', '.join(assumed)} are assumed, not measured")
+    notes: dict[str, list[str]] = {}
+    for point in result.operating_points:
+        if point.reason:
+            kind = "" if point.feasible else "infeasible: "
+            notes.setdefault(kind + point.reason, []).append(point.key)
     for reason, names in notes.items():
-        console.print(f"  {', '.join(names)}: {reason}", soft_wrap=True)
-    console.print()
+        page.say(f"  {', '.join(names)}: {reason}")
+    page.say()
 
 
 def print_validation(result: ValidationRecord) -> None:
     """`hlm validate`: cell by cell, and the coverage."""
-    from calibrate.run.figure import excludes_zero, scaled
-    from calibrate.run.wording import coverage_text
-
-    console = new_console()
-    console.print(
+    page = Page()
+    page.say(
         f"predicted against measured ({result.num_prompts} fresh prompts, "
         f"{result.num_tokens} tokens, seed {result.seed}; "
         f"{result.confidence:.0%} prediction intervals)"
     )
-    table = new_table("policy", "rule", "metric", ">predicted", ">measured", "holds")
+    rows: list[Sequence[Any]] = []
     last = ("", "")
     for cell in result.cells:
         key = (cell.policy, cell.rule)
         if last not in (key, ("", "")):
-            table.add_section()
-        unit = cell.measured.unit
-        table.add_row(
-            *(key if key != last else ("", "")),
-            cell.metric + (f" ({unit})" if unit else ""),
-            number_text(cell.predicted, 4),
-            number_text(cell.measured, 4, interval=False),
-            {True: "yes", False: "NO", None: "-"}[cell.covered],
-        )
+            rows.append(())
+        unit = f" ({cell.measured.unit})" if cell.measured.unit else ""
+        rows.append(
+            (*(key if key != last else ("", "")), cell.metric + unit,
+             number_text(cell.predicted, 4), number_text(cell.measured, 4, interval=False),
+             "-" if cell.covered is None else cell.covered)
+        )  # fmt: skip
         last = key
-    console.print(table)
+    page.table(("policy", "rule", "metric", ">predicted", ">measured", "holds"), rows)
     for point in result.infeasible:
-        console.print(f"  not rerun: {point.policy}/{point.rule}: {point.reason}", soft_wrap=True)
-    console.print(f"covered: {coverage_text(result)}", soft_wrap=True)
+        page.say(f"  not rerun: {point.policy}/{point.rule}: {point.reason}")
+    page.say(f"covered: {coverage_text(result)}")
     moved = [one for one in result.context_shift if excludes_zero(one.below_threshold)]
     if result.context_shift:
-        console.print(
+        page.say(
             "  contexts: beside the outputs of lossless decoding on the same prompts, "
             f"{len(moved)} of {len(result.context_shift)} reruns have another share of tokens "
             f"below their threshold ({1 - result.confidence:.0%} would by chance)"
-            + "".join(
-                f"\n    {one.policy}/{one.rule}: "
-                f"{number_text(scaled(one.below_threshold, 100), decimals=1)} points"
-                for one in moved
-            ),
-            soft_wrap=True,
         )
+        for one in moved:
+            points = number_text(scaled(one.below_threshold, 100), decimals=1)
+            page.say(f"    {one.policy}/{one.rule}: {points} points")
     else:
-        console.print("  contexts: their shift is measured beside a rerun of a lossless policy")
-    console.print()
+        page.say("  contexts: their shift is measured beside a rerun of a lossless policy")
+    page.say()
 
 
 def print_guarantees(result: GuaranteesRecord) -> None:
     """`hlm guarantees`: how often each rule broke its promise."""
-    console = new_console()
-    console.print(
+    page = Page()
+    page.say(
         f"rules over {result.num_draws} redrawn calibrations of the run's own "
         f"{result.num_prompts} prompts ({result.num_tokens} tokens; score {result.score}; "
         f"{result.confidence:.0%} intervals)"
     )
-    table = new_table(
-        "rule", ">budget", "calibrated on", "mean over", ">above budget", ">infeasible",
-        ">skip rate", ">risk",
+    page.table(
+        ("rule", ">budget", "calibrated on", "mean over", ">above budget", ">infeasible",
+         ">skip rate", ">risk"),
+        (
+            (row.family, row.budget, row.source, row.weighting, row.violation_share,
+             row.infeasible_share, row.skip_rate, row.risk)
+            for row in result.rows
+        ),
     )  # fmt: skip
-    for row in result.rows:
-        figures = (row.violation_share, row.infeasible_share, row.skip_rate, row.risk)
-        table.add_row(
-            row.family, number_text(row.budget), row.source, row.weighting,
-            *map(number_text, figures),
-        )  # fmt: skip
-    console.print(table)
 
 
 def print_attenuation(result: AttenuationRecord) -> None:
     """`hlm attenuation`: what drawing K tokens does to the line, predicted and measured."""
-    console = new_console()
-    table = new_table(
-        ">K", ">reliability", ">r predicted", ">r measured", ">slope predicted", ">slope measured"
-    )
-    for row in result.rows:
-        shown: tuple[Figure | float, ...] = (
-            row.reliability, row.predicted_correlation, row.measured_correlation,
-            row.predicted_slope, row.measured_slope,
-        )  # fmt: skip
-        table.add_row(str(row.num_temperatures), *map(number_text, shown))
-    console.print(f"{result.pair.name}: the line on K draws ({result.confidence:.0%} intervals)")
-    console.print(table)
+    page = Page()
+    page.say(f"{result.pair.name}: the line on K draws ({result.confidence:.0%} intervals)")
+    page.table(
+        (">K", ">reliability", ">r predicted", ">r measured", ">slope predicted",
+         ">slope measured"),
+        (
+            (str(row.num_temperatures), row.reliability, row.predicted_correlation,
+             row.measured_correlation, row.predicted_slope, row.measured_slope)
+            for row in result.rows
+        ),
+    )  # fmt: skip
 
 
 def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_json: bool) -> None:
@@ -293,32 +302,25 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
         }
         print(json.dumps(content, indent=1))
         return
-    console = new_console()
-    table = new_table("system", "quantity", ">published", ">implied", "consistent", "why")
-    for row in rows:
-        table.add_row(
-            row.system,
-            row.quantity,
-            number_text(row.published, 4),
-            number_text(row.implied, 4),
-            "yes" if row.consistent else "NO",
-            row.explanation,
-        )
-    console.print(table)
-    console.print("times that make each throughput figure come out (t_llm given, t_up solved for)")
-    table = new_table(
-        "system", "averaging", ">t_slm", ">t_llm", ">t_up", "unit", ">speed-up in mean time", "why"
-    )
-    for entry in times:
-        table.add_row(
-            entry.system,
-            entry.averaging,
-            *(number_text(time, 4) for time in (entry.t_slm, entry.t_llm, entry.t_up)),
-            entry.unit,
-            number_text(entry.ratio_of_means),
-            entry.reason,
-        )
-    console.print(table)
+    page = Page()
+    page.table(
+        ("system", "quantity", ">published", ">implied", "consistent", "why"),
+        (
+            (row.system, row.quantity, number_text(row.published, 4), number_text(row.implied, 4),
+             row.consistent, row.explanation)
+            for row in rows
+        ),
+    )  # fmt: skip
+    page.say("times that make each throughput figure come out (t_llm given, t_up solved for)")
+    page.table(
+        ("system", "averaging", ">t_slm", ">t_llm", ">t_up", "unit", ">speed-up in mean time",
+         "why"),
+        (
+            (one.system, one.averaging, one.t_slm, one.t_llm, one.t_up, one.unit,
+             one.ratio_of_means, one.reason)
+            for one in times
+        ),
+    )  # fmt: skip
 
 
 def print_doctor(report: HealthReport, as_json: bool) -> None:
@@ -326,7 +328,5 @@ def print_doctor(report: HealthReport, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"healthy": report.healthy, "checks": [asdict(c) for c in report.checks]}))
         return
-    table = new_table("check", "found", "ok", "what mends it")
-    for check in report.checks:
-        table.add_row(check.name, check.found, "yes" if check.ok else "NO", check.remedy)
-    new_console().print(table)
+    rows = ((check.name, check.found, check.ok, check.remedy) for check in report.checks)
+    Page().table(("check", "found", "ok", "what mends it"), rows)
