@@ -75,6 +75,14 @@ PolicyOption = Annotated[
         "--policy", help="Policy, or FILE.py:NAME of your own; repeat for more. Default: all."
     ),
 ]
+RiskOption = Annotated[
+    list[float] | None, typer.Option("--risk", help="Rejection-risk budget; repeatable.")
+]
+ScoreOption = Annotated[str, typer.Option(help="What gates compare with their threshold.")]
+LimitOption = Annotated[int, typer.Option(help="Prompts to use.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens a prompt, at most.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of every random number.")]
+OutputOption = Annotated[Path, typer.Option(help="Run folder to make.")]
 NameOption = Annotated[str, typer.Option(help="Of the derivation, and of what judges it.")]
 ReplaceOption = Annotated[
     bool, typer.Option("--replace", help="Let the result take the place of another of that name.")
@@ -118,9 +126,10 @@ def _at_least(name: str, value: float, least: float, way_out: str = "") -> None:
         raise UsageError(f"{name} {value:g}: allowed is {least:g} or more{tail}")
 
 
-def _inside(name: str, value: float, low: float, high: float) -> None:
-    if not low < value < high:
-        raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}")
+def _inside(name: str, values: Sequence[float] | None, low: float, high: float) -> None:
+    for value in values or ():
+        if not low < value < high:
+            raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}")
 
 
 def _one_of(name: str, value: str, *allowed: str) -> Any:
@@ -184,18 +193,18 @@ def _load(spec: PairSpec, dtype: str, device: str, attention: bool) -> LoadedPai
 
 @app.command()
 def calibrate(
-    output_path: Annotated[Path, typer.Option(help="Run folder to make.")],
+    output_path: OutputOption,
     pair: PairOption = None,
     slm: SlmOption = None,
     llm: LlmOption = None,
     drop_layers: DropOption = None,
     prompts: PromptsOption = None,
     order: OrderOption = "random",
-    limit: Annotated[int, typer.Option(help="Prompts of the calibration half to use.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 64,
+    limit: LimitOption = 64,
+    max_new_tokens: LengthOption = 64,
     batch_size: BatchOption = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature of both models.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
+    seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trace: Annotated[
@@ -284,33 +293,31 @@ def _calibrate(
 
 
 def _check_decoding(
-    limit: int,
-    max_new_tokens: int,
-    batch_size: int | None,
-    temperature: float,
-    seed: int,
-    device: str,
-    dtype: str,
+    limit: int = 1,
+    max_new_tokens: int = 1,
+    batch_size: int | None = None,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> None:
+    """Refuse what no decoding can run with."""
+    import re
+
     _at_least("--limit", limit, 1, "leave it out for the default")
     _at_least("--max-new-tokens", max_new_tokens, 1)
     if batch_size is not None:
         _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
-    _at_least("--seed", seed, 0)
+    if seed is not None:
+        _at_least("--seed", seed, 0)
     if not 0 < temperature <= 10:
         raise UsageError(
             f"--temperature {temperature:g}: allowed is above 0 and at most 10; at 0 there is no "
             "sampling and every draft is either right or wrong"
         )
-    _check_device(device)
-    _one_of("--dtype", dtype, "auto", "bfloat16", "float32")
-
-
-def _check_device(device: str) -> None:
-    import re
-
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: allowed are auto, cpu, mps, cuda and cuda:N")
+    _one_of("--dtype", dtype, "auto", "bfloat16", "float32")
 
 
 @app.command()
@@ -318,12 +325,8 @@ def derive(
     run: RunArgument,
     name: NameOption = "default",
     policy: PolicyOption = None,
-    score: Annotated[
-        str, typer.Option(help="What gates compare with their threshold.")
-    ] = "uncertainty",
-    risk: Annotated[
-        list[float] | None, typer.Option(help="Rejection-risk budget; repeatable. Default 0.01.")
-    ] = None,
+    score: ScoreOption = "uncertainty",
+    risk: RiskOption = None,
     confidence: Annotated[float, typer.Option(help="Of intervals and guarantees.")] = 0.95,
     link: Annotated[str, typer.Option(help="Link preset or JSON file.")] = "wifi",
     profile: Annotated[
@@ -351,11 +354,9 @@ def derive(
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
     policies = _policies(policy)
     _known_score(score)
-    for value in risk or ():
-        _inside("--risk", value, 0, 1)
-    _inside("--confidence", confidence, 0, 1)
-    for value in theta or ():
-        _inside("--theta", value, 0, float("inf"))
+    _inside("--risk", risk, 0, 1)
+    _inside("--confidence", [confidence], 0, 1)
+    _inside("--theta", theta, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
     from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
     from calibrate.run.records import DeriveRequest
@@ -419,7 +420,7 @@ def validate(
     ] = None,
     prompts: PromptsOption = None,
     order: OrderOption = "random",
-    limit: Annotated[int, typer.Option(help="Validation prompts to use.")] = 64,
+    limit: LimitOption = 64,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the reruns. Default: another than calibration's.")
     ] = None,
@@ -429,12 +430,7 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured."""
-    _at_least("--limit", limit, 1, "leave it out for the default")
-    if batch_size is not None:
-        _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
-    if seed is not None:
-        _at_least("--seed", seed, 0)
-    _check_device(device)
+    _check_decoding(limit, batch_size=batch_size, seed=seed, device=device)
     _one_of("--order", order, "random", "file")
     policies = _policies(policy) if policy else None
     from calibrate.terminal.tables import print_validation
@@ -485,19 +481,14 @@ def _validate(
 @app.command()
 def guarantees(
     run: RunArgument,
-    risk: Annotated[
-        list[float] | None, typer.Option(help="Rejection-risk budget; repeatable.")
-    ] = None,
+    risk: RiskOption = None,
     num_draws: Annotated[int, typer.Option(help="Calibrations to draw again.")] = 500,
-    score: Annotated[
-        str, typer.Option(help="What gates compare with their threshold.")
-    ] = "uncertainty",
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    score: ScoreOption = "uncertainty",
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Do the threshold rules keep their promise? Calibrations drawn again from the run's own."""
-    for value in risk or ():
-        _inside("--risk", value, 0, 1)
+    _inside("--risk", risk, 0, 1)
     _at_least("--num-draws", num_draws, 1)
     _at_least("--seed", seed, 0)
     _known_score(score)
@@ -524,15 +515,13 @@ def guarantees(
 @app.command()
 def attenuation(
     run: RunArgument,
-    limit: Annotated[int, typer.Option(help="Prompts of the calibration to use.")] = 48,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 32,
+    limit: LimitOption = 48,
+    max_new_tokens: LengthOption = 32,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """What drawing K tokens instead of summing exactly does to the fitted line, measured."""
-    _at_least("--limit", limit, 1)
-    _at_least("--max-new-tokens", max_new_tokens, 1)
-    _check_device(device)
+    _check_decoding(limit, max_new_tokens, device=device)
     from calibrate.terminal.progress import token_progress
     from calibrate.terminal.tables import print_attenuation
     from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
@@ -565,8 +554,7 @@ def quality(
     """Score the texts of every rerun against the server model's own: RUN/quality.json."""
     if num_layers is not None:
         _at_least("--num-layers", num_layers, 1)
-    _at_least("--batch-size", batch_size, 1)
-    _check_device(device)
+    _check_decoding(batch_size=batch_size, device=device)
     from calibrate.quality.encoder import ENCODER, encoder_is_cached, ensure_encoder
     from calibrate.quality.scores import prepare_quality, run_quality
     from calibrate.terminal.progress import say, transfer_progress
@@ -626,10 +614,10 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command()
 def quickstart(
-    output_path: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("hlm-quickstart"),
-    limit: Annotated[int, typer.Option(help="Prompts of each half.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt, at most.")] = 48,
-    seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 0,
+    output_path: OutputOption = Path("hlm-quickstart"),
+    limit: LimitOption = 32,
+    max_new_tokens: LengthOption = 48,
+    seed: SeedOption = 0,
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
     from calibrate.derive.derivation import derive_run
@@ -645,7 +633,7 @@ def quickstart(
     from paper_figs.draw import draw_run
 
     begin = time.perf_counter()
-    _check_decoding(limit, max_new_tokens, None, 1.0, seed, "auto", "auto")
+    _check_decoding(limit, max_new_tokens, seed=seed)
     summary, pair = _calibrate(
         "begin anew with another --output-path",
         models=("smollm2", None, None, None),

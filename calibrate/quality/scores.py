@@ -6,33 +6,29 @@ theirs is not known to us, and BERTScore changes with it, so these figures are t
 each other and not with published ones.
 
 **Yardsticks.** Two texts drawn from the server model for one prompt differ, so even the server
-itself does not score 1. What a second draw from its law scores is the mark that lossless decoding
-reaches: the rerun of a lossless policy is such a draw. It is called the ceiling, but bounds
-nothing: a policy with a narrower law (truncated, sharper) lies apart to the middle of the server's
-texts and can score more without being closer in law, so a difference above 0 is a deviation like
-one below. The floor is the device alone; what the server's text scores against its text for another
-prompt says where the scale begins.
+itself does not score 1. The mark that lossless decoding reaches is what a second draw from its law
+scores: the rerun of a lossless policy. It is called the ceiling, but bounds nothing: a policy with
+a narrower law (truncated, sharper) lies nearer to the middle of the server's texts and can score
+more without being closer in law, so a difference above 0 is a deviation like one below. The floor
+is the device alone; the server's text against its text for another prompt says where the scale
+begins.
 
-**Shared random numbers.** All reruns of one validation share them: the stream of (seed, prompt)
-gives every policy the same columns (calibrate/decode/streams.py). Where the server samples, a token
-comes from the RESAMPLE columns; where the device's draft stands, from the DRAFT columns, which no
-text of the server alone has seen. So the texts of a policy and of one of the server's draws may
-begin with long identical prefixes, often to the end, and scoring one against the other would
-measure the shared random numbers and not the quality. But there are two draws of the server's law,
-of different columns: the server's alone, and that of a lossless policy. Each policy is
+**Shared random numbers.** All reruns of one validation share them (calibrate/decode/streams.py).
+Where the server samples, a token comes from the RESAMPLE columns; where the device's draft stands,
+from the DRAFT columns, which the server alone never reads. So the texts of a policy and of one of
+the server's draws may begin with long identical prefixes, and scoring one against the other would
+measure the shared numbers and not the quality. But there are two draws, of different columns: the
+server's alone, and a lossless policy's. Each policy is
 
 - scored against the draw that it shares the shorter prefixes with, its `reference`. F1 and cosine
   are symmetric, so the ceiling is one figure for both references;
 - compared with the other draw, `coupled_with`: the paired difference of their scores against the
   same reference, of which the shared random numbers take the noise out.
 
-The two are not independent either: what the lossless policy resamples after a rejection comes from
-the server's columns, from another law. They agree in more tokens than two draws would, so the
-ceiling is somewhat too high.
-
-What coupling is left shows in `shared_prefix`, the tokens until the first that differs from the
-reference's: it should be about that of the two draws. It grows where a policy mixes skipped drafts
-with tokens that the server samples, and its score is then too high.
+The two draws are not independent either, for the lossless policy resamples from the server's
+columns: the ceiling is somewhat too high. What coupling is left shows in `shared_prefix`, the
+tokens until the first that differs from the reference's: far above that of the two draws, a score
+is too high.
 
 `identical` is the share of prompts whose tokens are those of `coupled_with`. By the coupling
 inequality, TV(P, Q) <= P(X != Y) for any joint law, so 1 - identical bounds from above the total

@@ -72,17 +72,6 @@ class AttenuationTrace:
     prompt_index: np.ndarray
     num_prompts: int
 
-    def __post_init__(self) -> None:
-        shape = (len(self.rejection_prob), len(self.num_temperatures))
-        for name in ("exact", "sampled", "variance"):
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} has shape {found}: needed is {shape}, tokens by grids")
-        if self.prompt_index.shape != shape[:1]:
-            raise ValueError(
-                f"prompt_index has shape {self.prompt_index.shape}: needed {shape[:1]}"
-            )
-
 
 def decode_attenuation_trace(
     pair: LoadedPair,
