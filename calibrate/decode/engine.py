@@ -242,17 +242,17 @@ class _BatchRun:
         step = step.drafted(policy.draft(step))
         answer = policy.answer(step)
         step = step.with_columns({"output_token": answer.output})
-        expected, drawn = policy.outcome(step), policy.drawn(step)
+        expected = policy.outcome(step)
         columns: dict[str, torch.Tensor | np.ndarray] = {
             "row": self.rows,
             "step": np.full(len(self.rows), number),
             **{name: step[name] for name in SCALARS},
-            "skipped": drawn.skip > 0.5,
+            "skipped": policy.skips(step),
             "accepted": answer.accepted,
             "policy_skip_prob": expected.skip,
             "policy_risk": expected.risk,
             "policy_bias": expected.bias,
-            "policy_entries": drawn.entries,
+            "policy_entries": policy.drawn_entries(step),
         }
         if self.settings.trace == "full":
             due = (number - self.phase[self.rows]) % STRIDE == 0

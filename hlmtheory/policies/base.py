@@ -234,12 +234,16 @@ class Policy:
 
     def drawn(self, step: Step) -> Outcome:
         """What it does with the very draft that was drawn; the bias stays that of the law."""
-        skip = self.skip_probability(step)
+        skip, entries = self.skip_probability(step), self.drawn_entries(step)
         skipped = array_namespace(skip.beyond).astype(self.skips(step), skip.beyond.dtype)
         step = self.as_drafted(step)
-        entries = (1.0 - skipped) * self.entries(step, skip)
         risk = skipped * step["rejection_prob"]
         return Outcome(skipped, risk, self.bias(step, skip), entries, skip.risk(step))
+
+    def drawn_entries(self, step: Step) -> Array:
+        """Probabilities sent with the drawn draft, (B,): 0 where it is skipped."""
+        entries = self.entries(self.as_drafted(step), self.skip_probability(step))
+        return array_namespace(entries).where(self.skips(step), 0 * entries, entries)
 
     # Drawing: live steps only.
 

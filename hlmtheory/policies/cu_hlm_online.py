@@ -93,6 +93,6 @@ class OnlineTruncation(TruncatingPolicy):
 
     def outcome(self, step: Step) -> Outcome:
         """Averaged over the draft but for the entries, which go with it."""
-        averaged, drawn = super().outcome(step), self.drawn(step)
-        whole = array_namespace(averaged.skip).clip(averaged.skip, None, 1.0)
-        return Outcome(whole, averaged.risk, averaged.bias, drawn.entries, averaged.rho)
+        found = super().outcome(step)
+        whole = array_namespace(found.skip).clip(found.skip, None, 1.0)
+        return Outcome(whole, found.risk, found.bias, self.drawn_entries(step), found.rho)
