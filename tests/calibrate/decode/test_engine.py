@@ -6,24 +6,27 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from toy_models import TableModel
+from toy_models import TableModel, softmax
 
 from calibrate.decode.engine import DecodingSettings, decode
 from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
-from hlmtheory.policies import FixedSize, ImportanceSettings, OnlineSize, Policy, make_policy
+from hlmtheory.coupling import coupled_output_law
+from hlmtheory.policies import Policy, policy_class, policy_from_settings, policy_names
+from hlmtheory.scores import score_named
 from hlmtheory.truncation import online_truncation_size
 from hlmtheory.uncertainty import exact_uncertainty, temperatures
-from hlmtheory.verification import FullDistribution, bias_lower_bound, output_bias, output_law
+from hlmtheory.verification import FullDistribution, bias_lower_bound, output_law
 
 VOCAB = 12
 NUM_DRAWS = 200_000
 NUM_PROMPTS = 2_000
 
 
-def softmax(z: np.ndarray) -> np.ndarray:
-    weights = np.exp(z - z.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+def make(name: str, threshold: float | None = None, score: str | None = None, **settings) -> Policy:
+    return policy_from_settings(
+        name, settings, threshold, None if score is None else score_named(score)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def sigma_of(logits: np.ndarray, threshold: float) -> np.ndarray:
 
 def test_hlm_emits_the_server_law(laws):
     slm, llm = laws
-    columns = run(slm, llm, make_policy("hlm"))
+    columns = run(slm, llm, make("hlm"))
     assert len(columns["output_token"]) == NUM_DRAWS
     assert p_value(columns["output_token"], softmax(llm)) > 1e-3
     # The drafts follow x, and are rejected as often as TV(x, y) says.
@@ -84,31 +87,177 @@ class ResamplesFromTarget(FullDistribution):
         return y
 
 
+class Wrong(policy_class("hlm")):
+    rule = ResamplesFromTarget()
+
+
 def test_a_wrong_rule_fails_the_same_test(laws):
     slm, llm = laws
-    wrong = Policy("hlm", make_policy("hlm").gate, ResamplesFromTarget())
-    columns = run(slm, llm, wrong)
+    columns = run(slm, llm, Wrong())
     assert p_value(columns["output_token"], softmax(llm)) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["u-hlm", "r-hlm", "ask-llm", "cu-hlm-offline", "slm", "llm"])
+GATED = {
+    name: {
+        "cu-hlm-offline": {"num_entries": 2},
+        "cu-hlm-online": {"theta": 0.3, "eta": 1.0, "slope": 0.6, "intercept": 0.0},
+        "ui-hlm": {},
+    }.get(name, {})
+    for name in policy_names()
+    if policy_class(name).gated
+}
+WITH_ONE_SIZE = sorted(set(GATED) - {"cu-hlm-online", "ui-hlm"})
+THRESHOLD = 0.55
+
+
+def law_of(policy: Policy, sigma: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    if policy.name == "coupled":
+        return coupled_output_law(x, y, sigma)
+    return output_law(policy.rule, x, y, sigma, getattr(policy, "num_entries", None))
+
+
+@pytest.mark.parametrize("name", ["slm", "llm", *WITH_ONE_SIZE])
 def test_each_policy_emits_its_exact_law(laws, name):
     slm, llm = laws
-    threshold = 0.55
-    size = FixedSize(2) if name == "cu-hlm-offline" else None
-    policy = make_policy(name, threshold, size=size)
-    columns = run(slm, llm, policy)
+    policy = make(name, THRESHOLD, **GATED.get(name, {}))
+    columns = run(slm, llm, policy, num_prompts=400)
     x, y = softmax(slm), softmax(llm)
-    sigma = {"slm": np.ones(VOCAB), "llm": np.zeros(VOCAB)}.get(name, sigma_of(slm, threshold))
+    sigma = {"slm": np.ones(VOCAB), "llm": np.zeros(VOCAB)}.get(name, sigma_of(slm, THRESHOLD))
+    law = y if name == "llm" else law_of(policy, sigma, x, y)
     assert name in ("slm", "llm") or 0 < sigma.sum() < VOCAB
-    law = output_law(policy.rule, x, y, sigma, 2 if size else None)
-    assert p_value(columns["output_token"], law) > 1e-3
-    # The exact bias that the engine records is the bias of that law.
-    bias = output_bias(policy.rule, x, y, sigma, 2 if size else None)
+    assert p_value(columns["output_token"], law) > 1e-4
+    if policy.role != "server":
+        assert p_value(columns["draft_token"], x) > 1e-4
+    # What the engine records of the policy is what that law says.
+    bias, skip = np.abs(law - y).sum() / 2, sigma @ x
     np.testing.assert_allclose(columns["policy_bias"], bias, atol=2e-6)
+    np.testing.assert_allclose(columns["policy_skip_prob"], skip, atol=2e-6)
+    risk = sigma @ np.maximum(x - y, 0)
+    np.testing.assert_allclose(columns["policy_risk"], risk, atol=2e-6)
     if name not in ("slm", "llm"):
         drafts = columns["draft_token"]
         np.testing.assert_array_equal(columns["skipped"], sigma[drafts] > 0)
+        if bias > 0.01:  # another law fails the same test
+            assert p_value(columns["output_token"], y) < 1e-6
+    size = {"u-hlm": VOCAB, "r-hlm": sigma.sum(), "cu-hlm-offline": 2}.get(name, 0)
+    np.testing.assert_array_equal(columns["policy_entries"], np.where(columns["skipped"], 0, size))
+
+
+@pytest.mark.parametrize("name", WITH_ONE_SIZE)
+def test_sampled_scores_emit_the_law_of_their_probabilities(laws, name):
+    """A gate that draws lots: sigma = P(u_K <= threshold), independent of the other draws."""
+    from scipy.stats import poisson_binom
+
+    from hlmtheory.uncertainty import perturbed_probabilities
+
+    slm, llm = laws
+    policy = make(name, 0.45, "uncertainty_sampled", **GATED[name])
+    columns = run(slm, llm, policy, num_prompts=200)
+    p = perturbed_probabilities(slm, np.arange(VOCAB), temperatures())
+    sigma = np.array([poisson_binom.cdf(9, 1 - row) for row in p])
+    assert ((sigma > 0.01) & (sigma < 0.99)).any()
+    law = law_of(policy, sigma, softmax(slm), softmax(llm))
+    assert p_value(columns["output_token"], law) > 1e-4
+    np.testing.assert_allclose(
+        columns["policy_bias"], np.abs(law - softmax(llm)).sum() / 2, atol=2e-6
+    )
+    np.testing.assert_allclose(columns["policy_skip_prob"], sigma @ softmax(slm), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "score", ["entropy", "one_minus_max_prob", "one_minus_margin", "max_logit"]
+)
+@pytest.mark.parametrize("name", ["u-hlm", "coupled", "r-hlm"])
+def test_scores_of_the_context_skip_all_drafts_or_none(laws, name, score):
+    slm, llm = laws
+    x, y = softmax(slm), softmax(llm)
+    value = {
+        "entropy": stats.entropy(x),
+        "one_minus_max_prob": 1 - x.max(),
+        "one_minus_margin": 1 - np.sort(x)[-1] + np.sort(x)[-2],
+        "max_logit": -slm.max(),
+    }[score]
+    for threshold, law in ((value + 0.01, x), (value - 0.01, y)):
+        columns = run(slm, llm, make(name, threshold, score), num_prompts=500, steps=40)
+        assert p_value(columns["output_token"], law) > 1e-4
+        np.testing.assert_array_equal(columns["skipped"], law is x)
+        np.testing.assert_allclose(columns["policy_bias"], np.abs(law - y).sum() / 2, atol=2e-6)
+
+
+# --- coupled -------------------------------------------------------------------------------------
+
+
+def test_coupled_draws_agree_as_often_as_the_coupling_says(laws):
+    """P(d = o) = sum of the diagonal of the joint law, and d, o have it cell by cell."""
+    from hlmtheory.coupling import joint_law
+
+    slm, llm = laws
+    columns = run(slm, llm, make("coupled", 0.0))
+    assert not columns["skipped"].any()
+    joint = joint_law(softmax(slm), softmax(llm))
+    counts = np.zeros((VOCAB, VOCAB))
+    np.add.at(counts, (columns["draft_token"], columns["output_token"]), 1)
+    expected = joint * NUM_DRAWS
+    assert counts[joint == 0].sum() == 0
+    cells = expected >= 5
+    kept = np.append(counts[cells], counts[~cells].sum())
+    law = np.append(expected[cells], expected[~cells].sum())
+    assert stats.chisquare(kept, law * kept.sum() / law.sum()).pvalue > 1e-4
+    np.testing.assert_array_equal(
+        columns["accepted"], columns["draft_token"] == columns["output_token"]
+    )
+    rate = np.trace(joint)
+    assert abs(columns["accepted"].mean() - rate) < 4 * (rate * (1 - rate) / NUM_DRAWS) ** 0.5
+    # Negative control: independent draws of the same two laws do not.
+    independent = np.outer(softmax(slm), softmax(llm)) * NUM_DRAWS
+    other = np.append(independent[cells], independent[~cells].sum())
+    assert stats.chisquare(kept, other * kept.sum() / other.sum()).pvalue < 1e-6
+
+
+def test_coupled_is_lossless_alone_and_not_below_the_risk_with_a_gate(laws):
+    slm, llm = laws
+    alone = run(slm, llm, make("coupled", 0.0))
+    assert p_value(alone["output_token"], softmax(llm)) > 1e-4
+    np.testing.assert_allclose(alone["policy_bias"], 0, atol=1e-7)
+    gated = run(slm, llm, make("coupled", THRESHOLD), num_prompts=20, steps=5)
+    assert (gated["policy_bias"] >= gated["policy_risk"] - 1e-6).all()
+
+
+@pytest.mark.parametrize("policy", [make("coupled", 0.4), make("u-hlm", 0.4)], ids=["race", "cdf"])
+def test_shared_noise_does_not_depend_on_the_batch(policy):
+    """Device and server each make the noise from (seed, prompt, step) alone."""
+    slm, llm = markov()
+    small = run(slm, llm, policy, num_prompts=25, steps=20, eos=(5,), batch_size=3)
+    large = run(slm, llm, policy, num_prompts=25, steps=20, eos=(5,), batch_size=25)
+    for name in ("prompt_id", "step", "draft_token", "output_token", "accepted", "skipped"):
+        np.testing.assert_array_equal(small[name], large[name])
+
+
+def test_races_are_a_pure_function_of_seed_prompt_and_step():
+    from calibrate.decode.streams import Streams
+
+    device = torch.device("cpu")
+    first, second = Streams(3, ["a", "b", "c"]), Streams(3, ["c"])
+    for number in range(4):
+        if number == 2:
+            first.keep([2, 0])
+        noise, alone = first.next_step(50, device), second.next_step(50, device)
+        row = 2 if number < 2 else 0
+        np.testing.assert_array_equal(noise.races()[row], alone.races()[0])
+        np.testing.assert_array_equal(noise.draft[row], alone.draft[0])
+        assert noise.races() is noise.races()
+    other = Streams(4, ["c"]).next_step(50, device)
+    fresh = Streams(3, ["c"]).next_step(50, device)
+    assert (other.races() != fresh.races()).all()
+    # Uniforms and races of a step never share a block of the counter.
+    races = torch.cat([Streams(3, [str(i)]).next_step(400, device).races() for i in range(50)])
+    assert stats.kstest(races.numpy().ravel(), "expon").pvalue > 1e-4
+    uniforms = torch.cat([Streams(3, [str(i)]).next_step(400, device).uniforms for i in range(50)])
+    made = 1 - np.exp(-races.numpy()[:, :100])
+    assert abs(np.corrcoef(made.ravel(), uniforms.numpy()[:, :100].ravel())[0, 1]) < 0.06
+
+
+# --- further laws --------------------------------------------------------------------------------
 
 
 def test_total_variation_of_gated_output_is_the_risk(laws):
@@ -118,7 +267,7 @@ def test_total_variation_of_gated_output_is_the_risk(laws):
     sigma = sigma_of(slm, threshold)
     rho = float(bias_lower_bound(x, y, sigma))
     assert rho > 0.02
-    columns = run(slm, llm, make_policy("u-hlm", threshold))
+    columns = run(slm, llm, make("u-hlm", threshold))
     frequency = np.bincount(columns["output_token"], minlength=VOCAB) / NUM_DRAWS
     # TV = P(A) - y(A) on the set A where the exact law exceeds y: a binomial frequency.
     above = output_law(FullDistribution(), x, y, sigma) > y
@@ -131,28 +280,35 @@ def test_total_variation_of_gated_output_is_the_risk(laws):
 
 def test_draft_from_sent_has_no_bias_for_any_size(laws):
     slm, llm = laws
-    policy = make_policy("cu-hlm-offline", 0.0, size=FixedSize(2), draft_from_sent=True)
+    policy = make("cu-hlm-offline", 0.0, num_entries=2, draft_from_sent=True)
     columns = run(slm, llm, policy)
-    assert p_value(columns["output_token"], softmax(llm)) > 1e-3
+    assert p_value(columns["output_token"], softmax(llm)) > 1e-4
     np.testing.assert_allclose(columns["policy_bias"], 0, atol=2e-6)
 
 
-def test_sampled_gate_skips_as_often_as_its_probability(laws):
+def test_draft_from_sent_with_a_gate_emits_its_law(laws):
     slm, llm = laws
-    columns = run(slm, llm, make_policy("u-hlm", 0.4, statistic="sampled"))
-    difference = columns["skipped"] - columns["policy_skip_prob"]
-    assert 0.05 < columns["skipped"].mean() < 0.95
-    assert abs(difference.mean()) < 4 * difference.std() / NUM_DRAWS**0.5
+    policy = make("cu-hlm-offline", THRESHOLD, num_entries=2, draft_from_sent=True)
+    columns = run(slm, llm, policy)
+    x, y, sigma = softmax(slm), softmax(llm), sigma_of(slm, THRESHOLD)
+    law = output_law(policy.rule, x, y, sigma, 2)
+    assert p_value(columns["output_token"], law) > 1e-4
+    bias = np.abs(law - y).sum() / 2
+    for name in ("policy_bias", "policy_risk"):
+        np.testing.assert_allclose(columns[name], bias, atol=2e-6)
 
 
-def test_online_size_is_the_one_of_the_drafted_token(laws):
-    slm, llm = laws
-    policy = make_policy("cu-hlm-online", 0.1, size=OnlineSize(0.3, 0.6, 0.0))
-    columns = run(slm, llm, policy, num_prompts=200, steps=5)
-    x = np.repeat(softmax(slm)[None], len(columns["step"]), 0)
+def test_online_size_is_the_one_of_the_drafted_token():
+    slm, llm = markov()
+    policy = make("cu-hlm-online", 0.1, **GATED["cu-hlm-online"])
+    columns = run(slm, llm, policy, num_prompts=100, steps=10)
+    before = np.where(columns["step"] > 0, np.roll(columns["output_token"], 1), 2)
     predicted = np.clip(0.6 * columns["uncertainty"].astype(float), 0, 1)
-    sizes = online_truncation_size(x, columns["draft_prob"].astype(float), predicted, 0.3)
-    np.testing.assert_array_equal(columns["policy_entries"], sizes)
+    draft_prob = columns["draft_prob"].astype(float)
+    sizes = online_truncation_size(softmax(slm[before]), draft_prob, predicted, 0.3)
+    sent = np.where(columns["skipped"], 0, sizes)
+    np.testing.assert_array_equal(columns["policy_entries"], sent)
+    assert len(np.unique(sent)) > 3
 
 
 def markov() -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +319,7 @@ def markov() -> tuple[np.ndarray, np.ndarray]:
 
 def test_tokens_do_not_depend_on_batch_or_order():
     slm, llm = markov()
-    policy = make_policy("u-hlm", 0.5)
+    policy = make("u-hlm", 0.5)
     small = run(slm, llm, policy, num_prompts=30, steps=20, eos=(5,), batch_size=4)
     large = run(slm, llm, policy, num_prompts=30, steps=20, eos=(5,), batch_size=30)
     for name in ("prompt_id", "step", "draft_token", "output_token", "accepted"):
@@ -176,7 +332,7 @@ def test_tokens_do_not_depend_on_batch_or_order():
 
 def test_rows_end_with_their_end_token_and_not_before():
     slm, llm = markov()
-    columns = run(slm, llm, make_policy("hlm"), num_prompts=50, steps=30, eos=(5,))
+    columns = run(slm, llm, make("hlm"), num_prompts=50, steps=30, eos=(5,))
     for prompt in np.unique(columns["prompt_id"]):
         mine = columns["prompt_id"] == prompt
         ended = np.flatnonzero(columns["output_token"][mine] == 5)
@@ -186,8 +342,8 @@ def test_rows_end_with_their_end_token_and_not_before():
 
 def test_a_longer_limit_continues_the_same_tokens():
     slm, llm = markov()
-    short = run(slm, llm, make_policy("hlm"), num_prompts=9, steps=5)
-    long = run(slm, llm, make_policy("hlm"), num_prompts=9, steps=11)
+    short = run(slm, llm, make("hlm"), num_prompts=9, steps=5)
+    long = run(slm, llm, make("hlm"), num_prompts=9, steps=11)
     np.testing.assert_array_equal(short["output_token"], long["output_token"][long["step"] < 5])
 
 
@@ -199,7 +355,8 @@ def full_trace(tmp_path, policy, asked=None, eos=(5,)):
     paths = []
     for batch in decode(slm, llm, asked or prompts(20), policy, settings, eos):
         paths.append(tmp_path / f"{policy.name}-{len(paths)}.parquet")
-        write_shard(paths[-1], batch.columns, batch.prompt_ids, {}, batch.categories)
+        axes = settings.axes(VOCAB)
+        write_shard(paths[-1], batch.columns, batch.prompt_ids, {}, axes, batch.categories)
     return read_trace(paths)
 
 
@@ -209,22 +366,62 @@ def test_categories_stay_with_their_prompts_through_the_trace(tmp_path):
         TokenizedPrompt(f"p{i:02d}", (1,) * (2 + i * 7 % 5), ("code", "maths")[i % 3 == 0])
         for i in range(20)
     ]
-    trace = full_trace(tmp_path, make_policy("hlm"), asked)
+    trace = full_trace(tmp_path, make("hlm"), asked)
     assert dict(zip(trace.prompt_ids, trace.categories, strict=True)) == {
         prompt.prompt_id: prompt.category for prompt in asked
     }
     some = [*asked, TokenizedPrompt("none", (1, 2))]
-    assert full_trace(tmp_path, make_policy("hlm"), some).categories == []
+    assert full_trace(tmp_path, make("hlm"), some).categories == []
 
 
-def test_truncation_bias_is_sampled_at_every_step_alike(tmp_path):
-    trace = full_trace(tmp_path, make_policy("hlm"), prompts(400), eos=())
+def test_costly_columns_are_sampled_at_every_step_alike_and_nan_elsewhere(tmp_path):
+    trace = full_trace(tmp_path, make("hlm"), prompts(400), eos=())
     recorded = np.isfinite(trace["truncation_bias"]).all(1)
+    for name in ("truncation_bias", "head_agreement", "head_race"):
+        known = np.isfinite(trace[name])
+        np.testing.assert_array_equal(known, np.broadcast_to(recorded[:, None], known.shape))
     shares = np.array([recorded[trace["step"] == step].mean() for step in range(20)])
     # Of 400 prompts a quarter starts at each of four steps, as a hash has it: binomial.
     assert (abs(shares - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5).all()
     per_prompt = np.bincount(trace.prompt_index, weights=recorded)
     np.testing.assert_array_equal(per_prompt, 5)  # of twenty steps, each prompt gives five
+
+
+def test_a_full_trace_holds_the_head_of_its_contexts(tmp_path):
+    """Every stored column against the tables of the two models."""
+    from hlmtheory.coupling import coupling_columns
+
+    trace = full_trace(tmp_path, make("hlm"), prompts(30), eos=())
+    slm, llm = markov()
+    before = np.where(trace["step"] > 0, np.roll(trace["output_token"], 1), 2)
+    z = slm[before]
+    x, y = softmax(z), softmax(llm[before])
+    order = np.argsort(-z, -1)
+    u = exact_uncertainty(z, order, temperatures())
+    for name, values in (
+        ("head_prob", np.take_along_axis(x, order, -1)),
+        ("head_target_prob", np.take_along_axis(y, order, -1)),
+        ("head_uncertainty", u),
+        ("tv_distance", np.abs(x - y).sum(-1) / 2),
+        ("max_logit", z.max(-1)),
+    ):
+        np.testing.assert_allclose(trace[name], values, atol=3e-6, err_msg=name)
+    due = np.isfinite(trace["head_race"][:, 0])
+    agreement, race = coupling_columns(x[due], y[due], order[due])
+    np.testing.assert_allclose(trace["head_agreement"][due], agreement, atol=3e-6)
+    np.testing.assert_allclose(trace["head_race"][due], race, atol=3e-6)
+    place = np.argmax(order == trace["draft_token"][:, None], axis=-1)
+    np.testing.assert_array_equal(trace["draft_rank"], place)
+    for token in ("draft", "output"):
+        at = np.arange(len(x)), trace[f"{token}_token"]
+        prob = "draft_prob" if token == "draft" else "output_prob"
+        np.testing.assert_allclose(trace[prob], x[at], atol=3e-6)
+
+
+def test_a_minimal_trace_leaves_the_head_out():
+    columns = run(*markov(), make("u-hlm", 0.3), num_prompts=3, steps=3)
+    assert not [name for name in columns if name.startswith(("head_", "topk", "tail", "trunc"))]
+    assert {"uncertainty_sampled", "output_uncertainty", "policy_risk"} <= set(columns)
 
 
 class Failing(TableModel):
@@ -243,7 +440,7 @@ def no_memory():
 def first_batch(fail):
     slm, llm = Failing(fail), TableModel(markov()[1])
     settings = DecodingSettings(max_new_tokens=2, batch_size=7)
-    return next(decode(slm, llm, prompts(9), make_policy("hlm"), settings, ()))
+    return next(decode(slm, llm, prompts(9), make("hlm"), settings, ()))
 
 
 @pytest.mark.parametrize("fail", [no_memory, lambda: torch.empty(2**50)])
@@ -259,16 +456,37 @@ def test_other_errors_are_not_taken_for_a_full_memory():
 
 @pytest.mark.parametrize("variant", ["topk", "context"])
 def test_live_importance_equals_its_replay_from_the_trace(tmp_path, variant):
-    from calibrate.decode.recording import TOPK_ATTENTION_GRID, replay_importance
+    from calibrate.derive.predict import remembered
 
     if variant == "topk":
-        calibrated = full_trace(tmp_path, make_policy("hlm"))
-        focus = calibrated["topk_attention"][:, TOPK_ATTENTION_GRID.index(2)]
+        calibrated = full_trace(tmp_path, make("hlm"))
+        focus = calibrated["topk_attention"][:, calibrated.axes.attention_sizes.index(2)]
         gamma = float(np.median(focus * np.exp(calibrated["attention_entropy"])))
-        importance = ImportanceSettings("topk", 2, gamma)
+        importance = {"variant": "topk", "k": 2, "gamma": gamma}
     else:
-        importance = ImportanceSettings("context", 0.8, 0.9)
-    trace = full_trace(tmp_path, make_policy("ui-hlm", 0.3, importance=importance))
-    important = replay_importance(trace, importance)
+        importance = {"variant": "context", "k": 0.8, "gamma": 0.9}
+    policy = make("ui-hlm", 0.3, importance=importance)
+    trace = full_trace(tmp_path, policy)
+    important = remembered(trace, policy)["important"]
     assert 0.05 < important.mean() < 0.95
     np.testing.assert_array_equal(trace["skipped"], (trace["uncertainty"] <= 0.3) | ~important)
+
+
+def test_a_recorded_rerun_predicts_itself(tmp_path):
+    """The policy on the stored steps says what it said live, in single precision."""
+    from calibrate.derive.predict import drawn_tokens, predicted_tokens
+
+    for name, settings in GATED.items():
+        policy = make(name, THRESHOLD, **settings)
+        trace = full_trace(tmp_path, policy)
+        expected, drawn = predicted_tokens(trace, policy), drawn_tokens(trace, policy)
+        np.testing.assert_allclose(expected.skip, trace["policy_skip_prob"], atol=3e-6)
+        np.testing.assert_allclose(expected.risk, trace["policy_risk"], atol=3e-6)
+        np.testing.assert_array_equal(drawn.skip, trace["skipped"])
+        if name != "cu-hlm-online":  # its size is read off a grid
+            np.testing.assert_allclose(drawn.entries, trace["policy_entries"], atol=3e-6)
+        known = np.isfinite(expected.bias)
+        assert known.any()
+        if not name.startswith("cu-hlm"):
+            bias = trace["policy_bias"][known]
+            np.testing.assert_allclose(expected.bias[known], bias, atol=3e-6, err_msg=name)
