@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from calibrate.run.errors import UserError
 from calibrate.run.folder import atomic_path
-from hlmtheory.steps import Axes, Step
+from hlmtheory.steps import COLUMNS, Axes, Step
 
 HEADER_KEY = b"hlmtheory"
 SCHEMA_VERSION = 2
@@ -100,12 +100,21 @@ def read_axes(path: Path) -> Axes:
     Raises
     ------
     UserError
-        If its header does not say.
+        If its header does not say, or a column is not as wide as its axis.
     """
     try:
-        return Axes.from_dict(read_header(path).get("axes", {}))
-    except (ValueError, TypeError) as error:
+        axes = Axes.from_dict(read_header(path).get("axes", {}))
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error}; calibrate again") from None
+    for one in pq.read_schema(path):
+        axis = COLUMNS[one.name].axis if one.name in COLUMNS else ""
+        width = getattr(one.type, "list_size", 1)
+        if axis not in ("", "head") and width != len(getattr(axes, axis)):
+            raise UserError(
+                f"{path}: {one.name} has {width} columns and its axis {axis} "
+                f"{len(getattr(axes, axis))}; calibrate again"
+            )
+    return axes
 
 
 def shard_paths(run: Path) -> list[Path]:
