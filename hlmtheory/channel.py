@@ -1,7 +1,8 @@
 """What a channel carries: capacity, ergodic and outage rates under Rayleigh fading.
 
-Every rate here assumes capacity-reaching codes. An SNR is given in exactly one of two scales, by
-name: `snr`, a linear ratio, or `snr_db`. Arguments are floats or numpy arrays; bandwidths are > 0.
+Every rate here is in bits per second and assumes capacity-reaching codes; docs/theory.md, (26). An
+SNR is given in exactly one of two scales, by name: `snr`, a linear ratio > 0, or `snr_db`.
+Arguments are floats or numpy arrays; bandwidths are > 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 from typing import TypeAlias
 
 import numpy as np
-from scipy.integrate import quad
 from scipy.special import exp1, lambertw
 
 from hlmtheory.domain import check_finite, check_positive
@@ -27,13 +27,6 @@ def linear_snr(snr: Values | None = None, snr_db: Values | None = None) -> Value
     r"""Signal-to-noise ratio as a linear ratio, from exactly one of its two scales.
 
     .. math:: \mathrm{SNR} = 10^{\mathrm{SNR_{dB}}/10}
-
-    Parameters
-    ----------
-    snr : array or float
-        Linear, > 0.
-    snr_db : array or float
-        Decibels, any finite value.
 
     Raises
     ------
@@ -60,11 +53,11 @@ def linear_snr(snr: Values | None = None, snr_db: Values | None = None) -> Value
 def capacity_bps(
     bandwidth_hz: float, snr: Values | None = None, snr_db: Values | None = None
 ) -> Values:
-    r"""Capacity of the additive white Gaussian noise channel, bits per second.
+    r"""Capacity of the additive white Gaussian noise channel.
 
     .. math:: C = W \log_2(1 + \mathrm{SNR})
 
-    docs/theory.md, (26). 1 MHz at 0 dB carries 1 Mbit/s; C ~ W SNR / ln 2 as SNR falls to 0.
+    1 MHz at 0 dB carries 1 Mbit/s; C ~ W SNR / ln 2 as SNR falls to 0.
     """
     check_positive(bandwidth_hz, "bandwidth_hz")
     return bandwidth_hz / math.log(2.0) * np.log1p(linear_snr(snr, snr_db))
@@ -87,12 +80,11 @@ def scaled_exponential_integral(a: Values) -> Values:
 def ergodic_rayleigh_rate_bps(
     bandwidth_hz: float, snr: Values | None = None, snr_db: Values | None = None
 ) -> Values:
-    r"""Ergodic rate under Rayleigh fading of this mean SNR, channel known at the receiver, bits/s.
+    r"""Ergodic rate under Rayleigh fading of this mean SNR, channel known at the receiver.
 
     .. math:: \bar C = W \log_2(e)\, e^{1/\bar\gamma} E_1(1/\bar\gamma)
 
-    docs/theory.md, (26). Below :func:`capacity_bps` at the same mean SNR, by Jensen; the two agree
-    as the SNR falls to 0.
+    Below :func:`capacity_bps` at the same mean SNR, by Jensen; they agree as the SNR falls to 0.
 
     Valid when a payload spans many fades, so that the rate averages out.
     """
@@ -132,37 +124,3 @@ def best_outage_rate_bps(
     """
     check_positive(bandwidth_hz, "bandwidth_hz")
     return bandwidth_hz * float(lambertw(linear_snr(snr, snr_db)).real) / math.log(2.0)
-
-
-def mean_inverse_rate_s_per_bit(
-    bandwidth_hz: float, gain: float, snr: float | None = None, snr_db: float | None = None
-) -> float:
-    r"""Mean of 1/C over Rayleigh blocks, given that the gain is at least a threshold g_0 > 0.
-
-    .. math:: E[1/C \mid g \ge g_0] = \int_{g_0}^\infty
-              \frac{e^{-(g - g_0)}}{W \log_2(1 + \bar\gamma g)}\, dg
-
-    The trap of (26), docs/theory.md: the integrand behaves as 1/g, so the mean upload time B E[1/C]
-    grows as ln(1/g_0) ln 2/(W SNR) and is infinite without a threshold.
-
-    Raises
-    ------
-    ValueError
-        If `gain` is not above 0, where the mean is infinite.
-    """
-    check_positive(bandwidth_hz, "bandwidth_hz")
-    ratio = float(linear_snr(snr, snr_db))
-    if not (math.isfinite(gain) and gain > 0):
-        raise ValueError(
-            f"gain = {gain}: allowed is (0, inf); without an outage threshold E[1/C] diverges"
-        )
-
-    def integrand(log_gain: float) -> float:
-        value = math.exp(log_gain)
-        return value * math.exp(gain - value) / math.log1p(ratio * value)
-
-    # On the scale of ln g the integrand is flat near the threshold and gone 40 e-folds above 1.
-    low, high = math.log(gain), math.log(gain + 40.0)
-    bends = [point for point in (-math.log(ratio), 0.0) if low < point < high]
-    total = quad(integrand, low, high, points=bends or None, epsabs=0.0, epsrel=1e-11, limit=200)[0]
-    return math.log(2.0) * float(total) / bandwidth_hz

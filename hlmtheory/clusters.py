@@ -14,19 +14,7 @@ from scipy import special
 
 
 def sum_by_prompt(values: np.ndarray, prompt_index: np.ndarray, num_prompts: int) -> np.ndarray:
-    """Sum token values over each prompt.
-
-    Parameters
-    ----------
-    values : float array (N,) or (N, G)
-    prompt_index : int array (N,)
-        Prompt of each token, in [0, num_prompts).
-    num_prompts : int
-
-    Returns
-    -------
-    float array (num_prompts,) or (num_prompts, G)
-    """
+    """Sums (P,) or (P, G) of token values (N,) or (N, G), prompts (N,) in [0, num_prompts)."""
     if len(prompt_index) and not 0 <= np.min(prompt_index) <= np.max(prompt_index) < num_prompts:
         raise ValueError(
             f"prompt_index spans {np.min(prompt_index)} to {np.max(prompt_index)}: allowed is "
@@ -34,10 +22,7 @@ def sum_by_prompt(values: np.ndarray, prompt_index: np.ndarray, num_prompts: int
         )
     if values.ndim == 1:
         return np.bincount(prompt_index, weights=values, minlength=num_prompts)
-    out = np.zeros((num_prompts, values.shape[1]))
-    for g in range(values.shape[1]):
-        out[:, g] = np.bincount(prompt_index, weights=values[:, g], minlength=num_prompts)
-    return out
+    return np.stack([sum_by_prompt(v, prompt_index, num_prompts) for v in values.T], axis=1)
 
 
 def _check_confidence(confidence: float) -> None:
@@ -55,15 +40,9 @@ class RatioEstimate:
     with A_i the sum over the tokens of prompt i and B_i their number (linearisation; prompts
     independent, token counts random).
 
-    Attributes
-    ----------
-    value : float
-    standard_error : float
-        NaN with fewer than two prompts.
-    num_prompts : int
-    influence : float array (P,)
-        (A_i - value B_i) / sum B of every prompt, NaN of one without a value: what prompt i adds
-        to the error, to first order. Empty where nobody worked it out.
+    The standard error is NaN with fewer than two prompts. `influence` (P,) holds (A_i - value B_i)
+    / sum B of every prompt, NaN of one without a value: what prompt i adds to the error, to first
+    order. Empty where nobody worked it out.
     """
 
     value: float
@@ -76,11 +55,9 @@ class RatioEstimate:
         _check_confidence(confidence)
         if self.num_prompts < 2 or not np.isfinite(self.standard_error):
             return None
-        quantile = float(special.stdtrit(self.num_prompts - 1, 0.5 + confidence / 2))
-        return (
-            self.value - quantile * self.standard_error,
-            self.value + quantile * self.standard_error,
-        )
+        half = float(special.stdtrit(self.num_prompts - 1, 0.5 + confidence / 2))
+        half *= self.standard_error
+        return self.value - half, self.value + half
 
 
 def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> RatioEstimate:
@@ -120,16 +97,10 @@ def mean_over_tokens(
 
 @dataclass(frozen=True)
 class ErrorTerms:
-    """Error of an estimate as a sum of independent terms of mean 0, one a prompt.
+    """Error of an estimate as a sum of independent terms (P,) of mean 0, one a prompt.
 
-    Attributes
-    ----------
-    terms : float array (P,)
-        Their sum of squares is the squared standard error; 0 for prompts without a value.
-    num_prompts : int
-        Prompts with a value.
-    freedom : int
-        Degrees of freedom: those prompts less their strata; at least 0.
+    Their sum of squares is the squared standard error; 0 for prompts without a value. `num_prompts`
+    have one, and `freedom` are the degrees of freedom, those prompts less their strata.
     """
 
     terms: np.ndarray
@@ -149,14 +120,8 @@ def error_terms(influence: np.ndarray, strata: np.ndarray | None = None) -> Erro
 
     What strata differ in is no sampling error if each holds a fixed share of the prompts. A stratum
     of one prompt has no spread of its own: its e_i counts in full, as without strata. One stratum
-    gives the standard error of :class:`RatioEstimate`.
-
-    Parameters
-    ----------
-    influence : float array (P,)
-        e, of a :class:`RatioEstimate`; NaN is left out.
-    strata : int array (P,), optional
-        Stratum of each prompt; one for all unless given.
+    gives the standard error of :class:`RatioEstimate`, whose influence e (P,) is; NaN is left out.
+    `strata` (P,) is the stratum of each prompt, one for all unless given.
 
     Valid when prompts are independent draws from their stratum, and the strata's shares are fixed.
     """
@@ -192,10 +157,7 @@ def prediction_error(averaged: ErrorTerms, drawn: ErrorTerms, rerun: ErrorTerms)
     rerun : ErrorTerms
         Of the measured figure, m prompts.
 
-    Returns
-    -------
-    ErrorTerms
-        Terms of the n averaged ones, then of s / sqrt(m): n drawn ones and m measured ones.
+    The terms are the n averaged ones, then those of s / sqrt(m): n drawn ones and m measured ones.
 
     Raises
     ------
@@ -239,20 +201,9 @@ def bootstrap_totals(prompt_sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def percentile_interval(
     values: np.ndarray, num_prompts: int, confidence: float = 0.95
 ) -> tuple[float, float] | None:
-    """Percentile interval of a statistic of :func:`bootstrap_totals`.
+    """Percentile interval of a statistic (R,) of :func:`bootstrap_totals`, NaN where undefined.
 
-    Parameters
-    ----------
-    values : float array (R,)
-        The statistic in every resample, NaN where undefined.
-    num_prompts : int
-        Prompts that were resampled.
-    confidence : float
-        In (0, 1).
-
-    Returns
-    -------
-    (low, high), or None with fewer than two prompts or over a tenth of the values undefined.
+    None with fewer than two prompts resampled or over a tenth of the values undefined.
     """
     _check_confidence(confidence)
     known = values[np.isfinite(values)]
@@ -275,7 +226,7 @@ def jackknife_correlation_interval(
               \tanh(z \pm t_{n-1}\,\mathrm{se})
 
     The bootstrap adds noise to binned means and so biases their correlation down; the jackknife
-    hardly disturbs them.
+    hardly disturbs them. None with fewer than three prompts or an undefined correlation.
 
     Parameters
     ----------
@@ -283,10 +234,6 @@ def jackknife_correlation_interval(
     correlation : callable
         Maps totals (..., G) to values (...) in [-1, 1].
     confidence : float
-
-    Returns
-    -------
-    (low, high), or None with fewer than three prompts or an undefined correlation.
     """
     _check_confidence(confidence)
     num = prompt_sums.shape[0]

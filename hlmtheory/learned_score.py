@@ -17,14 +17,7 @@ CERTAIN = 50.0
 
 @dataclass(frozen=True)
 class Logistic:
-    """Logistic regression on standardised features.
-
-    Attributes
-    ----------
-    mean, scale, coefficients : float array (F,)
-        m, s > 0 and w of each feature.
-    intercept : float
-    """
+    """Logistic regression on standardised features: m, s > 0 and w (F,), and b."""
 
     mean: np.ndarray
     scale: np.ndarray
@@ -38,14 +31,7 @@ class Logistic:
 
 
 def fit_logistic(features: np.ndarray, rejection_prob: np.ndarray) -> Logistic:
-    """Fit E[beta | features] by logistic regression, beta as the weight of class one.
-
-    Parameters
-    ----------
-    features : float array (N, F)
-    rejection_prob : float array (N,)
-        beta in [0, 1].
-    """
+    """Fit E[beta | features] by logistic regression, beta (N,) in [0, 1] as weight of class 1."""
     from sklearn.linear_model import LogisticRegression
 
     table, beta = np.asarray(features, dtype=float), np.asarray(rejection_prob, dtype=float)
@@ -70,7 +56,7 @@ def cross_fitted_score(
     num_folds: int = 5,
     seed: int = 0,
 ) -> np.ndarray:
-    r"""A learned score, the estimate of E[beta | device-side features].
+    r"""A learned score (N,) in [0, 1], the estimate of E[beta | device-side features].
 
     docs/theory.md, (15): the best score there is, as far as it can be learned. Each prompt's tokens
     are scored by a model fitted to other prompts only, so the curve of the score is an honest one.
@@ -91,11 +77,6 @@ def cross_fitted_score(
         2 to the number of prompts.
     seed : int
         Of the folds and of the trees.
-
-    Returns
-    -------
-    float array (N,)
-        Scores in [0, 1].
 
     Raises
     ------

@@ -104,8 +104,8 @@ class RayleighOutageLink(_Channel):
               T = \frac{B}{R} G, \quad G \sim \mathrm{Geometric}(1 - p_{out})
 
     docs/theory.md, (26). The trap it avoids: with the rate following the fade and no outage
-    threshold, E[B/C] is infinite (hlmtheory.channel.mean_inverse_rate_s_per_bit). `snr_db` is the
-    mean SNR; hlmtheory.channel.best_outage_rate_bps gives the rate with the least mean time.
+    threshold, E[B/C] is infinite (hlmtheory.symbolic.rayleigh_block_time). `snr_db` is the mean
+    SNR; hlmtheory.channel.best_outage_rate_bps gives the rate with the least mean time.
 
     Assumption: one payload lies in one block, each transmission sees a fresh fade, and the request
     to send again is free.
@@ -154,16 +154,9 @@ class TraceLink:
     integrand is linear between finitely many breaks. A rate of zero is a gap, and is waited out. A
     payload short against the sampling interval takes B E[1/rate] on a trace without gaps.
 
-    Assumption: start times are uniform over the trace and do not depend on its rate, and the rate
-    holds for a whole sampling interval.
-
-    Attributes
-    ----------
-    rates_bps : tuple of float (n,)
-        Bits per second, >= 0, not all 0.
-    round_trip_ms : float
-    sample_interval_ms : float
-        How long each rate holds; one second is what measured traces usually have.
+    Assumption: start times are uniform over the trace and do not depend on its rate, and each of
+    the n rates, >= 0 and not all 0, holds for a whole sampling interval. One second is what
+    measured traces usually have.
     """
 
     rates_bps: tuple[float, ...]

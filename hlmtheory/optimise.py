@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -29,24 +29,18 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 @dataclass(frozen=True)
 class PolicyCurve:
-    """What one policy does at each threshold of a grid.
+    """What one policy, as the command line names it, does at each threshold of a grid (G,).
 
     Attributes
     ----------
-    policy : str
-        The gate and rule together, as the command line names them.
-    rule : str
-        Verification rule.
-    uncertainty_threshold : float array (G,)
-        Threshold of the policy's score; 0 for a policy without a gate.
-    skip_rate : float array (G,)
-        Share of tokens emitted without the server.
-    risk : float array (G,)
-        R, expected rejection risk of the skipped tokens; docs/theory.md, (11).
+    uncertainty_threshold, skip_rate : float array (G,)
+        Threshold of the policy's score, 0 for a policy without a gate; share of tokens emitted
+        without the server.
+    risk, bias : float array (G,)
+        R, expected rejection risk of the skipped tokens, docs/theory.md, (11); bias of truncation
+        on top of it, 0 for rules without.
     payload_bits : float array (G,)
         Mean uplink bits of one *sent* token.
-    bias : float array (G,)
-        Bias of truncation, on top of the risk; 0 for rules without it.
     num_entries : int, optional
         k of a rule with a fixed size.
     server_only : bool
@@ -89,21 +83,10 @@ class PolicyCurve:
 class Choice:
     """One point of a curve with what it costs, or why no point is allowed.
 
-    Attributes
-    ----------
-    policy, rule : str
-        Empty where infeasible, as every number below is NaN then.
-    num_entries : int or None
-    uncertainty_threshold, skip_rate, risk : float
-    total_bias : float
-        Risk plus truncation bias, what the budget limits: an upper bound on the bias of the output
-        where the two do not cancel.
-    uplink_bits_per_token : float
-        Over all tokens, skipped ones included.
-    token_time_ms, throughput_tok_s, mean_throughput_tok_s, energy_j_per_token : float
-    feasible : bool
-    reason : str
-        Why infeasible, or what is degenerate; empty otherwise.
+    Where infeasible, names are empty and numbers NaN. `total_bias` is risk plus truncation bias,
+    what the budget limits: an upper bound on the bias of the output where the two do not cancel.
+    `uplink_bits_per_token` is over all tokens, skipped ones included. `reason` says why infeasible,
+    or what is degenerate, and is empty otherwise.
     """
 
     policy: str
@@ -135,53 +118,36 @@ def _check_objective(objective: str) -> None:
 
 
 def curve_choices(curve: PolicyCurve, link: Link, profile: DeviceProfile) -> tuple[Choice, ...]:
-    """Every point of a curve, priced over a link for a device; docs/theory.md, (27) to (29).
-
-    Parameters
-    ----------
-    curve : PolicyCurve
-    link : Link
-    profile : DeviceProfile
-
-    Returns
-    -------
-    tuple of Choice (G,)
-        In the order of the grid, all feasible.
+    """Every point of a curve (G,), priced over a link for a device; docs/theory.md, (27) to (29).
 
     Assumption: every sent token of a point carries the mean payload. Mean time and energy are exact
     all the same where time is linear in bits; the mean of throughputs is then a lower bound.
     """
-    none = np.zeros(1)
     uplink = np.asarray(link.uplink_time_ms(curve.payload_bits))
+    sent, none = np.ones_like(uplink), np.zeros_like(uplink)
     round_trip, alone = link.round_trip_ms, curve.server_only
-    sent_ms = token_time_ms(np.ones_like(uplink), uplink, profile, round_trip, alone)
-    skipped_ms = float(token_time_ms(none, none, profile, round_trip, alone)[0])
-    sent_j = token_energy_j(np.ones_like(uplink), uplink, profile, round_trip, alone)
-    skipped_j = float(token_energy_j(none, none, profile, round_trip, alone)[0])
+    sent_ms = token_time_ms(sent, uplink, profile, round_trip, alone)
+    skipped_ms = token_time_ms(none, none, profile, round_trip, alone)
+    sent_j = token_energy_j(sent, uplink, profile, round_trip, alone)
+    skipped_j = token_energy_j(none, none, profile, round_trip, alone)
     skip = curve.skip_rate
-    time_ms = skip * skipped_ms + (1.0 - skip) * sent_ms
-    throughput = np.asarray(throughput_at_skip_rate_tok_s(skip, skipped_ms, sent_ms))
-    mean_throughput = np.asarray(mean_throughput_at_skip_rate_tok_s(skip, skipped_ms, sent_ms))
-    energy_j = skip * skipped_j + (1.0 - skip) * sent_j
-    total_bias = np.minimum(curve.risk + curve.bias, 1.0)
+    points = {
+        "uncertainty_threshold": curve.uncertainty_threshold,
+        "skip_rate": skip,
+        "risk": curve.risk,
+        "total_bias": np.minimum(curve.risk + curve.bias, 1.0),
+        "uplink_bits_per_token": (1.0 - skip) * curve.payload_bits,
+        "token_time_ms": skip * skipped_ms + (1.0 - skip) * sent_ms,
+        "throughput_tok_s": throughput_at_skip_rate_tok_s(skip, skipped_ms, sent_ms),
+        "mean_throughput_tok_s": mean_throughput_at_skip_rate_tok_s(skip, skipped_ms, sent_ms),
+        "energy_j_per_token": skip * skipped_j + (1.0 - skip) * sent_j,
+    }
+    rows: list[dict[str, Any]] = [
+        {name: float(values[g]) for name, values in points.items()} for g in range(len(skip))
+    ]
+    known = (curve.policy, curve.rule, curve.num_entries)
     return tuple(
-        Choice(
-            curve.policy,
-            curve.rule,
-            curve.num_entries,
-            float(curve.uncertainty_threshold[g]),
-            float(skip[g]),
-            float(curve.risk[g]),
-            float(total_bias[g]),
-            float((1.0 - skip[g]) * curve.payload_bits[g]),
-            float(time_ms[g]),
-            float(throughput[g]),
-            float(mean_throughput[g]),
-            float(energy_j[g]),
-            True,
-            _degenerate(float(skip[g])),
-        )
-        for g in range(len(skip))
+        Choice(*known, **row, feasible=True, reason=_degenerate(row["skip_rate"])) for row in rows
     )
 
 
@@ -203,22 +169,9 @@ def best_choice(
     .. math:: \max_{\text{policy},\, u_{th},\, k} \; \frac{1}{E[t]}
               \quad \text{subject to} \quad R + \text{truncation bias} \le \alpha
 
-    docs/theory.md, (30). Ties go to the smaller bias, then to the curve given first.
-
-    Parameters
-    ----------
-    curves : sequence of PolicyCurve
-        One for each policy and k.
-    link : Link
-    profile : DeviceProfile
-    alpha : float
-        Budget in [0, 1].
-    objective : {"throughput", "mean-throughput", "energy"}
-
-    Returns
-    -------
-    Choice
-        Infeasible, with the least bias there is as the reason, where no point keeps the budget.
+    docs/theory.md, (30), over one curve for each policy and k. Ties go to the smaller bias, then to
+    the curve given first. Infeasible, with the least bias there is as the reason, where no point
+    keeps the budget alpha in [0, 1].
 
     Raises
     ------
@@ -227,7 +180,9 @@ def best_choice(
     """
     check_unit_interval(alpha, "alpha")
     _check_objective(objective)
-    choices = _all_choices(curves, link, profile)
+    if not curves:
+        raise ValueError("curves is empty: give at least one")
+    choices = [choice for curve in curves for choice in curve_choices(curve, link, profile)]
     allowed = [choice for choice in choices if choice.total_bias <= alpha]
     if allowed:
         return min(allowed, key=lambda choice: (choice.loss(objective), choice.total_bias))
@@ -245,9 +200,3 @@ def best_choice(
             f"{least.uncertainty_threshold:g} with {least.total_bias:.3g}"
         ),
     )
-
-
-def _all_choices(curves: Sequence[PolicyCurve], link: Link, profile: DeviceProfile) -> list[Choice]:
-    if not curves:
-        raise ValueError("curves is empty: give at least one")
-    return [choice for curve in curves for choice in curve_choices(curve, link, profile)]

@@ -15,20 +15,8 @@ def linear_rejection(uncertainty: Array, slope: float, intercept: float) -> Arra
 
     .. math:: \hat\beta(u) = \mathrm{clip}(a u + b,\, 0,\, 1)
 
-    docs/theory.md, (7). Reported for TinyLlama-1.1B and LLaMA-2-7B: a = 0.82, b = -0.06 (U-HLM,
-    second-hand), a = 0.815, b = -0.066 (CU-HLM, second-hand).
-
-    Parameters
-    ----------
-    uncertainty : array (...)
-        u in [0, 1].
-    slope, intercept : float
-        a and b of the fit.
-
-    Returns
-    -------
-    array (...)
-        Probabilities in [0, 1].
+    docs/theory.md, (7), for u (...) in [0, 1]. Reported for TinyLlama-1.1B and LLaMA-2-7B:
+    a = 0.82, b = -0.06 (U-HLM, second-hand), a = 0.815, b = -0.066 (CU-HLM, second-hand).
 
     Valid when read as a statement about the mean of beta given u: token by token beta scatters
     widely around it.
@@ -54,7 +42,7 @@ def line_moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def line_of_totals(totals: np.ndarray) -> Line:
-    r"""Least-squares line from sums of :func:`line_moments`, for many samples at once.
+    r"""Least-squares lines (...) from sums (..., 6) of :func:`line_moments`.
 
     .. math:: a = \frac{\overline{xy} - \bar x \bar y}{\overline{x^2} - \bar x^2}, \quad
               b = \bar y - a \bar x, \quad
@@ -62,15 +50,6 @@ def line_of_totals(totals: np.ndarray) -> Line:
 
     Resamples and leave-one-out samples of prompts are sums of per-prompt sums, so each costs no
     more than six additions a prompt.
-
-    Parameters
-    ----------
-    totals : float array (..., 6)
-
-    Returns
-    -------
-    Line
-        Fields (...).
     """
     n, x, y, xx, yy, xy = np.moveaxis(np.asarray(totals, dtype=np.float64), -1, 0)
     variance_x, variance_y = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
@@ -84,16 +63,9 @@ def line_of_totals(totals: np.ndarray) -> Line:
 
 @dataclass(frozen=True)
 class BinnedMeans:
-    """Means of rejection probability in bins of uncertainty.
+    """Means of both quantities and number of tokens, at least one, in bins of uncertainty (G,).
 
-    Attributes
-    ----------
-    uncertainty, rejection_prob : float array (G,)
-        Means of the bin's tokens.
-    num_tokens : int array (G,)
-        Tokens in each bin; every bin has at least one.
-    bin_of_token : int array (N,)
-        The bin of each token, so that callers can resample by prompt.
+    `bin_of_token` (N,) is there for callers who resample by prompt.
     """
 
     uncertainty: np.ndarray
@@ -114,14 +86,7 @@ def binned_means(
 
     Equal counts, not equal widths: uncertainty piles up near 0 and 1, and an equal-width bin with
     three tokens in it would weigh as much as one with three thousand. Ties stay in one bin, so
-    fewer bins than asked for may come back.
-
-    Parameters
-    ----------
-    uncertainty, rejection_prob : float array (N,)
-        Values in [0, 1].
-    num_bins : int
-        Bins asked for, >= 2.
+    fewer than the `num_bins` >= 2 asked for may come back. Values (N,) lie in [0, 1].
     """
     check_unit_interval(uncertainty, "uncertainty")
     check_unit_interval(rejection_prob, "rejection_prob")

@@ -20,7 +20,6 @@ from hlmtheory.channel import (
     capacity_bps,
     ergodic_rayleigh_rate_bps,
     linear_snr,
-    mean_inverse_rate_s_per_bit,
     outage_probability,
     scaled_exponential_integral,
 )
@@ -134,26 +133,6 @@ def test_best_fixed_rate_beats_its_neighbours():
     rates = best * np.array([0.9, 0.99, 1.0, 1.01, 1.1])
     times = [RayleighOutageLink(180e3, 10.0, r).uplink_time_ms(PAYLOAD) for r in rates]
     assert np.argmin(times) == 2
-
-
-def test_mean_upload_time_diverges_without_an_outage_threshold():
-    snr = 10.0
-    # Each factor of ten in the threshold adds the same: ln 10 ln 2 / (W SNR), up to O(gain).
-    step = math.log(10) * math.log(2) / (1e6 * snr)
-    for gain in (1e-6, 1e-9, 1e-12):
-        added = mean_inverse_rate_s_per_bit(1e6, gain, snr) - mean_inverse_rate_s_per_bit(
-            1e6, 10 * gain, snr
-        )
-        assert added == pytest.approx(step, rel=1e-3)
-    with pytest.raises(ValueError, match="diverges"):
-        mean_inverse_rate_s_per_bit(1e6, 0.0, snr)
-
-
-def test_mean_inverse_rate_is_the_mean_over_the_fades_left(rng):
-    gain = 0.1 + rng.exponential(size=200_000)  # an exponential has no memory
-    inverse = 1 / capacity_bps(1e6, 10.0 * gain)
-    error = inverse.std() / math.sqrt(len(gain))
-    assert abs(inverse.mean() - mean_inverse_rate_s_per_bit(1e6, 0.1, snr=10.0)) < 4 * error
 
 
 # --- links ---------------------------------------------------------------------------------------

@@ -20,16 +20,17 @@ from hlmtheory.acceptance import (
     residual_distribution,
     total_variation,
 )
-from hlmtheory.channel import ergodic_rayleigh_rate_bps, mean_inverse_rate_s_per_bit
+from hlmtheory.channel import ergodic_rayleigh_rate_bps
 from hlmtheory.cost import (
     mean_throughput_at_skip_rate_tok_s,
     speedup_ceiling,
     throughput_at_skip_rate_tok_s,
 )
 from hlmtheory.coupling import joint_law
+from hlmtheory.policies.r_hlm import ResidualVerification
 from hlmtheory.reconcile import throughput_gain, uplink_ratio_for_gain
 from hlmtheory.risk import rejection_risk
-from hlmtheory.thresholds import linear_threshold, threshold_sensitivity
+from hlmtheory.thresholds import linear_threshold
 from hlmtheory.truncation import (
     online_bound_denominator,
     online_truncation_size,
@@ -42,7 +43,6 @@ from hlmtheory.truncation import (
 from hlmtheory.uncertainty import attenuation, sampled_uncertainty_variance
 from hlmtheory.verification import (
     FullDistribution,
-    ResidualVerification,
     TruncatedDistribution,
     bias_lower_bound,
     output_bias,
@@ -235,27 +235,32 @@ def test_threshold_and_its_delta_method(rng):
     line = symbolic.linear_threshold()
     known = [line.slope, line.intercept, line.level]
     for _ in range(20):
-        a, level = float(rng.uniform(0.2, 2)), float(rng.uniform(0, 1))
+        a, level = float(rng.uniform(0.2, 2)), float(rng.uniform(0.01, 0.99))
         b = float(rng.uniform(-0.3, 0.0))
         root = rng.normal(size=(2, 2)) / 10
         covariance = root @ root.T
         u_th = sp.lambdify(known, line.value)(a, b, level)
-        assert linear_threshold("any", level, a, b).uncertainty_threshold == pytest.approx(
-            u_th, rel=EXACT
-        )
-        parts = threshold_sensitivity(level, a, b)
-        for mine, derived in (
-            (parts.d_slope, line.d_slope),
-            (parts.d_intercept, line.d_intercept),
-            (parts.d_level, line.d_level),
-        ):
-            assert mine == pytest.approx(sp.lambdify(known, derived)(a, b, level), rel=EXACT)
+        assert linear_threshold("any", level, a, b).value == pytest.approx(u_th, rel=EXACT)
+        # Derivatives by central differences of the numeric threshold: relative error of order h^2.
+        point, h = np.array([a, b, level]), 1e-4
+
+        def threshold(p):
+            return linear_threshold("any", p[2], p[0], p[1], -np.inf, np.inf).value
+
+        gradient = [
+            (threshold(point + h * e) - threshold(point - h * e)) / (2 * h) for e in np.eye(3)
+        ]
+        derived = [
+            sp.lambdify(known, d)(*point) for d in (line.d_slope, line.d_intercept, line.d_level)
+        ]
+        np.testing.assert_allclose(gradient, derived, rtol=1e-5)
         all_symbols = [*known, line.variance_slope, line.variance_intercept, line.covariance]
         variance = sp.lambdify(all_symbols, line.variance)(
-            a, b, level, covariance[0, 0], covariance[1, 1], covariance[0, 1]
+            *point, covariance[0, 0], covariance[1, 1], covariance[0, 1]
         )
+        expected = derived[:2] @ covariance @ derived[:2]
         # The expanded variance cancels terms of size u^2 V/a^2 against one another: relative 1e-9.
-        assert parts.standard_error(covariance) ** 2 == pytest.approx(variance, rel=1e-9)
+        assert expected == pytest.approx(variance, rel=1e-9)
 
 
 def test_published_thresholds_are_exact_ratios():
@@ -318,15 +323,6 @@ def test_ergodic_rate_and_the_divergence_under_block_fading():
     assert block.limit() == sp.oo
     assert sp.simplify(block.growth() - sp.log(2) / block.snr) == 0
     assert block.tightness() == 1
-    times = []
-    for gain in (1e-2, 1e-6, 1e-12):
-        # The array function conditions on g >= g_0, which has probability exp(-g_0).
-        time = mean_inverse_rate_s_per_bit(1.0, gain, snr=10.0) * math.exp(-gain)
-        assert time >= float(block.lower_bound.subs({block.gain: gain, block.snr: 10}).evalf())
-        times.append(time)
-    growth = (times[2] - times[1]) / math.log(1e6)
-    # Between g = 1e-12 and 1e-6 the integrand is its minorant to a relative 1e-5.
-    assert growth == pytest.approx(math.log(2) / 10, rel=1e-5)
 
 
 def test_speed_ceilings_and_the_two_throughputs(rng):
