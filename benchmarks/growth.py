@@ -76,8 +76,8 @@ def decode_load(load: Load) -> tuple[float, int]:
     import torch
 
     from calibrate.decode.engine import DecodingSettings, decode
-    from calibrate.decode.memory import keep_large_buffers
     from calibrate.decode.models import StepOutput
+    from calibrate.pairs.buffers import keep_large_buffers
     from calibrate.run.prompts import TokenizedPrompt
     from calibrate.run.traces import write_shard
     from hlmtheory.policies import calibration_policy
