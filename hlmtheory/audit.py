@@ -29,23 +29,11 @@ from hlmtheory.thresholds import risk_averse_threshold, risk_prone_threshold
 class AuditRow:
     """One published number and what the theory says of it.
 
-    Attributes
-    ----------
-    system : str
-    quantity : str
-        What is compared; "A -> B" where the implied figure B is another quantity than the published
-        A.
-    published, implied : float
-    explanation : str
-    consistent : bool
-        Whether published and implied can meet within rounding.
-    implied_low, implied_high : float or None
-        Interval of the implied figure from the rounding of everything it was worked out from. A
-        ceiling has its own lowest and highest value here. None where rounding leaves no bound.
-    unit : str
-        Of the implied figure.
-    mark : str
-        Of the published number; one of published.MARKS.
+    `quantity` is what is compared, "A -> B" where the implied figure B is another than the
+    published A. `consistent` says whether the two can meet within rounding; the interval of the
+    implied figure is from the rounding of everything it was worked out from (a ceiling has its own
+    lowest and highest value here), None where rounding leaves no bound. `unit` is of the implied
+    figure, `mark` of the published number, one of published.MARKS.
     """
 
     system: str
@@ -92,22 +80,18 @@ def audit(published: Sequence[PublishedNumber]) -> tuple[AuditRow, ...]:
 
 
 def _threshold_rows(numbers: PublishedTable) -> list[AuditRow]:
-    slope, intercept = numbers("U-HLM", "slope"), numbers("U-HLM", "intercept")
-    averse = numbers("U-HLM", "risk_averse_threshold")
-    prone = numbers("U-HLM", "risk_prone_threshold")
+    a, b, averse, prone = numbers.several(
+        "U-HLM", "slope", "intercept", "risk_averse_threshold", "risk_prone_threshold"
+    )
 
-    def averse_at(a: float, b: float) -> float:
-        return risk_averse_threshold(a, b).value
+    def averse_at(slope: float, intercept: float) -> float:
+        return risk_averse_threshold(slope, intercept).value
 
-    def delta_at(u: float, a: float, b: float) -> float:
-        return a * u + b
-
-    delta = imply(delta_at, prone, slope, intercept)
-    again = risk_prone_threshold(slope.value, intercept.value, delta.value).value
-    other = (numbers("CU-HLM", "slope"), numbers("CU-HLM", "intercept"))
+    delta = imply(lambda u, slope, intercept: slope * u + intercept, prone, a, b)
+    again = risk_prone_threshold(a.value, b.value, delta.value).value
     return [
         _row(
-            "U-HLM", "risk-averse threshold -b/a", averse, imply(averse_at, slope, intercept),
+            "U-HLM", "risk-averse threshold -b/a", averse, imply(averse_at, a, b),
             "where the line predicts no rejection",
         ),
         _row(
@@ -118,25 +102,23 @@ def _threshold_rows(numbers: PublishedTable) -> list[AuditRow]:
         ),
         _row(
             "CU-HLM", "U-HLM's risk-averse threshold as -b/a of this fit", averse,
-            imply(averse_at, *other),
+            imply(averse_at, *numbers.several("CU-HLM", "slope", "intercept")),
             "the two papers' fits give different thresholds: quote the fit with the threshold",
         ),
     ]  # fmt: skip
 
 
 def _payload_rows(numbers: PublishedTable) -> list[AuditRow]:
-    vocab, k = numbers("CU-HLM", "vocab_size"), numbers("CU-HLM", "num_entries")
-    compression = numbers("CU-HLM", "vocabulary_compression")
-    full, best = numbers("CU-HLM", "payload_full_bytes"), numbers("CU-HLM", "payload_best_bytes")
+    vocab, k, compression, full, best = numbers.several(
+        "CU-HLM", "vocab_size", "num_entries", "vocabulary_compression", "payload_full_bytes",
+        "payload_best_bytes",
+    )  # fmt: skip
 
     def payload_bytes(num_entries: float, vocab_size: float) -> float:
         return float(payload_bits(num_entries, int(vocab_size))) / 8
 
     def compression_at(num_entries: float, vocab_size: float) -> float:
         return 1 - payload_bytes(num_entries, vocab_size) / payload_bytes(vocab_size, vocab_size)
-
-    def entries_at(share: float, vocab_size: float) -> float:
-        return (1 - share) * vocab_size
 
     # If the full distribution goes in vocabulary order, its indices need not be sent.
     unindexed = (1 - compression.value) * vocab.value * 8 / (payload_bytes(1, vocab.value) * 8)
@@ -156,7 +138,7 @@ def _payload_rows(numbers: PublishedTable) -> list[AuditRow]:
         ),
         _row(
             "CU-HLM", "optimal k, from the compression", k,
-            imply(entries_at, compression, vocab),
+            imply(lambda share, vocab_size: (1 - share) * vocab_size, compression, vocab),
             f"{compression.value:.1%} leaves {1 - compression.value:.1%} of V; {unindexed:.0f} if "
             "the full vocabulary is billed without indices",
         ),
@@ -164,22 +146,20 @@ def _payload_rows(numbers: PublishedTable) -> list[AuditRow]:
 
 
 def _u_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
-    skip, gain = numbers("U-HLM", "skip_rate"), numbers("U-HLM", "throughput_ratio")
+    skip, gain = numbers.several("U-HLM", "skip_rate", "throughput_ratio")
     ceiling = imply(speedup_ceiling, skip)
-    needed = 1 - 1 / gain.value
     sent = imply(_gain_to_sent_ratio, gain, skip)
-    mean_time = throughput_gain(skip.value, sent.value)
     return [
         _row(
             "U-HLM", "speed-up over HLM in mean token time (ceiling)", gain, ceiling,
             f"1/(1 - p), reached only if device time is free; {gain.value:g}x needs p of at least "
-            f"{needed:.1%}, so no (t_slm, t_up, t_llm) gives it",
+            f"{1 - 1 / gain.value:.1%}, so no (t_slm, t_up, t_llm) gives it",
             consistent=gain.low <= ceiling.high,
         ),
         _row(
             "U-HLM", "speed-up over HLM as mean of throughputs -> (t_up + t_llm)/t_slm", gain, sent,
             "1 + p r: reconciled at this r; the speed-up in mean token time is then only "
-            f"{mean_time:.2f}x",
+            f"{throughput_gain(skip.value, sent.value):.2f}x",
             consistent=math.isfinite(sent.value), unit="t_slm",
         ),
     ]  # fmt: skip
@@ -191,14 +171,12 @@ def _gain_to_sent_ratio(gain: float, skip_rate: float) -> float:
 
 
 def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
-    skip, gain = numbers("CU-HLM", "skip_rate"), numbers("CU-HLM", "throughput_ratio")
-    compression = numbers("CU-HLM", "vocabulary_compression")
-    k, vocab = numbers("CU-HLM", "num_entries"), numbers("CU-HLM", "vocab_size")
+    skip, gain, compression, k, vocab = numbers.several(
+        "CU-HLM", "skip_rate", "throughput_ratio", "vocabulary_compression", "num_entries",
+        "vocab_size",
+    )  # fmt: skip
+    other = numbers.several("U-HLM", "throughput_ratio", "skip_rate")
     best_ratio = k.value / vocab.value
-    other_gain, other_skip = numbers("U-HLM", "throughput_ratio"), numbers("U-HLM", "skip_rate")
-
-    def ceiling_at(p: float, share: float) -> float:
-        return speedup_ceiling(p, 1 - share)
 
     def mean_of_throughputs(g: float, p: float, share: float) -> float:
         return float(uplink_ratio_for_gain(g, p, 0.0, 1 - share, "mean-of-throughputs"))
@@ -210,10 +188,10 @@ def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
         q = _gain_to_sent_ratio(g, p)
         return float(throughput_gain(own_p, q, 0.0, 1 - share, "mean-of-throughputs"))
 
-    ceiling = imply(ceiling_at, skip, compression)
+    ceiling = imply(lambda p, share: speedup_ceiling(p, 1 - share), skip, compression)
     uplink = imply(mean_of_throughputs, gain, skip, compression)
     at_best = imply(ratio_of_means, gain, skip, k)
-    elsewhere = imply(best_in_other_setting, other_gain, other_skip, compression, skip)
+    elsewhere = imply(best_in_other_setting, *other, compression, skip)
     mean_time = throughput_gain(skip.value, uplink.value, 0.0, 1 - compression.value)
     full_bits = float(payload_bits(vocab.value, int(vocab.value)))
     return [
@@ -251,12 +229,7 @@ def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
 
 def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
     pair = ComparedPair.of(numbers)
-    headline = numbers("UI-HLM", "throughput_tok_s")
-    headline_saved = numbers("UI-HLM", "energy_saved")
-    other_gain = numbers("U-HLM", "throughput_ratio")
-
-    def skip_rate_at(p: float, saved: float, more_saved: float) -> float:
-        return p * more_saved / saved
+    headline, headline_saved = numbers.several("UI-HLM", "throughput_tok_s", "energy_saved")
 
     def between(saved: float, more_saved: float, speed: float, more: float, own: float) -> float:
         weight = (own - saved) / (more_saved - saved)
@@ -266,7 +239,7 @@ def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
         r = pair_sent_ratio("mean-of-throughputs", *values)
         return float(throughput_gain(values[0], r, averaging="mean-of-throughputs"))
 
-    skip = imply(skip_rate_at, pair.skip, pair.saved, pair.higher_saved)
+    skip = imply(lambda p, saved, more: p * more / saved, *pair[:3])
     line = imply(between, *pair[1:], headline_saved)
     gain = imply(gain_here, *pair)
     rows = [
@@ -289,9 +262,7 @@ def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
         slm = device_time_ms(pair.speed.value, pair.skip.value, r.value, averaging)
         # Nobody publishes U-HLM's skip rate here; these are the least and largest it can be.
         least, most = pair.saved.value, pair.saved.value / pair.higher_saved.value
-        rest = (pair.saved, pair.higher_saved, pair.speed, pair.higher_speed)
-        values = [n.value for n in rest]
-        ends = [pair_sent_ratio(averaging, p, *values) for p in (most, least)]
+        ends = [pair_sent_ratio(averaging, p, *(n.value for n in pair[1:])) for p in (most, least)]
         rows.append(
             _row(
                 "UI-HLM", f"throughput beside U-HLM's, {averaging} -> (t_up + t_llm)/t_slm",
@@ -311,7 +282,7 @@ def _ui_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
         ),
         _row(
             "U-HLM in UI-HLM", "U-HLM's published speed-up over HLM, as mean of throughputs",
-            other_gain, gain,
+            numbers("U-HLM", "throughput_ratio"), gain,
             "1 + p r at the r above: the same system in another setting",
         ),
     ]  # fmt: skip

@@ -67,6 +67,10 @@ class PublishedTable:
         except KeyError:
             raise ValueError(f"published lacks {quantity!r} of {paper}: add it") from None
 
+    def several(self, paper: str, *quantities: str) -> tuple[PublishedNumber, ...]:
+        """The numbers of several quantities of one paper, in the order asked for."""
+        return tuple(self(paper, quantity) for quantity in quantities)
+
 
 @dataclass(frozen=True)
 class Implied:

@@ -60,18 +60,9 @@ def throughput_gain(
     .. math:: (1 + q + l)\Big(\frac{p}{1 + e} + \frac{1 - p}{1 + e + c q + l}\Big)
               \quad \text{(mean-of-throughputs)}
 
-    docs/theory.md, section 10. The first never exceeds 1/((1 - p) c); the second has no ceiling for
-    p > 0, and is never below the first. Both rise with q.
-
-    Parameters
-    ----------
-    skip_rate : float array (...) or float
-        p in [0, 1].
-    uplink_ratio, llm_ratio, uncertainty_ratio : float array (...) or float
-        q, l, e >= 0.
-    payload_ratio : float array (...) or float
-        c in (0, 1], payload of a sent token over HLM's.
-    averaging : {"ratio-of-means", "mean-of-throughputs"}
+    docs/theory.md, section 10, each (...) or a float: p in [0, 1], q, l, e >= 0, and c in (0, 1],
+    the payload of a sent token over HLM's. The first never exceeds 1/((1 - p) c); the second has no
+    ceiling for p > 0, and is never below the first. Both rise with q.
     """
     _check(averaging, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
     check_nonnegative(uplink_ratio, "uplink_ratio")
@@ -98,15 +89,9 @@ def uplink_ratio_for_gain(
     .. math:: p c\, q^2 + \big[p(s + c a) + u(1 - p) - G u c\big] q
               + \big[p s + u(1 - p)\big] a - G u s = 0,
 
-    a = 1 + l, u = 1 + e, s = u + l, which is unique since the gain rises with q.
-
-    with G > 0 the gain and all else as for :func:`throughput_gain`.
-
-    Returns
-    -------
-    float array (...) or float
-        q >= 0; NaN where no q gives this gain: it lies above the ceiling, or below what q = 0
-        gives already.
+    a = 1 + l, u = 1 + e, s = u + l, which is unique since the gain G > 0 rises with q; all else as
+    for :func:`throughput_gain`. NaN where no q >= 0 gives this gain: it lies above the ceiling, or
+    below what q = 0 gives already.
     """
     _check(averaging, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
     check_positive(gain, "gain")
@@ -144,9 +129,9 @@ def sent_ratio_for_step(
     .. math:: \kappa = \frac{1 + p' r}{1 + p r} \;\Rightarrow\; r = \frac{\kappa - 1}{p' - \kappa p}
               \quad \text{(mean-of-throughputs)}
 
-    docs/theory.md, section 10: two policies of one setting, the same payload for each sent token,
-    with kappa >= 1 the throughput of the one that skips more, p' > p, over the other's. NaN where
-    even a free device could not reach the step.
+    docs/theory.md, section 10: two policies of one setting and one payload a sent token, with
+    kappa >= 1 the throughput of the one that skips more, p' > p, over the other's. NaN where even a
+    free device could not reach the step.
     """
     _check(averaging, skip_rate, 0.0, 1.0, 0.0)
     check_unit_interval(higher_skip_rate, "higher_skip_rate")
@@ -186,28 +171,13 @@ def device_time_ms(
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """Times that make a published figure come out, or why none do.
+    """Times that make a published figure, the `target` of a system, come out, or why none do.
 
-    Attributes
-    ----------
-    system, target : str
-        Whose figure, and which.
-    averaging : str
-        How the throughput ratio is taken; one of AVERAGINGS.
-    payload_ratio : float
-        Payload of a sent token over HLM's.
-    t_slm, t_llm : float
-        In `unit`; t_llm is given, not solved for.
-    t_up : float or None
-        Uplink time of HLM's full payload that solves the equation, None where nothing does.
-    t_up_low, t_up_high : float or None
-        Its interval from rounding; high is None where rounding reaches the ceiling.
-    ratio_of_means : float or None
-        Speed-up in mean token time over HLM at these times.
-    unit : str
-        "t_slm" where only ratios are determined, else "ms".
-    reason : str
-        Why there is no solution; empty otherwise.
+    Times are in `unit`: "t_slm" where only ratios are determined, else "ms". `t_llm` is given, not
+    solved for. `t_up` is the uplink time of HLM's full payload that solves the equation, with its
+    interval from rounding, whose upper end is None where rounding reaches the ceiling. At these
+    times `ratio_of_means` is the speed-up over HLM in mean token time. `payload_ratio` is that of a
+    sent token over HLM's; `reason` says why there is no solution, and is empty otherwise.
     """
 
     system: str
@@ -242,10 +212,9 @@ class ComparedPair(NamedTuple):
     @classmethod
     def of(cls, numbers: PublishedTable) -> ComparedPair:
         """The five among the published numbers."""
-        systems = ("baseline", "compared")
-        saved = [numbers("UI-HLM", f"{system}_energy_saved") for system in systems]
-        speed = [numbers("UI-HLM", f"{system}_throughput_tok_s") for system in systems]
-        return cls(numbers("U-HLM", "skip_rate"), *saved, *speed)
+        kinds = ("energy_saved", "throughput_tok_s")
+        names = (f"{system}_{kind}" for kind in kinds for system in ("baseline", "compared"))
+        return cls(numbers("U-HLM", "skip_rate"), *numbers.several("UI-HLM", *names))
 
 
 def pair_sent_ratio(
@@ -265,8 +234,9 @@ def reconciliations(
     which is solved at the given t_llm / t_slm >= 0.
     """
     numbers = PublishedTable(published)
-    u_hlm = (numbers("U-HLM", "throughput_ratio"), numbers("U-HLM", "skip_rate"))
-    cu_hlm = (numbers("CU-HLM", "throughput_ratio"), numbers("CU-HLM", "skip_rate"))
+    u_hlm, cu_hlm = (
+        numbers.several(system, "throughput_ratio", "skip_rate") for system in ("U-HLM", "CU-HLM")
+    )
     compression = numbers("CU-HLM", "vocabulary_compression")
     k, vocab = numbers("CU-HLM", "num_entries"), numbers("CU-HLM", "vocab_size").value
     best = f"CU-HLM at k* = {k.value:g}"
