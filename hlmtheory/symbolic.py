@@ -22,13 +22,7 @@ Signs = tuple[bool, ...]
 
 @dataclass(frozen=True)
 class Identity:
-    """Two expressions that a statement calls equal.
-
-    Attributes
-    ----------
-    name : str
-    left, right : sympy expression
-    """
+    """Two expressions that a statement calls equal."""
 
     name: str
     left: sp.Expr
@@ -43,14 +37,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class SmallLaws:
-    """Symbols of one context: x, y and the gate, for V tokens.
+    """Symbols of one context, (V,) each: the laws x and y and the skip probabilities sigma.
 
-    Attributes
-    ----------
-    x, y : tuple of sympy expressions (V,)
-        Positive symbols, the last one minus the sum of the others.
-    sigma : tuple of sympy symbols (V,)
-        Skip probabilities: fractional, so that sharp gates are the special case 0 or 1.
+    Those are fractional, so that sharp gates are the special case 0 or 1.
     """
 
     x: tuple[sp.Expr, ...]
@@ -70,13 +59,7 @@ class SmallLaws:
 
 
 def small_laws(vocab_size: int) -> SmallLaws:
-    """Symbols for V = `vocab_size` tokens.
-
-    Raises
-    ------
-    ValueError
-        If V < 2.
-    """
+    """Symbols for V >= 2 tokens."""
     if vocab_size < 2:
         raise ValueError(f"vocab_size = {vocab_size}: allowed is >= 2")
     x, y = (sp.symbols(f"{name}1:{vocab_size}", positive=True) for name in "xy")
@@ -110,8 +93,29 @@ def positive_parts(differences: Sequence[sp.Expr], signs: Signs) -> tuple[sp.Exp
     )
 
 
+def _negative_parts(differences: Sequence[sp.Expr], signs: Signs) -> tuple[sp.Expr, ...]:
+    return positive_parts([-d for d in differences], tuple(not s for s in signs))
+
+
 def _differences(laws: SmallLaws) -> tuple[sp.Expr, ...]:
     return tuple(p - q for p, q in zip(laws.x, laws.y, strict=True))
+
+
+def _deviations(
+    name: str,
+    law: Sequence[sp.Expr],
+    laws: SmallLaws,
+    signs: Signs,
+    rights: Sequence[tuple[sp.Expr, sp.Expr]],
+    total: sp.Expr,
+) -> tuple[Identity, ...]:
+    """P - y of each token, the first of its `rights` if positive, and TV(P, y), the `total`."""
+    out = []
+    lefts = [p - q for p, q in zip(law, laws.y, strict=True)]
+    for v, (left, right, sign) in enumerate(zip(lefts, rights, signs, strict=True), start=1):
+        out.append(Identity(f"{name} P - y at token {v}", left, right[0 if sign else 1]))
+    bias = sp.sympify(sum(positive_parts(lefts, signs)))
+    return (*out, Identity(f"{name} TV(P, y)", bias, total))
 
 
 # --- accept/resample -----------------------------------------------------------------------------
@@ -137,7 +141,7 @@ def accept_resample_law(laws: SmallLaws, signs: Signs) -> tuple[sp.Expr, ...]:
     docs/theory.md, (2), (12), built from the events: skipped, accepted, resampled.
     """
     excess = positive_parts(_differences(laws), signs)
-    missing = positive_parts([-d for d in _differences(laws)], tuple(not s for s in signs))
+    missing = _negative_parts(_differences(laws), signs)
     rejected = sum((1 - g) * e for g, e in zip(laws.sigma, excess, strict=True))
     residual = [value / sum(missing) for value in missing]
     return tuple(
@@ -163,12 +167,9 @@ def risk_is_bias(laws: SmallLaws, signs: Signs) -> tuple[Identity, ...]:
     """
     law, rho = accept_resample_law(laws, signs), rejection_risk(laws, signs)
     distance = sum(positive_parts(_differences(laws), signs))
-    out = []
-    for v, (d, sign) in enumerate(zip(_differences(laws), signs, strict=True)):
-        right = laws.sigma[v] * d if sign else rho / distance * d
-        out.append(Identity(f"(12) P - y at token {v + 1}", law[v] - laws.y[v], right))
-    bias = sum(positive_parts([p - q for p, q in zip(law, laws.y, strict=True)], signs))
-    return (*out, Identity("(12) TV(P, y) = rho", sp.sympify(bias), rho))
+    gaps = zip(laws.sigma, _differences(laws), strict=True)
+    rights = [(g * d, rho / distance * d) for g, d in gaps]
+    return _deviations("(12)", law, laws, signs, rights, rho)
 
 
 # --- the lower bound and the rule that attains it ------------------------------------------------
@@ -176,16 +177,9 @@ def risk_is_bias(laws: SmallLaws, signs: Signs) -> tuple[Identity, ...]:
 
 @dataclass(frozen=True)
 class BoundGap:
-    r"""What accept/resample loses to the lower bound at one token with x > y.
+    r"""What accept/resample loses to the lower bound at one token, 0 < y < x and 0 <= sigma <= 1.
 
-    Attributes
-    ----------
-    x, y, sigma : sympy symbols
-        0 < y < x and 0 <= sigma <= 1.
-    reached : Identity
-        Where sigma x > y: the gap is (1 - sigma) y.
-    slack : Identity
-        Where sigma x <= y: the gap is sigma (x - y).
+    `reached` is the gap (1 - sigma) y where sigma x > y, `slack` sigma (x - y) elsewhere.
     """
 
     x: sp.Symbol
@@ -256,7 +250,7 @@ def residual_law(laws: SmallLaws, signs: Signs) -> tuple[sp.Expr, ...]:
     docs/theory.md, (24).
     """
     skipped = [g * p for g, p in zip(laws.sigma, laws.x, strict=True)]
-    missing = positive_parts([-d for d in _skip_differences(laws)], tuple(not s for s in signs))
+    missing = _negative_parts(_skip_differences(laws), signs)
     sent = 1 - sum(skipped)
     return tuple(w + sent * e / sum(missing) for w, e in zip(skipped, missing, strict=True))
 
@@ -272,14 +266,11 @@ def residual_attains_the_floor(laws: SmallLaws, signs: Signs) -> tuple[Identity,
     """
     law, least = residual_law(laws, signs), bias_floor(laws, signs)
     differences = _skip_differences(laws)
-    missing = sum(positive_parts([-d for d in differences], tuple(not s for s in signs)))
+    missing = sp.sympify(sum(_negative_parts(differences, signs)))
     sent = 1 - sum(g * p for g, p in zip(laws.sigma, laws.x, strict=True))
-    out = [Identity("(24) residual mass", sp.sympify(missing), sent + least)]
-    for v, (d, sign) in enumerate(zip(differences, signs, strict=True)):
-        right = d if sign else least / (sent + least) * d
-        out.append(Identity(f"(24) P - y at token {v + 1}", law[v] - laws.y[v], right))
-    bias = sum(positive_parts([p - q for p, q in zip(law, laws.y, strict=True)], signs))
-    return (*out, Identity("(24) TV(P, y) = rho_min", sp.sympify(bias), least))
+    rights = [(d, least / (sent + least) * d) for d in differences]
+    mass = Identity("(24) residual mass", missing, sent + least)
+    return (mass, *_deviations("(24)", law, laws, signs, rights, least))
 
 
 # --- shared randomness ---------------------------------------------------------------------------
@@ -329,10 +320,8 @@ def coupling_keeps_both_laws(laws: SmallLaws) -> tuple[Identity, ...]:
     """Rows of the joint law add up to x, columns to y: docs/theory.md, (41a), (41b)."""
     joint = coupled_joint_law(laws)
     rows = [Identity(f"(41) row {i + 1}", sum(joint.row(i)), p) for i, p in enumerate(laws.x)]
-    return (
-        *rows,
-        *(Identity(f"(41) column {v + 1}", sum(joint.col(v)), q) for v, q in enumerate(laws.y)),
-    )
+    columns = [Identity(f"(41) column {v + 1}", sum(joint.col(v)), q) for v, q in enumerate(laws.y)]
+    return (*rows, *columns)
 
 
 # --- uncertainty and thresholds ------------------------------------------------------------------
@@ -344,12 +333,8 @@ def attenuated_covariances(num_temperatures: int) -> tuple[Identity, ...]:
     .. math:: \mathrm{Cov}(\beta, u_K) = \mathrm{Cov}(\beta, u), \qquad
               \mathrm{Var}(u_K) = \mathrm{Var}(u) + E\Big[\frac1{K^2}\sum_k p_k(1 - p_k)\Big]
 
-    docs/theory.md, (6). The two tokens have shares w and 1 - w, and any beta and p_k.
-
-    Parameters
-    ----------
-    num_temperatures : int
-        K >= 1; the number of outcomes is 2^K.
+    docs/theory.md, (6). The two tokens have shares w and 1 - w, and any beta and p_k; for K >= 1
+    temperatures the outcomes are 2^K.
     """
     if num_temperatures < 1:
         raise ValueError(f"num_temperatures = {num_temperatures}: allowed is >= 1")
@@ -379,19 +364,9 @@ def attenuated_covariances(num_temperatures: int) -> tuple[Identity, ...]:
 
 @dataclass(frozen=True)
 class LinearThreshold:
-    """The threshold of a line, with what the delta method needs.
+    """The threshold u_th of a line, its value and derivatives, from symbols a, b, l.
 
-    Attributes
-    ----------
-    slope, intercept, level : sympy symbols
-        a, b, l.
-    value : sympy expression
-        u_th solving a u + b = l.
-    d_slope, d_intercept, d_level : sympy expressions
-    variance_slope, variance_intercept, covariance : sympy symbols
-        Of the fitted (a, b).
-    variance : sympy expression
-        Delta-method variance of u_th at a known level.
+    `variance` is the delta method's at a known level, from (co)variances of the fitted (a, b).
     """
 
     slope: sp.Symbol
@@ -420,16 +395,9 @@ def linear_threshold() -> LinearThreshold:
     covariance = sp.Symbol("C_ab", real=True)
     matrix = sp.Matrix([[variance_slope, covariance], [covariance, variance_intercept]])
     return LinearThreshold(
-        slope,
-        intercept,
-        level,
-        value,
-        gradient[0],
-        gradient[1],
-        sp.diff(value, level),
-        variance_slope,
-        variance_intercept,
-        covariance,
+        *(slope, intercept, level, value),
+        *(gradient[0], gradient[1], sp.diff(value, level)),
+        *(variance_slope, variance_intercept, covariance),
         sp.expand((gradient.T * matrix * gradient)[0]),
     )
 
@@ -467,14 +435,9 @@ def tail_level_step() -> Identity:
 
 @dataclass(frozen=True)
 class SoftBoundRatio:
-    """How far CU-HLM's bound lies above N(k)/2: U_TV/(N/2) = 2/D.
+    """How far CU-HLM's bound lies above N(k)/2: the ratio U_TV/(N/2) = 2/D.
 
-    Attributes
-    ----------
-    draft_prob, rejection_prob, eta : sympy symbols
-    ratio : sympy expression
-    least, most : sympy expressions
-        Over all x_d and beta_d in [0, 1], functions of eta.
+    `least` and `most` are over all x_d and beta_d in [0, 1], functions of eta.
     """
 
     draft_prob: sp.Symbol
@@ -514,16 +477,9 @@ def soft_bound_ratio() -> SoftBoundRatio:
 
 @dataclass(frozen=True)
 class ErgodicRate:
-    """The mean of ln(1 + SNR g) over an exponential gain, by its primitive.
+    """The mean of ln(1 + SNR g) over an exponential gain g, by its primitive.
 
-    Attributes
-    ----------
-    gain, snr : sympy symbols
-        g and the mean SNR.
-    integrand, primitive : sympy expressions
-        d primitive / d g = integrand.
-    rate : sympy expression
-        Ergodic rate for unit bandwidth, bit/s/Hz.
+    `snr` is the mean SNR, `rate` the ergodic rate for unit bandwidth, bit/s/Hz.
     """
 
     gain: sp.Symbol
@@ -556,18 +512,10 @@ def ergodic_rayleigh_rate() -> ErgodicRate:
 
 @dataclass(frozen=True)
 class BlockFading:
-    """E[B/C] under Rayleigh block fading, from a least gain g_0 on.
+    """E[B/C] under Rayleigh block fading of mean SNR `snr`, from a least gain g_0 on.
 
-    Attributes
-    ----------
-    gain, snr : sympy symbols
-        g_0 and the mean SNR.
-    integrand : sympy expression
-        e^-g / log2(1 + SNR g), of the mean of 1/C for unit bandwidth.
-    minorant : sympy expression
-        A smaller function of g, ln 2 e^-g / (SNR g).
-    lower_bound : sympy expression
-        Its integral from g_0 to infinity.
+    The integrand e^-g / log2(1 + SNR g) is that of the mean of 1/C for unit bandwidth, the minorant
+    a smaller function of g, ln 2 e^-g / (SNR g), and the lower bound its integral from g_0 on.
     """
 
     gain: sp.Symbol
@@ -620,19 +568,10 @@ def throughput_ratio() -> Identity:
 class SpeedCeiling:
     """Speed-up over HLM in mean token time, its ceiling, and the mean of throughputs beside it.
 
-    Attributes
-    ----------
-    skip_rate, payload_ratio, slm, uplink, llm, uncertainty : sympy symbols
-        p, c and the four times.
-    gain : sympy expression
-        Ratio of mean token times.
-    mean_throughput_gain : sympy expression
-        Ratio of means of 1/t.
-    ceiling : sympy expression
-        1/((1 - p) c).
-    slack : Identity
-        Left: denominator - (1 - p) c numerator of `gain`; right: the same as a sum of terms that
-        are not negative for p, c in [0, 1], which proves gain <= ceiling.
+    From p, c and the four times: `gain` is the ratio of mean token times, `mean_throughput_gain`
+    that of means of 1/t, `ceiling` 1/((1 - p) c). `slack` has on its left denominator - (1 - p) c
+    numerator of `gain`, on its right the same as a sum of terms that are not negative for p, c in
+    [0, 1], which proves gain <= ceiling.
     """
 
     skip_rate: sp.Symbol
@@ -674,12 +613,7 @@ def speed_ceiling() -> SpeedCeiling:
     ceiling = 1 / ((1 - p) * c)
     terms = slm * (1 - (1 - p) * c) + extra + (1 - p) * (1 - c) * llm
     return SpeedCeiling(
-        p,
-        c,
-        slm,
-        uplink,
-        llm,
-        extra,
+        *(p, c, slm, uplink, llm, extra),
         baseline / mean_time,
         baseline * (p / (slm + extra) + (1 - p) / (slm + extra + sent)),
         ceiling,
