@@ -167,7 +167,7 @@ def _u_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
 
 def _gain_to_sent_ratio(gain: float, skip_rate: float) -> float:
     """r = t_up + t_llm in t_slm: without truncation only the sum counts, so l = 0 will do."""
-    return float(uplink_ratio_for_gain(gain, skip_rate, averaging="mean-of-throughputs"))
+    return uplink_ratio_for_gain(gain, skip_rate, averaging="mean-of-throughputs")
 
 
 def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
@@ -179,10 +179,10 @@ def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
     best_ratio = k.value / vocab.value
 
     def mean_of_throughputs(g: float, p: float, share: float) -> float:
-        return float(uplink_ratio_for_gain(g, p, 0.0, 1 - share, "mean-of-throughputs"))
+        return uplink_ratio_for_gain(g, p, 0.0, 1 - share, "mean-of-throughputs")
 
     def ratio_of_means(g: float, p: float, entries: float) -> float:
-        return float(uplink_ratio_for_gain(g, p, 0.0, entries / vocab.value))
+        return uplink_ratio_for_gain(g, p, 0.0, entries / vocab.value)
 
     def best_in_other_setting(g: float, p: float, share: float, own_p: float) -> float:
         q = _gain_to_sent_ratio(g, p)

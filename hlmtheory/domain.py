@@ -6,6 +6,7 @@ others off with :func:`unchecked`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,47 +41,42 @@ def check_finite(value: Array, name: str) -> None:
 
 def check_unit_interval(value: Array | float, name: str) -> None:
     """Raise ValueError unless every entry of `value` lies in [0, 1]."""
-    _check_range(value, name, 0.0, 1.0, "[0, 1]", "give a probability, not a percentage or a logit")
+    _check_range(value, name, "[0, 1]", "give a probability, not a percentage or a logit", most=1.0)
 
 
 def check_nonnegative(value: Array | float, name: str) -> None:
     """Raise ValueError unless every entry of `value` is finite and at least 0."""
-    _check_range(value, name, 0.0, float("inf"), "[0, inf)", "give a finite value of at least 0")
-
-
-def _check_range(
-    value: Array | float, name: str, low: float, high: float, allowed: str, way_out: str
-) -> None:
-    if not _enabled.get():
-        return
-    if isinstance(value, int | float):
-        if not low <= value <= high or value == float("inf"):
-            raise ValueError(f"{name} = {value}: allowed is {allowed}; {way_out}")
-        return
-    xp = array_namespace(value)
-    if not bool(xp.all(xp.isfinite(value))):
-        raise ValueError(f"{name} holds NaN or infinity: allowed is {allowed}; {way_out}")
-    if value.shape and 0 in value.shape:
-        return
-    smallest, largest = float(xp.min(value)), float(xp.max(value))
-    if smallest < low or largest > high:
-        worst = smallest if smallest < low else largest
-        raise ValueError(f"{name} = {worst:.6g}: allowed is {allowed}; {way_out}")
+    _check_range(value, name, "[0, inf)", "give a finite value of at least 0")
 
 
 def check_positive(value: Array | float, name: str) -> None:
     """Raise ValueError unless every entry of `value` is finite and above 0."""
+    _check_range(value, name, "(0, inf)", "give a finite value above 0", open_at_zero=True)
+
+
+def _check_range(
+    value: Array | float,
+    name: str,
+    allowed: str,
+    way_out: str,
+    most: float = math.inf,
+    open_at_zero: bool = False,
+) -> None:
     if not _enabled.get():
         return
     if isinstance(value, int | float):
-        smallest, finite = float(value), value - value == 0
+        smallest, largest, finite = float(value), float(value), math.isfinite(value)
     else:
         xp = array_namespace(value)
-        smallest, finite = float(xp.min(value)), bool(xp.all(xp.isfinite(value)))
-    if not finite or not smallest > 0:
-        raise ValueError(
-            f"{name} = {smallest:.6g}: allowed is (0, inf); give a finite value above 0"
-        )
+        if not bool(xp.all(xp.isfinite(value))):
+            raise ValueError(f"{name} holds NaN or infinity: allowed is {allowed}; {way_out}")
+        if value.shape and 0 in value.shape:
+            return
+        smallest, largest, finite = float(xp.min(value)), float(xp.max(value)), True
+    low_enough = largest <= most
+    if not (finite and low_enough and (smallest > 0 if open_at_zero else smallest >= 0)):
+        worst = largest if smallest >= 0 and not low_enough else smallest
+        raise ValueError(f"{name} = {worst:.6g}: allowed is {allowed}; {way_out}")
 
 
 def check_distribution(x: Array, name: str) -> None:

@@ -7,7 +7,6 @@ of an exchange is kept beside it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -21,10 +20,7 @@ from hlmtheory.channel import (
     linear_snr,
     outage_probability,
 )
-from hlmtheory.domain import Array, check_nonnegative, check_positive, check_unit_interval
-
-LARGEST_UNIFORM = 1.0 - 2.0**-53
-"""A uniform of exactly 1 would retransmit for ever; it is read as the largest float below 1."""
+from hlmtheory.domain import Array, check_nonnegative, check_positive
 
 
 class Link(Protocol):
@@ -37,10 +33,6 @@ class Link(Protocol):
 
     def uplink_time_ms(self, bits: Array) -> Array:
         """Mean time to send each payload, ms."""
-        ...
-
-    def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
-        """Time to send each payload over one realisation of the channel, ms."""
         ...
 
 
@@ -77,11 +69,6 @@ class AwgnLink(_Channel):
         check_nonnegative(bits, "bits")
         return 1e3 * bits / self.rate_bps
 
-    def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
-        """The mean, whatever the uniforms, which only fix the shape: nothing is random here."""
-        check_unit_interval(uniforms, "uniforms")
-        return self.uplink_time_ms(bits) + 0 * uniforms
-
 
 @dataclass(frozen=True)
 class ErgodicRayleighLink(AwgnLink):
@@ -117,7 +104,7 @@ class RayleighOutageLink(_Channel):
     def __post_init__(self) -> None:
         self._check(self.round_trip_ms)
         check_positive(self.rate_bps, "rate_bps")
-        if self.outage >= LARGEST_UNIFORM:
+        if self.outage >= 1.0 - 2.0**-53:  # the largest float below 1
             raise ValueError(
                 f"rate_bps = {self.rate_bps:.6g}: every block fails at {self.snr_db:g} dB; allowed "
                 "is a rate that some block carries, best_outage_rate_bps gives the fastest"
@@ -132,16 +119,6 @@ class RayleighOutageLink(_Channel):
         """Mean over retransmissions."""
         check_nonnegative(bits, "bits")
         return 1e3 * bits / (self.rate_bps * (1.0 - self.outage))
-
-    def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
-        """One number of transmissions for each uniform, by inverting the geometric law."""
-        check_nonnegative(bits, "bits")
-        check_unit_interval(uniforms, "uniforms")
-        if self.outage == 0:
-            return 1e3 * bits / self.rate_bps + 0 * uniforms
-        xp = array_namespace(uniforms) if hasattr(uniforms, "shape") else np
-        log_rest = xp.log1p(-xp.clip(uniforms, 0.0, LARGEST_UNIFORM))
-        return 1e3 * bits / self.rate_bps * (1.0 + xp.floor(log_rest / math.log(self.outage)))
 
 
 @dataclass(frozen=True)
@@ -174,17 +151,15 @@ class TraceLink:
     def uplink_time_ms(self, bits: Array) -> Array:
         """Mean over a uniformly random start; one pass of the trace for each distinct payload."""
         check_nonnegative(bits, "bits")
-        distinct, inverse = np.unique(_on_host(bits), return_inverse=True)
-        means = np.array([self._mean_time_ms(payload) for payload in distinct])
-        return _like(means[inverse], bits)
-
-    def sample_uplink_time_ms(self, bits: Array, uniforms: Array) -> Array:
-        """Time from the moment uniform * trace length, for each payload."""
-        check_nonnegative(bits, "bits")
-        check_unit_interval(uniforms, "uniforms")
-        # A start at the very end of the trace is the start of the next round.
-        starts = _on_host(uniforms) % 1.0 * self._edges_ms[-1]
-        return _like(self._time_ms(starts, _on_host(bits)), bits, uniforms)
+        # A trace is a table, looked up in numpy and given back as `bits` came.
+        host = np.asarray(bits.cpu() if is_torch_array(bits) else bits, dtype=np.float64)
+        distinct, inverse = np.unique(host, return_inverse=True)
+        times = np.array([self._mean_time_ms(payload) for payload in distinct])[inverse]
+        if not hasattr(bits, "shape"):
+            return float(times)
+        xp = array_namespace(bits)
+        dtype = bits.dtype if xp.isdtype(bits.dtype, "real floating") else xp.float64
+        return xp.asarray(times, dtype=dtype, device=device(bits))
 
     @cached_property
     def _edges_ms(self) -> np.ndarray:
@@ -202,8 +177,8 @@ class TraceLink:
         moment: np.ndarray = np.interp(-level, -self._bits_at_edge[::-1], self._edges_ms[::-1])
         return moment
 
-    def _time_ms(self, start_ms: np.ndarray, bits: np.ndarray | float) -> np.ndarray:
-        """Upload time of payloads that begin at `start_ms` in [0, P)."""
+    def _time_ms(self, start_ms: np.ndarray, bits: float) -> np.ndarray:
+        """Upload time of a payload that begins at `start_ms` in [0, P)."""
         total = self._bits_at_edge[-1]
         # Whole rounds first; what is left lies in (0, total], so that its end is a first moment.
         rounds = np.clip(np.ceil(bits / total) - 1.0, 0.0, None)
@@ -220,18 +195,3 @@ class TraceLink:
         breaks = np.sort(np.concatenate([self._edges_ms, self._moment_ms(ends)]))
         times = self._time_ms((breaks[1:] + breaks[:-1]) / 2, bits)
         return float(np.sum(times * np.diff(breaks)) / self._edges_ms[-1])
-
-
-def _on_host(values: Array) -> np.ndarray:
-    """Floats or an array of any kind as float64 in numpy: a trace is a table, looked up here."""
-    return np.asarray(values.cpu() if is_torch_array(values) else values, dtype=np.float64)
-
-
-def _like(times: np.ndarray, *given: Array) -> Array:
-    """Times as what was given is: a float, or an array of its kind, precision and place."""
-    arrays = [value for value in given if hasattr(value, "shape")]
-    if not arrays:
-        return float(times)
-    first, xp = arrays[0], array_namespace(*arrays)
-    dtype = first.dtype if xp.isdtype(first.dtype, "real floating") else xp.float64
-    return xp.asarray(times, dtype=dtype, device=device(first))

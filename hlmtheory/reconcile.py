@@ -75,13 +75,13 @@ def throughput_gain(
 
 
 def uplink_ratio_for_gain(
-    gain: Values,
-    skip_rate: Values,
-    llm_ratio: Values = 0.0,
-    payload_ratio: Values = 1.0,
+    gain: float,
+    skip_rate: float,
+    llm_ratio: float = 0.0,
+    payload_ratio: float = 1.0,
     averaging: Averaging = "ratio-of-means",
-    uncertainty_ratio: Values = 0.0,
-) -> Values:
+    uncertainty_ratio: float = 0.0,
+) -> float:
     r"""The q at which :func:`throughput_gain` equals a given gain: one line of solutions over l.
 
     Linear in q for ``ratio-of-means``; for ``mean-of-throughputs`` the positive root of
@@ -95,27 +95,21 @@ def uplink_ratio_for_gain(
     """
     _check(averaging, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
     check_positive(gain, "gain")
-    given = (gain, skip_rate, llm_ratio, payload_ratio, uncertainty_ratio)
-    g, p, le, c, e = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in given))
-    a, u = 1.0 + le, 1.0 + e
-    s = u + le
+    g, p, c, u = gain, skip_rate, payload_ratio, 1.0 + uncertainty_ratio
+    a, s = 1.0 + llm_ratio, u + llm_ratio
     if averaging == "ratio-of-means":
-        leading = np.zeros_like(g)
-        middle = 1.0 - g * (1.0 - p) * c
-        constant = a - g * (u + (1.0 - p) * le)
+        leading, middle = 0.0, 1.0 - g * (1.0 - p) * c
+        constant = a - g * (u + (1.0 - p) * llm_ratio)
     else:
-        leading = p * c
-        middle = p * (s + c * a) + u * (1.0 - p) - g * u * c
+        leading, middle = p * c, p * (s + c * a) + u * (1.0 - p) - g * u * c
         constant = (p * s + u * (1.0 - p)) * a - g * u * s
-    root = np.sqrt(np.clip(middle**2 - 4.0 * leading * constant, 0.0, None))
+    if constant > 0:
+        return math.nan
+    root = math.sqrt(max(middle**2 - 4.0 * leading * constant, 0.0))
     # Two forms of the positive root; each keeps the digits that the other cancels.
-    rising = middle > 0
-    direct = np.divide(-2.0 * constant, middle + root, out=np.zeros_like(g), where=rising)
-    solvable = ~rising & (leading > 0)
-    other = np.divide(root - middle, 2.0 * leading, out=np.zeros_like(g), where=solvable)
-    q = np.where(rising, direct, other)
-    out = np.where((constant <= 0) & (rising | solvable), q, np.nan)
-    return float(out) if all(isinstance(v, int | float) for v in given) else out
+    if middle > 0:
+        return -2.0 * constant / (middle + root)
+    return (root - middle) / (2.0 * leading) if leading > 0 else math.nan
 
 
 def sent_ratio_for_step(
@@ -261,7 +255,7 @@ def _solve(
     """The line of q over l of one published speed-up, at one l."""
 
     def uplink(gain: float, p: float, *payload: float) -> float:
-        return float(uplink_ratio_for_gain(gain, p, llm, payload_ratio(*payload), averaging))
+        return uplink_ratio_for_gain(gain, p, llm, payload_ratio(*payload), averaging)
 
     gain, p, *payload = (number.value for number in given)
     c = payload_ratio(*payload)

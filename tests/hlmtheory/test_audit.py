@@ -86,8 +86,7 @@ def test_unreachable_gains_have_no_uplink():
     # With t_llm = 20 the server's time alone already gives more than 1.5.
     assert math.isnan(uplink_ratio_for_gain(1.5, 0.4593, 20.0))
     assert math.isnan(uplink_ratio_for_gain(1.5, 0.4593, 20.0, 1.0, "mean-of-throughputs"))
-    found = uplink_ratio_for_gain(1.5, 0.4593, np.array([0.0, 20.0]))
-    np.testing.assert_array_equal(np.isnan(found), [False, True])
+    assert uplink_ratio_for_gain(1.5, 0.4593, 0.0) > 0
 
 
 @pytest.mark.parametrize("averaging", AVERAGINGS)

@@ -253,9 +253,6 @@ METHODS: dict[str, Call] = {
         .threshold(1.5)
     ),
     "link.uplink_time_ms": lambda a: [channel.uplink_time_ms(a["bits"]) for channel in LINKS],
-    "link.sample_uplink_time_ms": lambda a: [
-        channel.sample_uplink_time_ms(a["bits"], a["u"]) for channel in LINKS
-    ],
 }
 
 
