@@ -137,56 +137,47 @@ def skip_set_bound(threshold: float, vocab_size: int) -> int:
 class SampledUncertainty(Score):
     r"""Uncertainty of K drawn tokens, U-HLM's own; docs/theory.md, (4).
 
-    sigma(s, d) = P(u_K <= u_th | s, d), a Poisson-binomial probability.
+    sigma(s, d) = P(u_K <= u_th | s, d), a Poisson-binomial probability. A draft beyond the head
+    counts as u_K = 1: it is sent unless everything is skipped.
     """
 
     name: ClassVar[str] = "uncertainty_sampled"
     label: ClassVar[str] = "uncertainty u_K, of K draws"
 
     def of_draft(self, step: Step) -> Array:
-        """u_K as drawn."""
-        return step["uncertainty_sampled"]
+        """u_K as drawn; 1 beyond the head."""
+        return _one_beyond(step, step["uncertainty_sampled"])
 
     def skips(self, step: Step, threshold: float) -> Array:
         """u_K <= u_th; u_K is a multiple of 1/K in floating point: 3/20 counts as 0.15."""
         return self.of_draft(step) <= threshold + SAMPLED_SLACK
 
     def skip_probability(self, step: Step, threshold: float) -> Skip:
-        """P(u_K <= u_th) of every candidate, from its K perturbed probabilities."""
+        """P(u_K <= u_th) of every token of the head, from its K perturbed probabilities."""
         if threshold >= self.high:
             return whole_skip(step)
-        x, _, _ = candidates(step)
-        xp = array_namespace(x)
-        p = _perturbed(step)
+        p, none = _perturbed(step), no_skip(step)
         most = int((threshold + SAMPLED_SLACK) * p.shape[-1])
-        sigma = xp.astype(poisson_binomial_cdf(1.0 - p, most), x.dtype)
-        beyond = self.skips(step, threshold) & _beyond(step)
-        return Skip(sigma, x[:, 0] < 0, xp.astype(beyond, x.dtype))
+        sigma = array_namespace(p).astype(poisson_binomial_cdf(1.0 - p, most), none.beyond.dtype)
+        return Skip(sigma, none.whole, none.beyond)
 
     def atoms(self, step: Step) -> Atoms:
-        """K + 1 pieces, one for each value of u_K; beyond the head as its last candidate."""
+        """K + 1 pieces, one for each value of u_K; all beyond the head at 1."""
         mass, rejection = with_beyond(step)
         xp = array_namespace(mass)
         p = _perturbed(step)
-        p = xp.concat([p, p[:, -1:]], axis=1)  # (B, M + 1, K)
+        p = xp.concat([p, 0 * p[:, -1:]], axis=1)  # (B, M + 1, K)
         law = xp.stack(poisson_binomial_law(1.0 - p), axis=-1)  # (B, M + 1, K + 1)
         num = p.shape[-1]
         values = xp.asarray([j / num for j in range(num + 1)], dtype=mass.dtype)
         score = xp.broadcast_to(values, (mass.shape[0], num + 1))
         return score, *(xp.sum(law * piece[..., None], axis=1) for piece in (mass, rejection))
 
-    def num_candidates(self, threshold: float, vocab_size: int) -> int:
-        """A token outside the top 256 has p_k <= 1/256 at every temperature.
-
-        With K = 20 its skip probability is below 1e-9 for every threshold up to 0.7.
-        """
-        return min(vocab_size, max(256, 4 * skip_set_bound(threshold, vocab_size)))
-
 
 def _perturbed(step: Step) -> Array:
-    """p_k of the candidates, (B, M, K): live, or from x and the recorded partitions."""
+    """p_k of the head, (B, M, K): live, or from x and the recorded partitions."""
     if step.has_laws:
-        return step["candidate_and_draft_perturbed"][:, :-1]
+        return step["candidate_and_draft_perturbed"][:, :-1][:, :HEAD_SIZE]
     x = step["head_prob"]
     with np.errstate(divide="ignore"):
         gap = step.axes.temperature * np.log(x / x[:, :1])  # z - max z
@@ -310,9 +301,7 @@ class LearnedScore(Score):
     def of_draft(self, step: Step) -> Array:
         """The score of the draft; 1 beyond the head."""
         values = {name: _floating(step[name], step["draft_prob"]) for name in self.features}
-        score = self._of(values, step["draft_prob"])
-        xp = array_namespace(score)
-        return xp.where(step["draft_rank"] < 0, xp.ones_like(score), score)
+        return _one_beyond(step, self._of(values, step["draft_prob"]))
 
     def of_head(self, step: Step) -> Array:
         """The score of every token of the head, (B, HEAD_SIZE)."""
@@ -338,6 +327,11 @@ class LearnedScore(Score):
         score = self.of_head(step)
         xp = array_namespace(score)
         return xp.concat([score, 0 * score[:, :1] + 1.0], axis=-1), *with_beyond(step)
+
+
+def _one_beyond(step: Step, score: Array) -> Array:
+    xp = array_namespace(score)
+    return xp.where(step["draft_rank"] < 0, xp.ones_like(score), score)
 
 
 def _floating(values: Array, like: Array) -> Array:

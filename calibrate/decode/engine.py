@@ -237,7 +237,7 @@ class _BatchRun:
     def _step(self, number: int) -> np.ndarray:
         """Advance every row by one token; returns which rows ended."""
         policy = self.policy
-        step = self._law_step()
+        step = self._law_step(number)
         step = step.with_columns(self.memory.update(step))
         step = step.drafted(policy.draft(step))
         answer = policy.answer(step)
@@ -245,7 +245,7 @@ class _BatchRun:
         expected = policy.outcome(step)
         columns: dict[str, torch.Tensor | np.ndarray] = {
             "row": self.rows,
-            "step": np.full(len(self.rows), number),
+            "step": step["step"],
             **{name: step[name] for name in SCALARS},
             "skipped": policy.skips(step),
             "accepted": answer.accepted,
@@ -264,7 +264,7 @@ class _BatchRun:
         self.tokens = answer.output
         return to_numpy(torch.isin(self.tokens, self.eos))
 
-    def _law_step(self) -> LawStep:
+    def _law_step(self, number: int) -> LawStep:
         """Both models advanced, their laws, and the attention behind them."""
         slm_out, llm_out = self.slm.step(self.tokens), self.llm.step(self.tokens)
         z, temperature = slm_out.logits, self.settings.temperature  # (B, V)
@@ -276,4 +276,5 @@ class _BatchRun:
                 slm_out.attention, slm_out.attention_mask, self.axes.attention_sizes
             )
         noise: StepNoise = self.streams.next_step(z.shape[-1], self.device)
-        return LawStep(self.axes, z, x, y, noise, self.num_candidates, self.attention)
+        known = {"step": torch.full_like(self.tokens, number), **self.attention}
+        return LawStep(self.axes, z, x, y, noise, self.num_candidates, known)

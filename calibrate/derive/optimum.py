@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 
 from calibrate.derive.operating_points import Study
-from calibrate.derive.predict import Economics, predicted_tokens, uplink_bits
+from calibrate.derive.predict import Economics, mean_bias, predicted_tokens, uplink_bits
 from calibrate.run.records import Optimum, PolicyPath
 from calibrate.run.traces import Trace
 from hlmtheory.optimise import Choice, Objective, PolicyCurve, best_choice
@@ -97,7 +97,8 @@ def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: 
     for one in moved:
         tokens = predicted_tokens(trace, one)
         bits = uplink_bits(tokens, economics)
-        rows.append([np.nanmean(part) for part in (tokens.skip, tokens.risk, bits, tokens.bias)])
+        means = [float(np.mean(part)) for part in (tokens.skip, tokens.risk, bits)]
+        rows.append([*means, mean_bias(tokens).value])
     return Path(policy, thresholds, *np.array(rows).T)
 
 
