@@ -1,16 +1,9 @@
-"""What a token costs: bits on the link, time, throughput, energy.
-
-Arrays of tokens have the token axis last, (..., T). `sent` is 1 where the server is asked, 0 where
-the device emits its draft alone.
-"""
+"""What a token costs: bits on the link, time, throughput, energy."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-
-import numpy as np
-from array_api_compat import array_namespace, is_torch_array
 
 from hlmtheory.domain import Array, check_nonnegative, check_positive, check_unit_interval
 
@@ -32,18 +25,17 @@ def payload_bits(
     *,
     draft_sent: bool = True,
     num_unsent: Array | float = 0,
-    header_bits: int = 0,
 ) -> Array | float:
     r"""Bits that cross the link for one sent token.
 
     .. math:: B_{paper} = k\,(b_{prob} + b_{index}), \qquad b_{index} = \lceil \log_2 V \rceil
 
-    .. math:: B_{full} = B_{paper} + (1_{draft} + m + 1)\, b_{index} + b_{header}
+    .. math:: B_{full} = B_{paper} + (1_{draft} + m + 1)\, b_{index}
 
     docs/theory.md, (18). The paper's accounting stops at the k entries. ``full`` adds whatever else
     the server must learn or tell: the draft's index (unless the rule does not need it), the indices
     of the m tokens that the device emitted alone since the server was last asked, which belong to
-    its context, the server's reply (one index), and framing.
+    its context, and the server's reply (one index).
 
     Parameters
     ----------
@@ -56,9 +48,7 @@ def payload_bits(
         False for rules that resample without it (r-hlm, ask-llm). Only ``full`` counts this and
         what follows.
     num_unsent : array (...) or float
-        m >= 0, from :func:`num_unsent_before`.
-    header_bits : int
-        Framing of request and reply together, >= 0.
+        m >= 0.
 
     V = 32,000: k = V gives 736,000 bit = 92,000 B, k = 30 gives 690 bit = 86.25 B.
 
@@ -71,42 +61,13 @@ def payload_bits(
     check_nonnegative(num_unsent, "num_unsent")
     if prob_bits < 1:
         raise ValueError(f"prob_bits = {prob_bits}: allowed is >= 1")
-    if header_bits < 0:
-        raise ValueError(f"header_bits = {header_bits}: allowed is >= 0")
     if accounting not in ACCOUNTINGS:
         raise ValueError(f"accounting = {accounting!r}: allowed are {', '.join(ACCOUNTINGS)}")
     index = index_bits(vocab_size)
     bits = num_entries * (prob_bits + index)
     if accounting == "paper":
         return bits
-    return bits + (int(draft_sent) + 1 + num_unsent) * index + header_bits
-
-
-def num_unsent_before(sent: Array, starts: Array | None = None) -> Array:
-    """Tokens that the device emitted alone since the server was last asked, before each token.
-
-    It is m of :func:`payload_bits`, an int array (..., T): 0 at the first token of an answer, and
-    throughout where nothing is skipped.
-
-    Parameters
-    ----------
-    sent : array (..., T)
-        1 or True where the server is asked; tokens in order of generation.
-    starts : bool array (..., T), optional
-        True at the first token of each answer, where several follow one another on the last axis;
-        left out, each row is one answer.
-    """
-    xp = array_namespace(sent)
-    skipped = xp.astype(sent == 0, xp.int64)
-    before = xp.cumulative_sum(skipped, axis=-1) - skipped
-    known = xp.concat([xp.zeros_like(skipped[..., :1]), 1 - skipped[..., :-1]], axis=-1) > 0
-    if starts is not None:
-        known = known | starts
-    # `before` never falls, so the running maximum is its value where the server last knew all.
-    at_known = xp.where(known, before, xp.zeros_like(before))
-    if is_torch_array(at_known):
-        return before - at_known.cummax(dim=-1).values
-    return before - np.maximum.accumulate(at_known, axis=-1)
+    return bits + (int(draft_sent) + 1 + num_unsent) * index
 
 
 @dataclass(frozen=True)
@@ -203,25 +164,6 @@ def token_energy_j(
     )
 
 
-def throughput_tok_s(time_ms: Array) -> float:
-    """1 / E[token time], tokens per second: docs/theory.md, (28).
-
-    What a user who reads a long answer sees: tokens over the time they took.
-    """
-    check_positive(time_ms, "time_ms")
-    return 1e3 / float(array_namespace(time_ms).mean(time_ms))
-
-
-def mean_throughput_tok_s(time_ms: Array) -> float:
-    """E[1 / token time], tokens per second: docs/theory.md, (28).
-
-    Never below :func:`throughput_tok_s`, by Jensen; equal only if every token takes equally long.
-    Under skipping the fast tokens dominate it, and it may exceed any speed-up ceiling.
-    """
-    check_positive(time_ms, "time_ms")
-    return 1e3 * float(array_namespace(time_ms).mean(1.0 / time_ms))
-
-
 def _check_two_times(
     skip_rate: Array | float, skipped_ms: Array | float, sent_ms: Array | float
 ) -> None:
@@ -237,7 +179,8 @@ def throughput_at_skip_rate_tok_s(
 
     .. math:: \frac{1}{p\, t_{skip} + (1 - p)\, E[t \mid sent]}
 
-    docs/theory.md, (28); p in [0, 1] and times > 0, each (...) or a float.
+    docs/theory.md, (28); p in [0, 1] and times > 0, each (...) or a float. What a user who reads a
+    long answer sees: tokens over the time they took.
     """
     _check_two_times(skip_rate, skipped_ms, sent_ms)
     return 1e3 / (skip_rate * skipped_ms + (1.0 - skip_rate) * sent_ms)
@@ -250,9 +193,10 @@ def mean_throughput_at_skip_rate_tok_s(
 
     .. math:: \frac{p}{t_{skip}} + (1 - p)\, E[1/t \mid sent]
 
-    As in :func:`throughput_at_skip_rate_tok_s`, but `sent_ms` is the *harmonic* mean time of a sent
-    token, 1/E[1/t | sent]. With the arithmetic mean in its place the result is a lower bound, exact
-    where every sent token takes equally long.
+    Never below :func:`throughput_at_skip_rate_tok_s`, by Jensen; under skipping the fast tokens
+    dominate it, and it may exceed any speed-up ceiling. Arguments are the same, but `sent_ms` is
+    the *harmonic* mean time of a sent token, 1/E[1/t | sent]. With the arithmetic mean in its place
+    the result is a lower bound, exact where every sent token takes equally long.
     """
     _check_two_times(skip_rate, skipped_ms, sent_ms)
     return 1e3 * (skip_rate / skipped_ms + (1.0 - skip_rate) / sent_ms)

@@ -136,10 +136,8 @@ FUNCTIONS: dict[str, Call] = {
     "mean_throughput_at_skip_rate_tok_s": lambda a: F.mean_throughput_at_skip_rate_tok_s(
         a["u"], a["uplink_ms"] + 20, a["uplink_ms"] + 90
     ),
-    "mean_throughput_tok_s": lambda a: F.mean_throughput_tok_s(a["uplink_ms"] + 20),
     "normalised_attention": lambda a: F.normalised_attention(a["attention"], a["mask"]),
     "normalised_entropy": lambda a: F.normalised_entropy(a["u"], a["size"]),
-    "num_unsent_before": lambda a: F.num_unsent_before(a["x"] > 0.01, a["x"] > 0.05),
     "online_bound_denominator": lambda a: F.online_bound_denominator(a["draft_prob"], a["u"]),
     "online_truncation_size": lambda a: F.online_truncation_size(a["x"], a["draft_prob"], a["u"]),
     "output_bias": lambda a: [
@@ -169,7 +167,6 @@ FUNCTIONS: dict[str, Call] = {
     "throughput_at_skip_rate_tok_s": lambda a: F.throughput_at_skip_rate_tok_s(
         a["u"], a["uplink_ms"] + 20, a["uplink_ms"] + 90
     ),
-    "throughput_tok_s": lambda a: F.throughput_tok_s(a["uplink_ms"] + 20),
     "token_energy_j": lambda a: F.token_energy_j(a["sent"], a["uplink_ms"], PROFILE, 15.0),
     "token_time_ms": lambda a: F.token_time_ms(a["sent"], a["uplink_ms"], PROFILE, 15.0),
     "topk_attention": lambda a: F.topk_attention(a["row"], 8),
