@@ -51,6 +51,7 @@ def made_up_trace(num_tokens: int, num_prompts: int, seed: int = 0) -> Trace:
         "margin": np.clip(1 - u - 0.2 * rng.uniform(size=num_tokens), 0, 1),
         "rejection_prob": beta,
         "draft_prob": draft_prob,
+        "draft_rank": rng.integers(32, size=num_tokens),
         "target_prob": draft_prob * (1 - beta),
         "prompt_index": index,
     }

@@ -329,12 +329,12 @@ COLUMNS: dict[str, Column] = {
     "head_agreement": Column(
         "P(device and server both draw it) under shared noise; NaN where not recorded",
         "head",
-        lambda step: coupling_columns(step.x, step.y, step["candidate_token"][:, :HEAD_SIZE])[0],
+        lambda step: step["head_coupling"][0],
     ),
     "head_race": Column(
         "Phi at y/x of the head, docs/theory.md (41); NaN where not recorded",
         "head",
-        lambda step: coupling_columns(step.x, step.y, step["candidate_token"][:, :HEAD_SIZE])[1],
+        lambda step: step["head_coupling"][1],
     ),
     "output_prob": Column(
         "x of the output", compute=lambda step: step.at(step.x, step["output_token"])
@@ -365,6 +365,12 @@ COLUMNS: dict[str, Column] = {
     "policy_bias": Column("total variation between the policy's output law and y"),
     "policy_entries": Column("probabilities sent with this draft, 0 where it was skipped"),
     # Of a live step only: candidates are the head, or more where a gate may skip more.
+    "head_coupling": Column(
+        "",
+        compute=lambda step: coupling_columns(
+            step.x, step.y, step["candidate_token"][:, :HEAD_SIZE]
+        ),
+    ),
     "candidate_token": Column("", compute=lambda step: largest(step.logits, step.head_size)[1]),
     "candidate_prob": Column("", compute=_at_candidates(lambda step: step.x)),
     "candidate_target_prob": Column("", compute=_at_candidates(lambda step: step.y)),
