@@ -204,12 +204,21 @@ def unsent_before(skip: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
     return out
 
 
+def _if_sent(amount: np.ndarray, sent: np.ndarray) -> np.ndarray:
+    """An expected amount, given that the token is sent with probability `sent`, (N,).
+
+    Beyond the head that probability is an unbiased estimate and may fall below 0, and so does the
+    amount: their ratio stays what it is.
+    """
+    return np.asarray(np.divide(amount, sent, out=np.zeros_like(sent), where=sent != 0))
+
+
 def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
     """Expected uplink bits of each token, (N,); docs/theory.md, (18)."""
     if tokens.policy.role != "both":
         return np.zeros_like(tokens.skip)
     sent = 1.0 - tokens.skip
-    if_sent = np.where(sent > 0, tokens.entries / np.where(sent > 0, sent, 1.0), 0.0)
+    if_sent = _if_sent(tokens.entries, sent)
     bits = payload_bits(
         if_sent,
         economics.vocab_size,
@@ -266,7 +275,7 @@ def _priced(
     if not tokens.policy.gated:
         # Nobody looks at the uncertainty, so nobody computes it.
         profile = replace(profile, t_uncertainty_ms=0.0)
-    if_sent = np.where(sent > 0, bits / np.where(sent > 0, sent, 1.0), 0.0)
+    if_sent = _if_sent(bits, sent)
     none, ones = np.zeros_like(sent), np.ones_like(sent)
     rest = (profile, link.round_trip_ms, tokens.policy.role == "server")
     return price(none, none, *rest), price(ones, np.asarray(link.uplink_time_ms(if_sent)), *rest)
