@@ -8,7 +8,7 @@ all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,8 +98,10 @@ class ExactUncertainty(Score):
         x, _, u = candidates(step)
         xp = array_namespace(x)
         sigma = xp.astype(u <= threshold, x.dtype)
-        beyond = (step["uncertainty"] <= threshold) & _beyond(step)
-        return Skip(sigma[:, : used_width(sigma)], x[:, 0] < 0, xp.astype(beyond, x.dtype))
+        all_of_it = x.shape[-1] == step.axes.vocab_size
+        undecided = (u[:, -1] <= threshold) & (not all_of_it)
+        of_draft = xp.astype(step["uncertainty"] <= threshold, x.dtype)
+        return Skip(sigma[:, : used_width(sigma)], x[:, 0] < 0, undecided, of_draft)
 
     def atoms(self, step: Step) -> Atoms:
         """One piece a candidate; all beyond the head at the u of its last."""
@@ -110,14 +112,6 @@ class ExactUncertainty(Score):
     def num_candidates(self, threshold: float, vocab_size: int) -> int:
         """floor(1/(1 - u_th)) and one more."""
         return max(HEAD_SIZE, skip_set_bound(threshold, vocab_size) + 1)
-
-
-def _beyond(step: Step) -> Array:
-    """Bool (B,): whether the draft lies beyond the candidates."""
-    if step.has_laws:
-        tokens = step["candidate_token"]
-        return ~array_namespace(tokens).any(tokens == step["draft_token"][:, None], axis=-1)
-    return step["draft_rank"] < 0
 
 
 def skip_set_bound(threshold: float, vocab_size: int) -> int:
@@ -158,8 +152,8 @@ class SampledUncertainty(Score):
             return whole_skip(step)
         p, none = _perturbed(step), no_skip(step)
         most = int((threshold + SAMPLED_SLACK) * p.shape[-1])
-        sigma = array_namespace(p).astype(poisson_binomial_cdf(1.0 - p, most), none.beyond.dtype)
-        return Skip(sigma, none.whole, none.beyond)
+        sigma = poisson_binomial_cdf(1.0 - p, most)
+        return replace(none, candidates=array_namespace(p).astype(sigma, none.of_draft.dtype))
 
     def atoms(self, step: Step) -> Atoms:
         """K + 1 pieces, one for each value of u_K; all beyond the head at 1."""
@@ -319,8 +313,7 @@ class LearnedScore(Score):
             return whole_skip(step)
         score = self.of_head(step)
         sigma = array_namespace(score).astype(score <= threshold, score.dtype)
-        none = no_skip(step)
-        return Skip(sigma[:, : used_width(sigma)], none.whole, none.beyond)
+        return replace(no_skip(step), candidates=sigma[:, : used_width(sigma)])
 
     def atoms(self, step: Step) -> Atoms:
         """One piece a token of the head; all beyond it at 1."""

@@ -14,7 +14,7 @@ draft that was drawn; see :class:`Skip`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -399,42 +399,61 @@ class Skip:
         sigma of the first M candidates, M at most the head's; 0 from there to its end.
     whole : bool array (B,)
         sigma = 1 on the whole vocabulary.
-    beyond : array (B,)
-        sigma of the drawn draft where it lies beyond the head, else 0: an unbiased stand-in for
-        the mass that the gate skips there. Where the head decides, it is 0.
+    undecided : bool array (B,)
+        The gate skips the whole head, and what it skips beyond is not recorded.
+    of_draft : array (B,)
+        sigma of the drawn draft. Where undecided it stands for the context: right on average over
+        drafts, and in [0, 1].
     """
 
     candidates: Array
     whole: Array
-    beyond: Array
+    undecided: Array
+    of_draft: Array
 
     def mass(self, step: Step) -> Array:
         r"""P(skip), :math:`\sum_v \sigma_v x_v`, (B,)."""
         x, _, _ = candidates(step)
-        return self._total(self.candidates * x[:, : self.width], self.beyond, 1.0)
+        return self._total(self.candidates * x[:, : self.width], self.of_draft, 1.0)
 
     def risk(self, step: Step) -> Array:
         r"""Rejection risk :math:`\rho = \sum_v \sigma_v (x_v - y_v)_+`, (B,): (11)."""
         x, y, _ = candidates(step)
-        xp = array_namespace(x)
-        excess = xp.clip(x - y, 0.0, None)[:, : self.width]
-        rest = self.beyond * step["rejection_prob"]
-        return self._total(self.candidates * excess, rest, step["tv_distance"])
+        excess = array_namespace(x).clip(x - y, 0.0, None)[:, : self.width]
+        return self._total(self.candidates * excess, self._of_drawn(step), step["tv_distance"])
 
     def floor(self, step: Step) -> Array:
         r"""Least bias of any scheme with this gate, :math:`\sum_v (\sigma_v x_v - y_v)_+`: (13)."""
         x, y, _ = candidates(step)
-        xp = array_namespace(x)
-        excess = xp.clip(self.candidates * x[:, : self.width] - y[:, : self.width], 0.0, None)
-        rest = self.beyond * step["rejection_prob"]
-        return self._total(excess, rest, step["tv_distance"])
+        sigma_x = self.candidates * x[:, : self.width]
+        excess = array_namespace(x).clip(sigma_x - y[:, : self.width], 0.0, None)
+        return self._total(excess, self._of_drawn(step), step["tv_distance"])
 
     def count(self, step: Step) -> Array:
-        """Number of tokens with sigma > 0, (B,): a draft beyond the head stands for 1/x_d."""
+        """Number of tokens with sigma > 0, (B,); a draft beyond the head stands for 1/x_d."""
         xp = array_namespace(self.candidates)
         inside = xp.astype(self.candidates > 0, self.candidates.dtype)
-        rest = self.beyond / xp.clip(step["draft_prob"], 1e-12, None)
-        return self._total(inside, rest, float(step.axes.vocab_size))
+        beyond = xp.astype(step["draft_rank"] < 0, inside.dtype) * self.of_draft
+        more = xp.sum(inside, axis=-1) + beyond / xp.clip(step["draft_prob"], 1e-12, None)
+        return self._total(inside, more, float(step.axes.vocab_size))
+
+    def only(self, contexts: Array) -> Skip:
+        """The same in these contexts, bool (B,); nothing is skipped in others."""
+        kept = array_namespace(self.candidates).astype(contexts, self.candidates.dtype)
+        return Skip(
+            self.candidates * kept[:, None],
+            self.whole & contexts,
+            self.undecided & contexts,
+            self.of_draft * kept,
+        )
+
+    @property
+    def zeros(self) -> Array:
+        """0 for each context, (B,)."""
+        return 0 * self.of_draft
+
+    def _of_drawn(self, step: Step) -> Array:
+        return self.of_draft * step["rejection_prob"]
 
     def over_vocabulary(self, step: LawStep) -> Array:
         """Sigma of every token, (B, V)."""
@@ -449,22 +468,23 @@ class Skip:
         """M."""
         return int(self.candidates.shape[-1])
 
-    def _total(self, pieces: Array, rest: Array, whole: Array | float) -> Array:
+    def _total(self, pieces: Array, undecided: Array, whole: Array | float) -> Array:
         xp = array_namespace(pieces)
-        total = xp.sum(pieces, axis=-1) + rest
+        total = xp.where(self.undecided, undecided, xp.sum(pieces, axis=-1))
         return xp.where(self.whole, 0 * total + whole, total)
 
 
 def no_skip(step: Step) -> Skip:
     """Sigma = 0."""
     x, _, _ = candidates(step)
-    return Skip(0 * x[:, :1], x[:, 0] < 0, 0 * x[:, 0])
+    never = x[:, 0] < 0
+    return Skip(0 * x[:, :1], never, never, 0 * x[:, 0])
 
 
 def whole_skip(step: Step, whole: Array | None = None) -> Skip:
     """Sigma = 1 in the contexts `whole`, bool (B,), or in all; 0 in the others."""
     none = no_skip(step)
-    return Skip(none.candidates, ~none.whole if whole is None else whole, none.beyond)
+    return replace(none, whole=~none.whole if whole is None else whole)
 
 
 def used_width(sigma: Array) -> int:

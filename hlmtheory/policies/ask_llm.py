@@ -48,14 +48,13 @@ class Asking(GatedPolicy):
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
-        return 0 * skip.beyond
+        return skip.zeros
 
     def bias(self, step: Step, skip: Skip) -> Array:
-        """The sum above; a skipped draft beyond the head counts with its rejection probability."""
+        """The sum above; from below, by rho, where the head does not decide."""
         x, y, _ = candidates(step)
         xp = array_namespace(x)
         m = skip.mass(step)[:, None]
         sigma_x = skip.candidates * x[:, : skip.width]
         excess = xp.clip(sigma_x - m * y[:, : skip.width], 0.0, None)
-        total = xp.sum(excess, axis=-1) + skip.beyond * step["rejection_prob"]
-        return xp.where(skip.whole, skip.risk(step), total)
+        return xp.where(skip.whole | skip.undecided, skip.risk(step), xp.sum(excess, axis=-1))

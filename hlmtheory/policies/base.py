@@ -214,7 +214,7 @@ class Policy:
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """Probabilities sent with a draft that is sent, (B,): all of x."""
-        return 0 * skip.beyond + step.axes.vocab_size
+        return skip.zeros + step.axes.vocab_size
 
     def bias(self, step: Step, skip: Skip) -> Array:
         """TV between the output's law and the server's, (B,): rho, for full verification (12)."""
@@ -235,7 +235,7 @@ class Policy:
     def drawn(self, step: Step) -> Outcome:
         """What it does with the very draft that was drawn; the bias stays that of the law."""
         skip, entries = self.skip_probability(step), self.drawn_entries(step)
-        skipped = array_namespace(skip.beyond).astype(self.skips(step), skip.beyond.dtype)
+        skipped = array_namespace(skip.zeros).astype(self.skips(step), skip.zeros.dtype)
         step = self.as_drafted(step)
         risk = skipped * step["rejection_prob"]
         return Outcome(skipped, risk, self.bias(step, skip), entries, skip.risk(step))

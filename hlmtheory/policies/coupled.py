@@ -32,10 +32,10 @@ class Coupled(GatedPolicy):
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
-        return 0 * skip.beyond
+        return skip.zeros
 
     def bias(self, step: Step, skip: Skip) -> Array:
-        """Exact on the candidates; a skipped draft beyond the head counts in full.
+        """Exact where the head decides; from below, by rho, where it does not.
 
         NaN where the coupling was not recorded, also where nothing is skipped: a mean over what is
         known must not choose contexts by what they skip.
@@ -50,7 +50,7 @@ class Coupled(GatedPolicy):
             agreement, race = (step[f"head_{name}"] for name in ("agreement", "race"))
         agreement, race = agreement[:, : skip.width], race[:, : skip.width]
         bias = coupled_output_bias(x, y, agreement, race, skip.candidates)
-        total = xp.where(skip.whole, skip.risk(step), xp.astype(bias, x.dtype) + skip.beyond)
+        total = xp.where(skip.whole | skip.undecided, skip.risk(step), xp.astype(bias, x.dtype))
         return total if step.has_laws else xp.where(xp.isnan(race[:, 0]), race[:, 0], total)
 
     def _columns(self, step: LawStep, skip: Skip) -> tuple[Array, Array]:

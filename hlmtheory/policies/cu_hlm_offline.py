@@ -95,7 +95,7 @@ class FixedTruncation(TruncatingPolicy):
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """k."""
-        return 0 * skip.beyond + self.size(step)
+        return skip.zeros + self.size(step)
 
     def draft(self, step: LawStep) -> Array:
         """From x, or from what is sent."""

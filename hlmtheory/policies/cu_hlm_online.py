@@ -89,7 +89,7 @@ class OnlineTruncation(TruncatingPolicy):
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """k* of the draft."""
-        return 0 * skip.beyond + self.size(step)
+        return skip.zeros + self.size(step)
 
     def outcome(self, step: Step) -> Outcome:
         """Averaged over the draft but for the entries, which go with it."""

@@ -31,4 +31,4 @@ class DeviceAlone(Policy):
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
-        return 0 * skip.beyond
+        return skip.zeros

@@ -7,7 +7,7 @@ formulas are not public to us.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -120,7 +120,7 @@ class ImportanceGated(GatedPolicy):
     def skip_probability(self, step: Step) -> Skip:
         """The score's in an important context, the whole vocabulary in another."""
         skip = super().skip_probability(step)
-        return Skip(skip.candidates, skip.whole | ~step["important"], skip.beyond)
+        return replace(skip, whole=skip.whole | ~step["important"])
 
     def skips(self, step: Step) -> Array:
         """Unless uncertain and important."""

@@ -212,7 +212,10 @@ LINKS = (
 )
 METHODS: dict[str, Call] = {
     "step.columns": lambda a: [
-        live_step(a)[name] for name, column in steps.COLUMNS.items() if column.compute is not None
+        values
+        for name, column in steps.COLUMNS.items()
+        if column.compute is not None
+        for values in as_list(live_step(a)[name])
     ],
     "score.of_draft": lambda a: [score.of_draft(live_step(a)) for score in SCORES],
     "score.skips": lambda a: [score.skips(live_step(a), 0.4) for score in SCORES],
@@ -220,7 +223,7 @@ METHODS: dict[str, Call] = {
         values
         for score in SCORES
         for skip in [score.skip_probability(live_step(a), 0.4)]
-        for values in (skip.candidates, skip.whole, skip.beyond)
+        for values in (skip.candidates, skip.whole, skip.of_draft)
     ],
     "score.atoms": lambda a: [values for score in SCORES for values in score.atoms(live_step(a))],
     "skip.over_vocabulary": lambda a: (

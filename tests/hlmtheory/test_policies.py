@@ -52,7 +52,7 @@ class Mine(GatedPolicy):
     factor: float = 2.0
 
     def entries(self, step, skip):
-        return 0 * skip.beyond + self.factor
+        return skip.zeros + self.factor
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def test_a_live_step_looks_far_enough_for_its_gate(rng):
         sigma = (all_uncertainties(z[:3]) <= threshold).astype(float)
         skip = policy.skip_probability(wide)
         np.testing.assert_array_equal(skip.over_vocabulary(wide), sigma)
-        np.testing.assert_array_equal(skip.beyond, 0)
+        assert not skip.undecided.any()
         np.testing.assert_allclose(skip.mass(wide), (sigma * softmax(z[:3])).sum(-1), atol=EXACT)
 
 
@@ -421,19 +421,22 @@ def test_used_width_and_skips_by_hand():
         "head_uncertainty": np.array([[0.2, 0.5]]),
         "rejection_prob": np.array([0.5]),
         "draft_prob": np.array([0.1]),
+        "draft_rank": np.array([-1]),
         "tv_distance": np.array([0.45]),
     }
     step = Step(Axes(12), columns)
-    skip = Skip(np.array([[1.0, 0.5]]), np.array([False]), np.array([0.0]))
+    no, yes = np.array([False]), np.array([True])
+    skip = Skip(np.array([[1.0, 0.5]]), no, no, np.array([0.0]))
     assert skip.mass(step)[0] == pytest.approx(0.75)
     assert skip.risk(step)[0] == pytest.approx(0.2 + 0.1)
     assert skip.floor(step)[0] == pytest.approx(0.2 + 0.05)
     assert skip.count(step)[0] == 2
-    beyond = Skip(np.array([[1.0, 0.0]]), np.array([False]), np.array([1.0]))
-    assert beyond.mass(step)[0] == pytest.approx(1.6)
-    assert beyond.risk(step)[0] == pytest.approx(0.2 + 0.5)
-    assert beyond.count(step)[0] == pytest.approx(1 + 10)
-    whole = Skip(np.array([[0.0]]), np.array([True]), np.array([0.0]))
+    undecided = Skip(np.array([[1.0, 1.0]]), no, yes, np.array([1.0]))
+    assert undecided.mass(step)[0] == 1
+    assert undecided.risk(step)[0] == pytest.approx(0.5)
+    assert undecided.count(step)[0] == pytest.approx(2 + 10)
+    assert undecided.only(no).mass(step)[0] == undecided.only(no).count(step)[0] == 0
+    whole = Skip(np.array([[0.0]]), yes, no, np.array([0.0]))
     assert [f(step)[0] for f in (whole.mass, whole.risk, whole.floor, whole.count)] == [
         1, 0.45, 0.45, 12,
     ]  # fmt: skip
