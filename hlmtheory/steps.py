@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.coupling import coupling_columns
@@ -492,9 +492,3 @@ def used_width(sigma: Array) -> int:
     xp = array_namespace(sigma)
     used = xp.nonzero(xp.any(sigma > 0, axis=0))[0]
     return int(used[-1]) + 1 if len(used) else 1
-
-
-def arange_like(step: Step) -> Array:
-    """0..B-1 where the step's arrays lie."""
-    x, _, _ = candidates(step)
-    return array_namespace(x).arange(x.shape[0], device=device(x))

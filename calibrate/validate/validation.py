@@ -312,18 +312,12 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
 
     Decodes nothing.
     """
-    from calibrate.derive.predict import Economics, measured_tokens
-    from calibrate.derive.presets import link_from_dict, profile_from_dict
+    from calibrate.derive.predict import economics_of, measured_tokens
     from calibrate.validate.comparison import Comparison, common_strata, compare, coverage
     from calibrate.validate.context_shift import context_shift, is_reference
 
     derivation, confidence = plan.derivation, plan.derivation.confidence
-    economics = Economics(
-        link_from_dict(derivation.link),
-        profile_from_dict(derivation.profile),
-        derivation.pair.vocab_size,
-        derivation.accounting,
-    )
+    economics = economics_of(derivation)
     calibration = read_trace(shard_paths(plan.run))
     compared: list[Comparison] = []
     reruns, shifts = [], []
