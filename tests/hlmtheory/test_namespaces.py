@@ -112,7 +112,6 @@ def public_array_functions() -> dict[str, Callable[..., Any]]:
 
 F = SimpleNamespace(**public_array_functions())
 FUNCTIONS: dict[str, Call] = {
-    "arange_like": lambda a: F.arange_like(live_step(a)),
     "coupled_output_bias": lambda a: F.coupled_output_bias(
         a["x"][:, :5], a["y"][:, :5], a["x"][:, 5:10], a["y"][:, 5:10], a["sigma"][:, :5]
     ),
