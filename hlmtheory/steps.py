@@ -414,7 +414,8 @@ class Skip:
     def mass(self, step: Step) -> Array:
         r"""P(skip), :math:`\sum_v \sigma_v x_v`, (B,)."""
         x, _, _ = candidates(step)
-        return self._total(self.candidates * x[:, : self.width], self.of_draft, 1.0)
+        total = self._total(self.candidates * x[:, : self.width], self.of_draft, 1.0)
+        return array_namespace(x).clip(total, None, 1.0)  # single precision may add up to more
 
     def risk(self, step: Step) -> Array:
         r"""Rejection risk :math:`\rho = \sum_v \sigma_v (x_v - y_v)_+`, (B,): (11)."""
