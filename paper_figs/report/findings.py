@@ -13,21 +13,23 @@ from pathlib import Path
 
 from calibrate.run.figure import NO_VALUE, excludes_zero, number_text, scaled
 from calibrate.run.folder import write_text
-from calibrate.run.records import ContextShift, Figure, OperatingPoint, ValidationRecord
+from calibrate.run.records import ContextShift, Figure, ValidationRecord
 from calibrate.run.resources import data_path
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.report.tables import markdown_table
 
 BEGIN, END = "<!-- findings: from data/results, by paper_figs.report.findings -->", "<!-- end -->"
 REAL = "qwen2.5-coder"
-EQUAL_THRESHOLD_RULE = "risk-0.02"
+EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
+FULL = "full"
+"""Name of the derivation that bills everything that crosses the link."""
 BITS, BIAS = "uplink_bits_per_token", "tv_bias"
 
 
-def findings(runs: Sequence[LoadedRun], real: LoadedRun) -> str:
+def findings(runs: Sequence[LoadedRun], real: LoadedRun, full: LoadedRun) -> str:
     """Markdown of the findings: of the runs together, and of the real pair at temperature 1."""
     validated = [(run, run.validation) for run in runs if run.validation is not None]
-    parts = [_relation(real), _coverage(validated), _payload(real), _guarantees(real)]
+    parts = [_relation(real), _coverage(validated), _payload(full), _guarantees(real)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -35,7 +37,7 @@ def shipped_findings(results: Path) -> str:
     """Findings from the run folders of `results`."""
     folders = sorted(path.parent for path in results.glob("*/calibration.json"))
     runs = {folder.name: load_run(folder) for folder in folders}
-    return findings(list(runs.values()), runs[REAL])
+    return findings(list(runs.values()), runs[REAL], load_run(results / REAL, FULL))
 
 
 def _percent(number: Figure) -> str:
@@ -156,34 +158,38 @@ def _clearness(shift: ContextShift) -> float:
 
 
 def _payload(loaded: LoadedRun) -> str:
-    """Every gated policy at one threshold, by what it sends: its rerun, else its prediction."""
-    compared: list[tuple[OperatingPoint, dict[str, Figure]]] = []
+    """Every gated policy at three thresholds, by what it sends: its rerun, else its prediction."""
+    found: dict[str, dict[str, tuple[dict[str, Figure], bool]]] = {}
     for point in loaded.feasible:
-        if point.rule == EQUAL_THRESHOLD_RULE:
-            cells = loaded.measured(point)
-            measured = {metric: cell.measured for metric, cell in cells.items()}
-            compared.append((point, measured or point.predicted))
-    if not compared:
+        if point.rule in EQUAL_THRESHOLD_RULES:
+            measured = {metric: c.measured for metric, c in loaded.measured(point).items()}
+            told = (measured or point.predicted, bool(measured))
+            found.setdefault(point.policy, {})[point.rule] = told
+    complete = {name: by for name, by in found.items() if len(by) == len(EQUAL_THRESHOLD_RULES)}
+    if not complete:
         return ""
-    compared.sort(key=lambda pair: pair[1][BITS].value or 0.0)
+
+    def bits(name: str) -> float:
+        return sum(figures[BITS].value or 0.0 for figures, _ in complete[name].values())
+
     rows = []
-    for point, figures in compared:
-        rerun = loaded.rerun_of(point)
+    for name in sorted(complete, key=bits):
+        cells = [complete[name][rule] for rule in EQUAL_THRESHOLD_RULES]
         rows.append([
-            f"`{point.policy}`", NO_VALUE if rerun is None else
-            number_text(rerun.entries_per_sent_token), number_text(figures[BITS]),
-            number_text(figures[BIAS]), "predicted; not rerun yet" if rerun is None else "rerun",
+            f"`{name}`", *(number_text(figures[BITS]) for figures, _ in cells),
+            *(_percent(figures[BIAS]) for figures, _ in cells),
+            "reruns" if all(rerun for _, rerun in cells) else "predicted; not rerun yet",
         ])  # fmt: skip
-    least, figures = compared[0]
-    titles = ["policy", "probabilities with a token that is sent", "uplink (bit/token)",
-              "TV bias (probability)", "from"]  # fmt: skip
+    rules = [f"at {100 * float(rule.rpartition('-')[2]):g} %" for rule in EQUAL_THRESHOLD_RULES]
+    titles = ["policy", *(f"bit/token {rule}" for rule in rules),
+              *(f"TV bias {rule}" for rule in rules), "from"]  # fmt: skip
     accounting = "" if loaded.derivation is None else loaded.derivation.accounting
     return (
-        f"**3. At one threshold `{least.policy}` sends least, {number_text(figures[BITS])} "
-        f"bit/token, at a TV bias of {number_text(figures[BIAS])}.** Every gated policy at the "
-        f"threshold of `{EQUAL_THRESHOLD_RULE}`, by rising payload in '{accounting}' accounting. "
-        "Where the score alone decides, all of them skip the same tokens at the same risk: bias "
-        f"beyond that is what sending less costs.\n\n{_table(titles, rows)}\n\n"
+        f"**3. What sending less costs in bias: least {rows[0][0]} sends, then {rows[1][0]}.** "
+        "Every gated policy at the thresholds of three risk budgets, by rising uplink payload in "
+        f"'{accounting}' accounting. Where the score alone decides, all of them skip the same "
+        "tokens at the same risk, and no policy's bias can be below that risk: what is above it is "
+        f"the price.\n\n{_table(titles, rows)}\n\n"
         + _figure("payload_bias", "uplink payload against TV bias for all policies")
     )
 

@@ -39,13 +39,13 @@ def test_a_changed_result_is_a_changed_finding(loaded: LoadedRun) -> None:
     """Negative control: the comparison with README can fail."""
     fit = loaded.calibration.fit.model_copy(update={"slope": Figure(value=1.1)})
     moved = replace(loaded, calibration=loaded.calibration.model_copy(update={"fit": fit}))
-    assert findings([loaded], loaded) == findings([loaded], loaded)
-    assert findings([moved], moved) != findings([loaded], loaded)
+    assert findings([loaded], loaded, loaded) == findings([loaded], loaded, loaded)
+    assert findings([moved], moved, moved) != findings([loaded], loaded, loaded)
 
 
 def payload_rows(loaded: LoadedRun) -> dict[str, list[str]]:
     """Rows of the third finding, by policy and in their order."""
-    part = findings([loaded], loaded).split("**3. ")[1].split("**4. ")[0]
+    part = findings([loaded], loaded, loaded).split("**3. ")[1].split("**4. ")[0]
     lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
     return {line[0].strip("`"): line[1:] for line in lines}
 
@@ -53,9 +53,9 @@ def payload_rows(loaded: LoadedRun) -> dict[str, list[str]]:
 def test_payload_and_bias_of_every_gated_policy_by_what_it_sends(loaded: LoadedRun) -> None:
     rows = payload_rows(loaded)
     assert list(rows) == ["coupled", "r-hlm", "cu-hlm-online", "ui-hlm", "u-hlm"]
-    assert {row[-1] for row in rows.values()} == {"rerun"}
-    text = findings([loaded], loaded)
-    assert "At one threshold `coupled` sends least, 0\N{NO-BREAK SPACE}[0" in text
+    assert {row[-1] for row in rows.values()} == {"reruns"}
+    text = findings([loaded], loaded, loaded)
+    assert "least `coupled` sends, then `r-hlm`" in text
 
 
 def test_a_policy_that_was_not_rerun_says_so(loaded: LoadedRun) -> None:
@@ -64,26 +64,26 @@ def test_a_policy_that_was_not_rerun_says_so(loaded: LoadedRun) -> None:
     other = replace(loaded, validation=loaded.validation.model_copy(update={"cells": cells}))
     rows = payload_rows(other)
     assert rows["coupled"][-1] == "predicted; not rerun yet"
-    assert rows["coupled"][2].startswith("0.0261"), "2 % of risk and 0.01 of each sent token"
-    assert rows["r-hlm"][-1] == "rerun"
+    assert rows["coupled"][4].startswith("2.61"), "% : 2 of risk and 0.01 of each sent token"
+    assert rows["r-hlm"][-1] == "reruns"
 
 
 def test_misses_are_split_where_the_score_alone_decides(loaded: LoadedRun) -> None:
     assert loaded.validation is not None
-    assert "| RUN | `cu-hlm-online` 24 | +5.0 and +5.0 | 3 of 15 |" in findings([loaded], loaded)
+    assert "| RUN | `cu-hlm-online` 24 | +5.0 and +5.0 | 3 of 15 |" in findings([loaded], loaded, loaded)
     cells = tuple(
         cell.model_copy(update={"covered": cell.policy != "ui-hlm"}) for cell in loaded.cells
     )
     other = replace(loaded, validation=loaded.validation.model_copy(update={"cells": cells}))
-    assert "| `ui-hlm` only, not split |" in findings([other], other)
+    assert "| `ui-hlm` only, not split |" in findings([other], other, other)
     good = tuple(cell.model_copy(update={"covered": True}) for cell in loaded.cells)
     fine = replace(loaded, validation=loaded.validation.model_copy(update={"cells": good}))
-    assert "| RUN | none | none missed |" in findings([fine], fine)
+    assert "| RUN | none | none missed |" in findings([fine], fine, fine)
 
 
 def test_findings_of_runs_that_lack_parts(loaded: LoadedRun) -> None:
     bare = replace(loaded, validation=None, guarantees=None)
-    text = findings([bare], bare)
+    text = findings([bare], bare, bare)
     assert "None of the shipped runs was rerun yet" in text
     assert "**4. " not in text
     assert "predicted; not rerun yet" in text
