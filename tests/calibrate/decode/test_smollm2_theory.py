@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -14,13 +14,20 @@ from calibrate.run.prompts import (
     tokenize_prompts,
 )
 from hlmtheory.clusters import mean_over_tokens
-from hlmtheory.policies import FixedSize, Policy, make_policy
+from hlmtheory.coupling import coupled_output_law
+from hlmtheory.policies import Policy, policy_from_settings
+from hlmtheory.steps import LawStep
 from hlmtheory.uncertainty import attenuation, exact_uncertainty, temperatures
 from hlmtheory.verification import bias_lower_bound, output_bias, output_law
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("default")]
 THRESHOLD = 0.5
 NUM_ENTRIES = 30
+SETTINGS = {"cu-hlm-offline": {"num_entries": NUM_ENTRIES}}
+
+
+def a_policy(name: str, threshold: float = THRESHOLD) -> Policy:
+    return policy_from_settings(name, SETTINGS.get(name, {}), threshold)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +35,7 @@ def pair():
     """The pair in float32: the same weights, so that only float32 rounding blurs comparisons."""
     from calibrate.pairs.registry import load_pair, resolve_pair
 
-    loaded = load_pair(resolve_pair("smollm2", None, None, None))
+    loaded = load_pair(resolve_pair("smollm2", None, None, None), attention=True)
     loaded.slm.float()
     loaded.llm.float()
     return loaded
@@ -205,10 +212,10 @@ def exact_token(policy: Policy, z: np.ndarray, w: np.ndarray, output: int) -> tu
     """One context, from the logits of both models, over the whole vocabulary."""
     x, y = (np.exp(v - v.max()) / np.exp(v - v.max()).sum() for v in (z, w))
     uncertainty = exact_uncertainty(z, np.arange(len(z)), temperatures())
-    sigma = (uncertainty <= policy.gate.threshold).astype(float)
-    size = None if policy.size is None else policy.size.num_entries
-    residual = make_policy("r-hlm", THRESHOLD).rule
-    truncated = make_policy("cu-hlm-offline", THRESHOLD, size=FixedSize(NUM_ENTRIES)).rule
+    sigma = (uncertainty <= policy.threshold).astype(float)
+    size = getattr(policy, "num_entries", None)
+    residual = a_policy("r-hlm").rule
+    truncated = a_policy("cu-hlm-offline").rule
     law = output_law(policy.rule, x, y, sigma, size)
     accepts = policy.rule.acceptance(policy.rule.reference_law(x, size), y)
     above = law > y
@@ -224,7 +231,7 @@ def exact_token(policy: Policy, z: np.ndarray, w: np.ndarray, output: int) -> tu
         law[above].sum(),
         y[above].sum(),
         above[output],
-        np.abs(uncertainty - policy.gate.threshold).min(),
+        np.abs(uncertainty - policy.threshold).min(),
     )
 
 
@@ -233,8 +240,8 @@ def runs(pair):
     """Both policies at one threshold: the engine's tokens, and the exact laws at their contexts."""
     prompts = tokenized(pair, 24, 24)
     out = {}
-    for name, size in (("r-hlm", None), ("cu-hlm-offline", FixedSize(NUM_ENTRIES))):
-        policy = make_policy(name, THRESHOLD, size=size)
+    for name in ("r-hlm", "cu-hlm-offline"):
+        policy = a_policy(name)
         columns = engine_tokens(pair, policy, prompts, 24)
         out[name] = columns, exact_tokens(pair, policy, prompts, columns)
     return out
@@ -262,6 +269,7 @@ def test_engine_columns_are_those_of_the_exact_law(runs, name) -> None:
     ):
         np.testing.assert_allclose(columns[column][clear], values[clear], rtol=0, atol=1e-4)
     entries = exact.skip_set_size if name == "r-hlm" else np.full(len(clear), NUM_ENTRIES)
+    entries = np.where(columns["skipped"], 0, entries)
     np.testing.assert_array_equal(columns["policy_entries"][clear], entries[clear])
 
 
@@ -272,8 +280,8 @@ def test_drawn_frequencies_are_those_of_the_exact_law(runs, name) -> None:
     assert z_score(skipped - exact.skipped_mass, columns) < 4
     assert z_score((~skipped & ~accepted) - exact.rejected_mass, columns) < 4
     # Payload: entries of the tokens that were sent.
-    expected = columns["policy_entries"] * (1 - exact.skipped_mass)
-    assert z_score(columns["policy_entries"] * ~skipped - expected, columns) < 4
+    size = exact.skip_set_size if name == "r-hlm" else NUM_ENTRIES
+    assert z_score(columns["policy_entries"] - size * (1 - exact.skipped_mass), columns) < 4
     # The bias itself, drawn: on the set where the law exceeds y, P less y is the TV.
     surplus = exact.expected_output_above - exact.target_above
     np.testing.assert_allclose(surplus, exact.bias, rtol=0, atol=1e-9)
@@ -298,7 +306,8 @@ def test_r_hlm_beside_cu_hlm_at_the_same_threshold(runs, capsys) -> None:
             "lower bound": mean(exact.lower_bound),
         }
         sent_entries = mean(np.where(sent, entries, np.nan)).value
-        exact_entries = (entries * not_skipped).sum() / not_skipped.sum()
+        size = exact.skip_set_size if name == "r-hlm" else NUM_ENTRIES + 0 * not_skipped
+        exact_entries = (size * not_skipped).sum() / not_skipped.sum()
         means[name]["entries"] = sent_entries
         with capsys.disabled():
             biases = ", ".join(
@@ -329,3 +338,195 @@ def test_another_policys_law_fails_the_same_test(runs) -> None:
     assert np.abs(columns["policy_bias"] - exact.lower_bound).max() > 5e-4
     # u-hlm's own bias is the bound, (12) and (13): on average too the engine is far from it.
     assert z_score(columns["policy_bias"] - exact.lower_bound, columns) > 4
+
+
+# --- what the head says ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadRun:
+    """A trace as it lies on disk, and the laws over the whole vocabulary at each of its rows."""
+
+    trace: object
+    x: np.ndarray
+    y: np.ndarray
+    uncertainty: np.ndarray
+    order: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def head_run(pair, tmp_path_factory) -> HeadRun:
+    """12 prompts x 16 tokens of a calibration, with both laws kept by an observer."""
+    from calibrate.decode.engine import DecodingSettings, decode
+    from calibrate.decode.models import TransformerModel
+    from calibrate.run.traces import read_trace, write_shard
+
+    kept: list[tuple[np.ndarray, ...]] = []
+
+    def observer(step: LawStep) -> dict[str, np.ndarray]:
+        kept.append(tuple(a.numpy().copy() for a in (step.x, step.y, step.logits)))
+        first = sum(len(one[0]) for one in kept[:-1])
+        return {"kept": np.arange(first, first + len(step.x))}
+
+    prompts = tokenized(pair, 12, 16)
+    settings = DecodingSettings(max_new_tokens=16, batch_size=12, seed=4)
+    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
+    policy = policy_from_settings("hlm")
+    (batch,) = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, observer=observer)
+    path = tmp_path_factory.mktemp("head") / "000.parquet"
+    axes = settings.axes(pair.vocab_size)
+    write_shard(path, batch.columns, batch.prompt_ids, {}, axes)
+    trace = read_trace([path])
+    x, y, z = (np.concatenate(a)[trace["kept"]].astype(np.float64) for a in zip(*kept, strict=True))
+    for law in (x, y):  # single precision leaves 1e-7; torch's softmax alone would leave 1e-5
+        np.testing.assert_allclose(law.sum(-1), 1, rtol=0, atol=1e-6)
+    x, y = np.exp(z - z.max(-1, keepdims=True)), y / y.sum(-1, keepdims=True)
+    x /= x.sum(-1, keepdims=True)
+    # Uncertainty of the 2,048 likeliest: all that any threshold below 0.9995 may skip, (24).
+    order = np.argsort(-z, axis=-1, kind="stable")[:, :2048]
+    return HeadRun(trace, x, y, exact_uncertainty(z, order, temperatures()), order)
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Skip probability, rho, bias and entries of a policy from the whole vocabulary."""
+
+    run: HeadRun
+    name: str
+    known: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
+
+    def at(self, threshold: float) -> np.ndarray:
+        """(N, 4): the skip set is a prefix in the order of logits, so each is worked out once."""
+        assert (self.run.uncertainty[:, -1] > threshold).all()
+        sizes = (self.run.uncertainty <= threshold).sum(-1)
+        return np.array([self._row(row, int(size)) for row, size in enumerate(sizes)])
+
+    def _row(self, row: int, size: int) -> tuple[float, ...]:
+        if (row, size) not in self.known:
+            x, y = self.run.x[row], self.run.y[row]
+            skipped = self.run.order[row, :size]
+            sigma = np.zeros_like(x)
+            sigma[skipped] = 1.0
+            skip, rho = sigma @ x, sigma @ np.maximum(x - y, 0)
+            if self.name == "coupled":
+                bias = coupled_bias(x, y, skipped)
+            else:
+                bias = float(output_bias(a_policy(self.name).rule, x, y, sigma))
+            sent = {"u-hlm": len(x), "r-hlm": size}.get(self.name, 0)
+            self.known[row, size] = (skip, rho, bias, (1 - skip) * sent)
+        return self.known[row, size]
+
+
+def coupled_bias(x: np.ndarray, y: np.ndarray, skipped: np.ndarray) -> float:
+    """TV of the coupled output law to y, written over the whole vocabulary.
+
+    P_v - y_v = sigma_v x_v - sum_i sigma_i P(d = i, o = v); the joint law from its integral:
+    x_i y_v times that of ds/A(s)^2 between the shares of i and v, A linear between sorted shares.
+    """
+    if not len(skipped):
+        return 0.0
+    share = y / (x + y)
+    order = np.argsort(share, kind="stable")
+    s = share[order]
+    behind, ahead = np.cumsum(x[order]), y[order][::-1].cumsum()[::-1]
+    level = s * behind + (1 - s) * np.append(ahead[1:], 0.0)
+    before = np.append(0.0, s[:-1])
+    pieces = (s - before) / (np.append(1.0, level[:-1]) * level)
+    phi, at = np.empty_like(x), np.empty_like(x)
+    phi[order], at[order] = np.cumsum(pieces), level
+    change = np.zeros_like(x)
+    change[skipped] = x[skipped]
+    for i in skipped:
+        joint = x[i] * y * np.maximum(phi - phi[i], 0.0)
+        joint[i] = x[i] * share[i] / at[i]
+        change -= joint
+    return float(np.maximum(change, 0.0).sum())
+
+
+def test_that_coupled_bias_is_the_output_laws_own(rng) -> None:
+    x, y = rng.dirichlet(np.full(40, 0.3), size=2)
+    for skipped in ([], [3], [5, 1, 30], list(range(40))):
+        sigma = np.zeros(40)
+        sigma[skipped] = 1.0
+        law = coupled_output_law(x, y, sigma)
+        found = coupled_bias(x, y, np.array(skipped, dtype=int))
+        assert found == pytest.approx(np.abs(law - y).sum() / 2, abs=1e-12)
+
+
+ROUNDING_OF_U = 4e-6
+"""Of u in single precision: a logit 20 below the largest, over theta = 0.1, is off by 1e-5."""
+
+
+def test_predicted_from_the_head_is_the_exact_law(head_run, capsys) -> None:
+    """|difference| < 1e-6 at 50 random thresholds, for four policies, where the head decides.
+
+    The engine's u is in single precision, the exact one in double. A candidate whose u is within
+    rounding of a threshold may fall on either side: there the prediction must be the law of one
+    side or of the other. Entries of u-hlm are counted in vocabularies, of which it sends one.
+    """
+    from calibrate.derive.predict import predicted_tokens
+
+    trace, vocab = head_run.trace, head_run.x.shape[1]
+    recorded = np.isfinite(trace["head_race"][:, 0])
+    assert trace.num_tokens > 150
+    assert 30 < recorded.sum() < 60
+    u = trace["head_uncertainty"].astype(np.float64)
+    thresholds = np.random.default_rng(12).uniform(size=50)
+    exact = {name: ExactRows(head_run, name) for name in ("u-hlm", "r-hlm", "ask-llm", "coupled")}
+    worst = {name: np.zeros(4) for name in exact}
+    undecided = ties = compared = 0
+    for threshold in thresholds:
+        decides = u[:, -1] > threshold + ROUNDING_OF_U
+        tie = decides & (np.abs(u - threshold) < ROUNDING_OF_U).any(1)
+        undecided, ties = undecided + (~decides).sum(), ties + tie.sum()
+        for name in exact:
+            found = predicted_tokens(trace, a_policy(name, threshold))
+            head = np.stack([found.skip, found.risk, found.bias, found.entries], -1)
+            unit = np.array([1, 1, 1, vocab if name == "u-hlm" else 1])
+            difference = np.abs(head - exact[name].at(threshold)) / unit
+            sides = [
+                np.abs(head - exact[name].at(threshold + side * ROUNDING_OF_U)) / unit
+                for side in (-1, 1)
+            ]
+            difference[tie] = np.minimum(*sides)[tie]
+            rows = decides & (recorded if name == "coupled" else True)
+            if name == "coupled":
+                assert np.isnan(head[~recorded, 2]).all()
+            compared += rows.sum()
+            worst[name] = np.maximum(worst[name], difference[rows].max(axis=0, initial=0))
+    with capsys.disabled():
+        print(
+            f"\nhead against the full vocabulary, V = {vocab}, {trace.num_tokens} tokens x "
+            f"{len(thresholds)} thresholds: {undecided} rows where the head does not "
+            f"decide, {ties} within rounding of u; largest |difference| of skip probability, rho, "
+            "bias, entries:"
+        )
+        for name, values in worst.items():
+            print(f"  {name:8s} " + ", ".join(f"{value:.1e}" for value in values))
+    assert ties < 20
+    assert compared > 20_000
+    for values in worst.values():
+        assert (values < 1e-6).all()
+
+
+@pytest.mark.parametrize("threshold", [0.997, 0.999])
+def test_where_the_head_does_not_decide_it_is_right_in_the_mean(head_run, threshold, capsys):
+    """Skip probability and rho of u-hlm: zero lies in the 99.9 % interval, clustered by prompt."""
+    from calibrate.derive.predict import predicted_tokens
+
+    trace = head_run.trace
+    found = predicted_tokens(trace, a_policy("u-hlm", threshold))
+    exact = ExactRows(head_run, "u-hlm").at(threshold)
+    undecided = trace["head_uncertainty"][:, -1] <= threshold
+    assert undecided.any()
+    for column, (name, values) in enumerate((("skip", found.skip), ("rho", found.risk))):
+        difference = values - exact[:, column]
+        mean = mean_over_tokens(difference, trace.prompt_index, trace.num_prompts)
+        low, high = mean.interval(0.999)
+        with capsys.disabled():
+            print(
+                f"\nbeyond the head at {threshold}, {undecided.sum()} of {len(undecided)} rows: "
+                f"mean {name} {exact[:, column].mean():.4f}, off by {low:.1e}..{high:.1e}"
+            )
+        assert low <= 0 <= high
+        assert np.abs(difference[~undecided]).max() < 1e-6
