@@ -205,11 +205,7 @@ def unsent_before(skip: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
 
 
 def _if_sent(amount: np.ndarray, sent: np.ndarray) -> np.ndarray:
-    """An expected amount, given that the token is sent with probability `sent`, (N,).
-
-    Beyond the head that probability is an unbiased estimate and may fall below 0, and so does the
-    amount: their ratio stays what it is.
-    """
+    """An expected amount, given that the token is sent, which it is with probability `sent`."""
     return np.asarray(np.divide(amount, sent, out=np.zeros_like(sent), where=sent != 0))
 
 
