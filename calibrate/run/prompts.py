@@ -217,11 +217,6 @@ def duplicate_texts(prompts: Sequence[Prompt]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in ids.values() if len(group) > 1]
 
 
-def calibration_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
-    """First `limit` prompts of the calibration half, or of all where the file is not divided."""
-    return [p for p in prompts if p.split in (None, "calibration")][:limit]
-
-
 def tokenize_prompts(
     prompts: Sequence[Prompt], tokenizer: Any, max_new_tokens: int, max_context: int
 ) -> list[TokenizedPrompt]:
