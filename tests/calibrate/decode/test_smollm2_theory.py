@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from calibrate.run.prompts import (
-    TokenizedPrompt,
-    calibration_prompts,
-    read_prompts,
-    tokenize_prompts,
-)
+from calibrate.run.prompts import TokenizedPrompt, draw_prompts, read_prompts, tokenize_prompts
 from hlmtheory.clusters import mean_over_tokens
 from hlmtheory.coupling import coupled_output_law
 from hlmtheory.policies import Policy, policy_from_settings
@@ -43,7 +38,7 @@ def pair():
 
 def tokenized(pair, num_prompts: int, max_new_tokens: int) -> list[TokenizedPrompt]:
     return tokenize_prompts(
-        calibration_prompts(read_prompts(None), num_prompts),
+        draw_prompts(read_prompts(None), "calibration", num_prompts, 0, order="file"),
         pair.tokenizer,
         max_new_tokens,
         pair.max_context,
