@@ -70,7 +70,8 @@ def test_a_policy_that_was_not_rerun_says_so(loaded: LoadedRun) -> None:
 
 def test_misses_are_split_where_the_score_alone_decides(loaded: LoadedRun) -> None:
     assert loaded.validation is not None
-    assert "| RUN | `cu-hlm-online` 24 | +5.0 and +5.0 | 3 of 15 |" in findings([loaded], loaded, loaded)
+    text = findings([loaded], loaded, loaded)
+    assert "| RUN | `cu-hlm-online` 24 | +5.0 and +5.0 | 3 of 15 |" in text
     cells = tuple(
         cell.model_copy(update={"covered": cell.policy != "ui-hlm"}) for cell in loaded.cells
     )
