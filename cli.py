@@ -89,6 +89,10 @@ ReplaceOption = Annotated[
 ]
 COMMAND = ("hlm", *sys.argv[1:])
 
+ReplaceStudyOption = Annotated[
+    bool, typer.Option("--replace", help="Replace a study of other settings that the run holds.")
+]
+
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line on stderr and exit 1 or 2."""
@@ -485,6 +489,7 @@ def guarantees(
     num_draws: Annotated[int, typer.Option(help="Calibrations to draw again.")] = 500,
     score: ScoreOption = "uncertainty",
     seed: SeedOption = 0,
+    replace: ReplaceStudyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Do the threshold rules keep their promise? Calibrations drawn again from the run's own."""
@@ -496,10 +501,12 @@ def guarantees(
     from calibrate.run.records import RunRecord
     from calibrate.terminal.progress import token_progress
     from calibrate.terminal.tables import print_guarantees
-    from calibrate.validate.guarantees import RISKS, write_guarantees
+    from calibrate.validate.guarantees import RISKS, check_same_study, write_guarantees
 
     read_record(run, RunRecord)
     risks = risk or RISKS
+    if not replace:
+        check_same_study(run, score, risks, num_draws, seed)
     with token_progress("drawing", "calibrations") as bar:
         bar.set_total(2 * num_draws)
         try:
@@ -518,6 +525,7 @@ def attenuation(
     limit: LimitOption = 48,
     max_new_tokens: LengthOption = 32,
     device: DeviceOption = "auto",
+    replace: ReplaceStudyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """What drawing K tokens instead of summing exactly does to the fitted line, measured."""
@@ -526,6 +534,8 @@ def attenuation(
     from calibrate.terminal.tables import print_attenuation
     from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
 
+    if (run / "attenuation.json").is_file() and not replace:
+        raise UsageError(f"RUN {run}: holds attenuation.json; --replace measures it anew")
     plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND)
     pair = _load(plan.spec, plan.calibration.pair.dtype, device, False)
     with token_progress("decoding") as bar:
@@ -573,14 +583,16 @@ def figures(
     run: RunArgument,
     name: NameOption = "default",
     output_path: Annotated[
-        Path | None, typer.Option(help="Folder for PNG and PDF. Default: RUN/figures.")
+        Path | None,
+        typer.Option(help="Folder for PNG and PDF. Default: RUN/figures, or RUN/figures.NAME."),
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
     from calibrate.terminal.progress import say
     from paper_figs.draw import draw_run
 
-    for path in draw_run(run, output_path or run / "figures", name=name, on_figure=say):
+    folder = run / ("figures" if name == "default" else f"figures.{name}")
+    for path in draw_run(run, output_path or folder, name=name, on_figure=say):
         print(path)
 
 

@@ -45,7 +45,7 @@ def payload_bits(
         V >= 2, and the bits of one probability, 8 in the papers.
     accounting : {"paper", "full"}
     draft_sent : bool
-        False for rules that resample without it (r-hlm, ask-llm). Only ``full`` counts this and
+        False for rules that resample without it (residual, asking). Only ``full`` counts this and
         what follows.
     num_unsent : array (...) or float
         m >= 0.

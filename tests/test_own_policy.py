@@ -13,6 +13,8 @@ import cli
 pytestmark = pytest.mark.filterwarnings("default")
 
 OWN = '''
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

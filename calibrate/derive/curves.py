@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -174,7 +174,7 @@ def truncation_curves(study: Study, runnable: Sequence[Runnable]) -> TruncationC
     soft = truncation_bound_soft(
         deviation, step["draft_prob"][:, None], beta[:, None], study.request.eta
     )
-    fixed = [getattr(one, "num_entries", None) for one in study.policies]
+    fixed = [one.fixed_size for one in study.policies]
     online = _online_point(runnable)
     return TruncationCurves(
         theta=study.request.thetas[0],
@@ -221,7 +221,7 @@ def importance_example(study: Study) -> ImportanceExample | None:
 
     docs/theory.md, (31) and (32); of the first policy that looks at importance.
     """
-    chosen: list[Any] = [one for one in study.policies if hasattr(one, "importance")]
+    chosen = [one for one in study.policies if one.importance_settings is not None]
     if not chosen:
         return None
     trace = study.trace
@@ -238,7 +238,7 @@ def importance_example(study: Study) -> ImportanceExample | None:
     )
     return ImportanceExample(
         prompt_id=trace.prompt_ids[prompt],
-        setting=chosen[0].importance.label,
+        setting=chosen[0].importance_settings.label,
         step=tuple(range(len(seen))),
         importance=tuple(importance.tolist()),
         threshold=tuple(value if np.isfinite(value) else None for value in least.tolist()),

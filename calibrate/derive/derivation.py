@@ -65,14 +65,15 @@ def derive_run(
     replaced_note(run, request, name, replace)
     record = _derived(run, request, name, command)
     judges = _judges(run, name)
-    if judges and not replace:
+    if judges:
         before = read_record(run, DerivationRecord, name)
-        if not _alike(_content(before), _content(record)):
+        if _alike(_content(before), _content(record)):
+            return before
+        if not replace:
             raise _refusal(run, name, judges, "would hold other numbers")
-        return before
+    write_record(run, record, name)
     for judge in judges:
         judge.unlink()
-    write_record(run, record, name)
     return record
 
 

@@ -6,7 +6,6 @@ Assumption: the importance is ours, docs/theory.md, (31); see hlmtheory.importan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,10 +51,11 @@ def importance_plane(study: Study, gammas: Sequence[float] | None = None) -> Imp
     are :func:`gamma_grid` with the derived ones in it, so that their reruns have a place; values
     within a tenth of a derived one give way to it. None without such a policy.
     """
-    found: list[Any] = [one for one in study.policies if hasattr(one, "importance")]
+    found = [one for one in study.policies if one.importance_settings is not None]
     if not found or "topk_attention" not in study.trace:
         return None
-    own = sorted({one.importance.gamma for one in found if one.importance.variant == "topk"})
+    chosen = [one.importance_settings for one in found]
+    own = sorted({one.gamma for one in chosen if one.variant == "topk"})
     if gammas is None:
         free = (g for g in gamma_grid(study.trace) if all(abs(g - o) >= 0.1 * o for o in own))
         gammas = sorted({*own, *free})
@@ -65,7 +65,7 @@ def importance_plane(study: Study, gammas: Sequence[float] | None = None) -> Imp
     cells: list[PlaneCell] = []
     for k in ks if threshold.feasible else ():
         for gamma in gammas:
-            moved = _with_importance(found[0], k, gamma).with_threshold(threshold.value)
+            moved = found[0].with_importance(k, gamma).with_threshold(threshold.value)
             estimates = metrics(predicted_tokens(thinned, moved), study.economics)
             predicted = {
                 name: as_figure(estimates[name], UNITS[name], study.request.confidence)
@@ -85,14 +85,9 @@ def importance_plane(study: Study, gammas: Sequence[float] | None = None) -> Imp
     )
 
 
-def _with_importance(policy: Any, k: float, gamma: float) -> Any:
-    importance = replace(policy.importance, variant="topk", k=float(k), gamma=float(gamma))
-    return replace(policy, importance=importance)
-
-
 def _plain_threshold(study: Study, policy: Any) -> DerivedThreshold:
     """Of the score alone: gamma = 0 calls every context important."""
-    everywhere = _with_importance(policy, study.trace.axes.attention_sizes[0], 0.0)
+    everywhere = policy.with_importance(study.trace.axes.attention_sizes[0], 0.0)
     _, derived = study.gate(everywhere)
     by_family = {one.threshold.family: one for one in reversed(derived)}  # the first budget's
     averse = by_family["risk-averse"]

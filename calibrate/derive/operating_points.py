@@ -16,6 +16,7 @@ from calibrate.derive.predict import (
     metrics,
     policy_atoms,
     predicted_tokens,
+    source_sha256,
 )
 from calibrate.fit.thresholds import DerivedThreshold, derive_thresholds
 from calibrate.run.errors import UsageError
@@ -175,6 +176,7 @@ def policy_infos(sources: Sequence[str]) -> tuple[PolicyInfo, ...]:
             name=kind.name,
             label=kind.label,
             source=None if source == kind.name else source,
+            source_sha256=None if source == kind.name else source_sha256(source),
             paper=kind.paper,
             gated=kind.gated,
             color=kind.color,
@@ -226,7 +228,7 @@ def _gated_point(
         uncertainty_threshold=derived.figure,
         feasible=threshold.feasible,
         reason=reason,
-        settings=offer.settings,
+        settings=offer.policy.settings(),
         predicted=predicted,
     )
     return point, policy if threshold.feasible else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -55,7 +55,7 @@ class Path:
             self.rejection_risk,
             np.where(sent > 0, self.uplink_bits_per_token / np.where(sent > 0, sent, 1.0), 0.0),
             np.clip(self.tv_bias - self.rejection_risk, 0.0, 1.0),
-            num_entries=getattr(self.policy, "num_entries", None),
+            num_entries=self.policy.fixed_size,
             server_only=self.policy.role == "server",
         )
 
@@ -121,11 +121,11 @@ def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:
 
 def _other_sizes(policy: Policy, trace: Trace) -> Iterator[Policy]:
     """The policy with every k whose bias was recorded, if it has a k of its own."""
-    own = {one.name: getattr(policy, one.name) for one in fields(policy)}.get("num_entries")
+    own = policy.fixed_size
     if own is not None:
         for size in trace.axes.truncation_bias_sizes:
             if size not in (own, trace.axes.vocab_size):
-                yield replace(policy, num_entries=size)  # type: ignore[call-arg]
+                yield policy.with_size(size)
 
 
 def optima(study: Study, paths: list[Path]) -> list[Optimum]:

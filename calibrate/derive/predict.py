@@ -6,8 +6,10 @@ recorded steps of a trace.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -95,11 +97,20 @@ def economics_of(derivation: DerivationRecord) -> Economics:
     )
 
 
+def source_sha256(source: str) -> str | None:
+    """Hash of the file of FILE.py:NAME; None where there is none."""
+    path = Path(source.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def point_policy(
     derivation: DerivationRecord, point: OperatingPoint, learned: LearnedModel | None
 ) -> Policy:
     """The policy that the engine runs at an operating point."""
-    source = {one.name: one.source for one in derivation.policies}.get(point.policy)
+    info = next((one for one in derivation.policies if one.name == point.policy), None)
+    source = None if info is None else info.source
+    if source and info and source_sha256(source) != info.source_sha256:
+        raise ValueError(f"policy {source}: its file is not what was derived; derive again")
     model = None if learned is None else learned.model_dump()
     score = None if point.score is None else score_named(point.score, model)
     return policy_from_settings(

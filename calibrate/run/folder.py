@@ -21,7 +21,7 @@ from calibrate.run.records import Provenance, RunRecord, RunSettings, StageRecor
 
 PACKAGES = ("hlmtheory", "torch", "transformers", "numpy", "scipy", "statsmodels", "pyarrow")
 DEFAULT_NAME = "default"
-NAME_PATTERN = r"[A-Za-z0-9._-]+"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # They never change a token, and a smaller batch is the way out of a full memory.
 FREE_ON_RESUME = {"batch_size", "device"}
 

@@ -240,6 +240,8 @@ class PolicyInfo(Record):
     label: str
     source: str | None
     """FILE.py:NAME of somebody's own policy."""
+    source_sha256: str | None = None
+    """Of that file when it was derived: another file is another policy."""
     paper: str | None
     """The published system that it is, if any."""
     gated: bool

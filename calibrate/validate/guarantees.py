@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from calibrate.derive.predict import CHUNK
-from calibrate.run.errors import UserError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
 from calibrate.run.folder import provenance, read_record, write_record
 from calibrate.run.records import CalibrationRecord, GuaranteeRow, GuaranteesRecord
@@ -164,6 +164,25 @@ def write_guarantees(
     )
     write_record(run, record)
     return record
+
+
+def check_same_study(
+    run: Path, score: str, risks: Sequence[float], num_draws: int, seed: int
+) -> None:
+    """Raise UsageError where the run holds a study of other settings: it is not overwritten."""
+    if not (run / GuaranteesRecord.file_name).is_file():
+        return
+    held = read_record(run, GuaranteesRecord)
+    budgets = tuple(sorted({row.budget for row in held.rows}))
+    before = (held.score, budgets, held.num_draws, held.seed)
+    now = (score, tuple(sorted(set(risks))), num_draws, seed)
+    for name, old, new in zip(
+        ("--score", "--risk", "--num-draws", "--seed"), before, now, strict=True
+    ):
+        if old != new:
+            raise UsageError(
+                f"{name} {new}: {held.file_name} in {run} has {old}; --replace replaces it"
+            )
 
 
 def _draws(

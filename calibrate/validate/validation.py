@@ -86,7 +86,10 @@ class ValidationPlan:
         from calibrate.derive.predict import point_policy
 
         learned = self.calibration.learned
-        return {point.key: point_policy(self.derivation, point, learned) for point in self.points}
+        try:
+            return {one.key: point_policy(self.derivation, one, learned) for one in self.points}
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def identity(self, point: OperatingPoint) -> dict[str, Any]:
         """What a rerun of the point is kept by."""

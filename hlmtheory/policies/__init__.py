@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
+import sys
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -81,19 +84,30 @@ def policy_class(name: str) -> type[Policy]:
 @cache
 def _own_policy(path: str, attribute: str) -> type[Policy]:
     where = f"policy {path}:{attribute}"
-    spec = importlib.util.spec_from_file_location(f"own_policy_{Path(path).stem}", path)
+    name = f"own_policy_{zlib.crc32(path.encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{where}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up their annotations
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise ValueError(f"{where}: {type(error).__name__} on import: {error}") from None
     found = getattr(module, attribute, None)
     if not (inspect.isclass(found) and issubclass(found, Policy)):
         raise ValueError(f"{where}: the file holds no subclass of Policy of that name")
-    if not found.name or found.name in _registered():
-        raise ValueError(f"{where}: name = {found.name!r}; give it a name of its own")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(found.name)) or (
+        found.name in _registered()
+    ):
+        raise ValueError(
+            f"{where}: name = {found.name!r}; give it one of its own, of letters, digits, - and _"
+        )
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", str(found.color)):
+        raise ValueError(f"{where}: color = {found.color!r}; give it as '#rrggbb'")
+    if not all(isinstance(one, str) for one in (found.label, found.marker)):
+        raise ValueError(f"{where}: label and marker are strings")
     return found
 
 

@@ -30,8 +30,10 @@ class AskAndSample(FullDistribution):
 class Asking(GatedPolicy):
     r"""Output law sigma x + (1 - m) y with m the skipped mass.
 
-    .. math:: \mathrm{TV} = \sum_v (\sigma_v x_v - m y_v)_+ \ge \rho, \quad
-              m = \sum_v \sigma_v x_v
+    .. math:: \mathrm{TV} = \sum_v (\sigma_v x_v - m y_v)_+ \ge \rho_{min},
+              \quad m = \sum_v \sigma_v x_v
+
+    with rho_min of docs/theory.md, (13), which is rho where a gate skips for sure or not at all.
     """
 
     name: ClassVar[str] = "ask-llm"

@@ -186,6 +186,24 @@ class Policy:
             raise ValueError(f"policy {cls.name}: {error}") from None
 
     @property
+    def fixed_size(self) -> int | None:
+        """k of a policy that sends as many probabilities with every draft, and has a choice."""
+        return None
+
+    def with_size(self, num_entries: int) -> Policy:
+        """The same policy with another k, where it has one."""
+        raise ValueError(f"policy {self.name}: has no size of its own")
+
+    @property
+    def importance_settings(self) -> Any:
+        """Variant, k and gamma of a policy that looks at importance; None of others."""
+        return None
+
+    def with_importance(self, k: float, gamma: float) -> GatedPolicy:
+        """The same policy with a `topk` importance of this k and gamma, where it has one."""
+        raise ValueError(f"policy {self.name}: looks at no importance")
+
+    @property
     def remark(self) -> str:
         """What is degenerate about the settings; empty otherwise."""
         return ""

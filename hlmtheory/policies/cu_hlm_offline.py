@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from array_api_compat import array_namespace
@@ -56,6 +56,15 @@ class FixedTruncation(TruncatingPolicy):
     def rule(self) -> FullDistribution:
         """Verify against the truncation."""
         return DraftFromSent() if self.draft_from_sent else TruncatedDistribution()
+
+    @property
+    def fixed_size(self) -> int:
+        """k."""
+        return self.num_entries
+
+    def with_size(self, num_entries: int) -> FixedTruncation:
+        """The same at another k."""
+        return replace(self, num_entries=num_entries)
 
     @property
     def remark(self) -> str:

@@ -19,6 +19,9 @@ from hlmtheory.policies.base import DeriveOptions, Fitted, GatedPolicy, Memory
 from hlmtheory.scores import Atoms
 from hlmtheory.steps import Skip, Step
 
+LEAST = -1e9
+"""Below every score that has no bound of its own."""
+
 
 @dataclass(frozen=True)
 class ImportanceSettings:
@@ -113,6 +116,15 @@ class ImportanceGated(GatedPolicy):
             for number, (settings, one) in enumerate(named)
         ]
 
+    @property
+    def importance_settings(self) -> ImportanceSettings:
+        """Its importance."""
+        return self.importance
+
+    def with_importance(self, k: float, gamma: float) -> ImportanceGated:
+        """The same with another `topk` importance."""
+        return replace(self, importance=ImportanceSettings("topk", float(k), float(gamma)))
+
     def memory(self) -> Memory:
         """Of the importance."""
         return ImportanceMemory(self.importance)
@@ -130,6 +142,5 @@ class ImportanceGated(GatedPolicy):
         """The score's; an unimportant context lies whole at the least score."""
         score, mass, rejection = super().atoms(step)
         xp = array_namespace(score)
-        low = self.score.low
-        least = low if np.isfinite(low) else float(xp.min(score))
+        least = max(self.score.low, LEAST)
         return xp.where(step["important"][:, None], score, 0 * score + least), mass, rejection

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from calibrate.run.figure import NO_VALUE, excludes_zero, number_text, scaled
 from calibrate.run.folder import write_text
-from calibrate.run.records import ContextShift, Figure, ValidationRecord
+from calibrate.run.records import ContextShift, Figure, GuaranteeRow, ValidationRecord
 from calibrate.run.resources import data_path
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.report.tables import markdown_table
@@ -62,8 +63,9 @@ def _relation(loaded: LoadedRun) -> str:
         f"binned means {number_text(fit.correlation_binned)}, token by token "
         f"{number_text(fit.correlation)}; curvature {number_text(fit.curvature)}, yet single bins "
         "leave the line by more than their intervals (lower panel). At 1 % risk the exact "
-        f"uncertainty skips {_percent(rates['uncertainty'])} of the tokens, twenty drawn ones "
-        f"{_percent(rates['uncertainty_sampled'])}.\n\n"
+        f"uncertainty skips {_percent(rates['uncertainty'])} of the tokens, that of twenty draws "
+        f"{_percent(rates['uncertainty_sampled'])}: it takes 21 values only, and its last step "
+        "within the budget may fall far short of it.\n\n"
         + _figure("relation", "rejection probability against uncertainty")
     )
 
@@ -184,14 +186,27 @@ def _payload(loaded: LoadedRun) -> str:
     titles = ["policy", *(f"bit/token {rule}" for rule in rules),
               *(f"TV bias {rule}" for rule in rules), "from"]  # fmt: skip
     accounting = "" if loaded.derivation is None else loaded.derivation.accounting
+    least = [row[0] for row in rows if row[1:4] == rows[0][1:4]]
+    twins = [b[0] for a, b in pairwise(rows) if a[1:7] == b[1:7]]
+    same = f"({', '.join(twins)}: all figures of the row before, for it skips the same.) "
+    same = same if twins else ""
     return (
-        f"**3. What sending less costs in bias: least {rows[0][0]} sends, then {rows[1][0]}.** "
-        "Every gated policy at the thresholds of three risk budgets, by rising uplink payload in "
-        f"'{accounting}' accounting. Where the score alone decides, all of them skip the same "
+        f"**3. What sending less costs in bias: {' and '.join(least)} send least.** "
+        "Every gated policy at the thresholds of three risk budgets, by rising payload in "
+        f"'{accounting}' accounting, which bills unseen tokens and the server's reply as well. "
+        f"{same}Where the score alone decides, all of them skip the same "
         "tokens at the same risk, and no policy's bias can be below that risk: what is above it is "
         f"the price.\n\n{_table(titles, rows)}\n\n"
         + _figure("payload_bias", "uplink payload against TV bias for all policies")
     )
+
+
+def _at_one_percent(rows: dict[tuple[str, float], GuaranteeRow]) -> str:
+    row = rows.get(("ltt", 0.01))
+    if row is None or row.infeasible_share.value is None:
+        return ""
+    share = 100 * (1 - row.infeasible_share.value)
+    return f"At 1 % it certifies a threshold in {share:.3g} % of them. "
 
 
 def _guarantees(loaded: LoadedRun) -> str:
@@ -212,8 +227,8 @@ def _guarantees(loaded: LoadedRun) -> str:
         f"({loaded.guarantees.confidence:.0%}, a mean over {certified.weighting}) in "
         f"{_percent(certified.violation_share)}, skipping "
         f"{_percent(certified.skip_rate)} of the tokens instead of "
-        f"{_percent(plug_in.skip_rate)}. Intervals here are over the redrawn calibrations.\n\n"
-        + _figure("guarantees", "how often each rule breaks its budget")
+        f"{_percent(plug_in.skip_rate)}. {_at_one_percent(rows)}Intervals here are over the "
+        "redrawn calibrations.\n\n" + _figure("guarantees", "how often each rule breaks its budget")
     )
 
 

@@ -135,8 +135,8 @@ def test_a_file_of_ones_own_loads_and_runs(mine, rng):
     [
         ("Yours", "the file holds no subclass of Policy of that name"),
         ("other", "the file holds no subclass of Policy of that name"),
-        ("Twin", "name = 'u-hlm'; give it a name of its own"),
-        ("Nameless", "name = ''; give it a name of its own"),
+        ("Twin", "name = 'u-hlm'; give it one of its own, of letters, digits, - and _"),
+        ("Nameless", "name = ''; give it one of its own, of letters, digits, - and _"),
     ],
 )
 def test_wrong_names_in_a_file_are_answered_in_one_line(mine, attribute, says):
