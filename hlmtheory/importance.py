@@ -1,4 +1,4 @@
-"""Importance of a context from the attention behind its draft, and attention collapse.
+"""Importance of a context from the attention behind its draft.
 
 Assumption, all of this room: UI-HLM (arXiv 2508.12590) says publicly that importance comes from
 attention, that its threshold adapts to the attention distribution of each step, and that two
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from array_api_compat import array_namespace
 
-from hlmtheory.clusters import RatioEstimate, mean_over_tokens, ratio_of_sums, sum_by_prompt
 from hlmtheory.domain import Array, check_nonnegative, check_unit_interval
 from hlmtheory.order import largest
 
@@ -82,18 +80,6 @@ def normalised_entropy(entropy: Array, num_positions: Array) -> Array:
     wide = num_positions >= 2
     count = xp.astype(xp.where(wide, num_positions, xp.full_like(num_positions, 2)), entropy.dtype)
     return xp.where(wide, entropy / xp.log(count), xp.full_like(entropy, float("nan")))
-
-
-def participation_ratio(row: Array) -> Array:
-    """1 / sum_j A_j^2: attended tokens, less tail-heavy than exp(H).
-
-    Between 1 (one token) and the number of tokens (uniform), never above exp(H); 0 for a row that
-    is zero throughout.
-    """
-    check_nonnegative(row, "row")
-    xp = array_namespace(row)
-    square = xp.sum(row * row, axis=-1)
-    return xp.where(square > 0, 1.0 / xp.where(square > 0, square, xp.ones_like(square)), square)
 
 
 def context_attention(attention: Array, mask: Array) -> Array:
@@ -171,102 +157,3 @@ class RunningThreshold:
         mean = self.mean + (1.0 - gamma) * deviation
         variance = gamma * (self.variance + (1.0 - gamma) * deviation**2)
         return RunningThreshold(mean, variance)
-
-
-def position_trend(
-    values: np.ndarray, position: np.ndarray, prompt_index: np.ndarray, num_prompts: int
-) -> RatioEstimate:
-    r"""Slope of a token statistic along an answer, within prompts: change a position.
-
-    .. math:: \hat b = \frac{\sum_i \sum_t (p_{it} - \bar p_i)(v_{it} - \bar v_i)}
-                            {\sum_i \sum_t (p_{it} - \bar p_i)^2}
-
-    Means are taken within each prompt first: prompts that run long differ from those that stop
-    early, and a pooled slope would mix that difference in. Arrays are (N,); NaN values are left
-    out. The standard error is the sandwich over the prompts with two positions or more.
-
-    Raises
-    ------
-    ValueError
-        If no prompt has two tokens with a value at different positions.
-    """
-    known = np.isfinite(values)
-    owner = prompt_index[known]
-    v, p = np.asarray(values, np.float64)[known], np.asarray(position, np.float64)[known]
-    counts = np.maximum(sum_by_prompt(np.ones(len(v)), owner, num_prompts), 1.0)
-    v = v - (sum_by_prompt(v, owner, num_prompts) / counts)[owner]
-    p = p - (sum_by_prompt(p, owner, num_prompts) / counts)[owner]
-    spread = sum_by_prompt(p * p, owner, num_prompts)
-    if not spread.any():
-        raise ValueError("values holds no prompt with two positions: give longer answers")
-    return ratio_of_sums(sum_by_prompt(v * p, owner, num_prompts), spread)
-
-
-@dataclass(frozen=True)
-class CollapseReport:
-    """Whether attention collapses along an answer, towards one token or towards uniform.
-
-    Trends are changes a position, within prompts, of the normalised entropy and the sink mass;
-    shares are those of the steps below the band [low, high], above it, and either, among the
-    `num_tokens` steps whose normalised entropy is defined.
-    """
-
-    entropy_trend: RatioEstimate
-    sink_trend: RatioEstimate
-    low: float
-    high: float
-    share_too_focused: RatioEstimate
-    share_too_diffuse: RatioEstimate
-    share_outside: RatioEstimate
-    num_tokens: int
-
-
-def collapse_report(
-    entropy_share: np.ndarray,
-    sink_mass: np.ndarray,
-    position: np.ndarray,
-    prompt_index: np.ndarray,
-    num_prompts: int,
-    band: tuple[float, float],
-) -> CollapseReport:
-    """Trend of attention along answers and the share of steps outside a stated band.
-
-    docs/theory.md, (31). Every figure carries a standard error clustered by prompt.
-
-    Parameters
-    ----------
-    entropy_share, sink_mass : float array (N,)
-        From :func:`normalised_entropy`, NaN where undefined, and :func:`attention_sink`.
-    position, prompt_index : int array (N,)
-    num_prompts : int
-    band : (low, high)
-        Normalised entropies that count as healthy, 0 <= low < high <= 1. Assumption: the caller's;
-        no paper states one that is public to us.
-
-    Raises
-    ------
-    ValueError
-        If the band is not in order within [0, 1].
-    """
-    low, high = band
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"band = ({low:g}, {high:g}): allowed is 0 <= low < high <= 1")
-    defined = np.isfinite(entropy_share)
-    focused, diffuse = entropy_share < low, entropy_share > high
-
-    def trend(values: np.ndarray) -> RatioEstimate:
-        return position_trend(values, position, prompt_index, num_prompts)
-
-    def share(inside: np.ndarray) -> RatioEstimate:
-        return mean_over_tokens(np.where(defined, inside, np.nan), prompt_index, num_prompts)
-
-    return CollapseReport(
-        trend(entropy_share),
-        trend(sink_mass),
-        float(low),
-        float(high),
-        share(focused),
-        share(diffuse),
-        share(focused | diffuse),
-        int(defined.sum()),
-    )

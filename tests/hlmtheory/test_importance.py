@@ -12,12 +12,9 @@ from hlmtheory.importance import (
     RunningThreshold,
     attention_entropy,
     attention_sink,
-    collapse_report,
     context_attention,
     normalised_attention,
     normalised_entropy,
-    participation_ratio,
-    position_trend,
     topk_attention,
     topk_importance_threshold,
 )
@@ -41,14 +38,12 @@ def padded(row: np.ndarray, positions: np.ndarray, width: int) -> tuple[np.ndarr
 def test_uniform_row():
     row = np.full(8, 1 / 8)
     assert attention_entropy(row) == pytest.approx(np.log(8))
-    assert participation_ratio(row) == pytest.approx(8)
     assert normalised_entropy(attention_entropy(row), np.array(8)) == pytest.approx(1)
 
 
 def test_row_on_one_token():
     row = np.array([0.0, 0.0, 1.0, 0.0])
     assert attention_entropy(row) == 0
-    assert participation_ratio(row) == 1
     assert normalised_entropy(np.array(0.0), np.array(4)) == 0
 
 
@@ -60,7 +55,7 @@ def test_normalised_entropy_of_one_position_is_undefined():
 @given(rows)
 def test_effective_numbers_are_in_order(row):
     # Renyi numbers fall with their order: support, exp(Shannon), 1/sum of squares, 1/largest.
-    shannon, second = np.exp(attention_entropy(row)), participation_ratio(row)
+    shannon, second = np.exp(attention_entropy(row)), 1 / np.sum(row**2)
     assert len(row) * (1 + 1e-12) >= shannon
     assert shannon * (1 + 1e-12) >= second
     assert second * (1 + 1e-12) >= 1 / row.max()
@@ -111,7 +106,6 @@ def test_short_contexts():
     np.testing.assert_array_equal(normalised_attention(attention, one), np.zeros(3))
     # A row that is zero throughout has no entropy and attends to nothing.
     assert attention_entropy(np.zeros(3)) == 0
-    assert participation_ratio(np.zeros(3)) == 0
     assert topk_attention(np.zeros(3), 2) == 0
 
 
@@ -222,7 +216,6 @@ def test_numpy_and_torch_agree(rng):
                 context_attention(a, m),
                 entropy,
                 normalised_entropy(entropy, counts),
-                participation_ratio(row),
                 topk_attention(row, 3),
                 topk_importance_threshold(entropy, 0.9),
                 RunningThreshold.start(entropy).update(2 * entropy, 0.7).threshold(-0.5),
@@ -231,71 +224,3 @@ def test_numpy_and_torch_agree(rng):
     for ours, theirs in zip(*results, strict=True):
         assert isinstance(theirs, torch.Tensor)
         np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-12, atol=1e-12)
-
-
-# --- collapse ------------------------------------------------------------------------------------
-
-
-def answers(
-    rng: np.random.Generator, num_prompts: int, slope: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A statistic with a known slope along answers of unequal length and level."""
-    lengths = rng.integers(5, 60, size=num_prompts)
-    owner = np.repeat(np.arange(num_prompts), lengths)
-    position = np.concatenate([np.arange(n) for n in lengths])
-    own_slope = slope + 0.004 * rng.standard_normal(num_prompts)  # dependence within a prompt
-    level = rng.uniform(0.3, 0.6, size=num_prompts) + 0.005 * lengths  # long ones start higher
-    noise = 0.05 * rng.standard_normal(len(owner))
-    return level[owner] + own_slope[owner] * position + noise, position, owner
-
-
-def test_trend_intervals_cover_the_slope():
-    covered = 0
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        values, position, owner = answers(rng, 25, -0.002)
-        interval = position_trend(values, position, owner, 25).interval(0.95)
-        assert interval is not None
-        covered += interval[0] <= -0.002 <= interval[1]
-    # 95 % of 200 is 190; fewer than 178 of them has probability below 1e-4, and a sandwich over 25
-    # prompts of unequal length may be short of its level by up to three percent.
-    assert covered >= 172
-
-
-def test_trend_is_within_prompts_where_a_pooled_slope_is_not(rng):
-    values, position, owner = answers(rng, 300, 0.0)
-    trend = position_trend(values, position, owner, 300)
-    pooled = np.polyfit(position, values, 1)[0]
-    assert abs(trend.value) < 4 * trend.standard_error
-    # The negative control: late positions exist only in long answers, which start higher.
-    assert pooled > 5 * trend.standard_error
-
-
-def test_trend_of_an_exact_line():
-    position, owner = np.array([0, 1, 2, 0, 1, 5]), np.array([0, 0, 0, 1, 1, 1])
-    values = np.array([1.0, 0.0, 7.0])[owner] + 0.25 * position
-    values[2] = np.nan  # left out
-    trend = position_trend(values, position, owner, 3)
-    assert trend.value == pytest.approx(0.25)
-    assert trend.standard_error == pytest.approx(0, abs=1e-12)
-    assert trend.num_prompts == 2
-    with pytest.raises(ValueError, match="two positions"):
-        position_trend(np.ones(2), np.zeros(2), np.array([0, 1]), 2)
-
-
-def test_collapse_report_counts_both_ways_out(rng):
-    owner = np.repeat(np.arange(10), 20)
-    position = np.tile(np.arange(20), 10)
-    entropy = rng.uniform(0.4, 0.8, size=200)
-    entropy[:30], entropy[30:40], entropy[40:50] = 0.1, 0.95, np.nan
-    sink = 0.3 + 0.01 * position
-    report = collapse_report(entropy, sink, position, owner, 10, (0.2, 0.9))
-    assert report.num_tokens == 190
-    assert report.share_too_focused.value == pytest.approx(30 / 190)
-    assert report.share_too_diffuse.value == pytest.approx(10 / 190)
-    assert report.share_outside.value == pytest.approx(40 / 190)
-    assert report.sink_trend.value == pytest.approx(0.01)
-    assert report.entropy_trend.interval(0.95) is not None
-    for band in ((0.9, 0.2), (-0.1, 0.5), (0.5, 1.1)):
-        with pytest.raises(ValueError, match="band"):
-            collapse_report(entropy, sink, position, owner, 10, band)

@@ -145,7 +145,6 @@ FUNCTIONS: dict[str, Call] = {
     "output_law": lambda a: [
         F.output_law(rule, a["x"], a["y"], a["sigma"], a["size"]) for rule in RULES
     ],
-    "participation_ratio": lambda a: F.participation_ratio(a["row"]),
     "payload_bits": lambda a: F.payload_bits(a["size"], VOCAB, accounting="full"),
     "perturbed_probabilities": lambda a: F.perturbed_probabilities(
         a["logits"], a["tokens"], THETAS
