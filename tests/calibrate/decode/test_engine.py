@@ -254,7 +254,9 @@ def test_races_are_a_pure_function_of_seed_prompt_and_step():
     assert stats.kstest(races.numpy().ravel(), "expon").pvalue > 1e-4
     uniforms = torch.cat([Streams(3, [str(i)]).next_step(400, device).uniforms for i in range(50)])
     made = 1 - np.exp(-races.numpy()[:, :100])
-    assert abs(np.corrcoef(made.ravel(), uniforms.numpy()[:, :100].ravel())[0, 1]) < 0.06
+    # Four standard errors of a correlation of independent pairs.
+    found = np.corrcoef(made.ravel(), uniforms.numpy()[:, :100].ravel())[0, 1]
+    assert abs(found) < 4 / np.sqrt(made.size)
 
 
 # --- further laws --------------------------------------------------------------------------------
