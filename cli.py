@@ -509,13 +509,10 @@ def guarantees(
         check_same_study(run, score, risks, num_draws, seed)
     with token_progress("drawing", "calibrations") as bar:
         bar.set_total(2 * num_draws)
-        try:
-            result = write_guarantees(
-                run, score, risks, num_draws, seed=seed, command=COMMAND,
-                on_draw=lambda num: bar.advance(num, 0),
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(f"--score {score}: {error}") from None
+        result = write_guarantees(
+            run, score, risks, num_draws, seed=seed, command=COMMAND,
+            on_draw=lambda num: bar.advance(num, 0),
+        )  # fmt: skip
     _show(result, as_json, print_guarantees)
 
 

@@ -203,7 +203,7 @@ def print_operating_points(result: DerivationRecord) -> None:
                 for key in ("throughput_tok_s", "energy_j_per_token", "total_bias")
             )
             found = (
-                f"{best.policy} at u_th = {number_text(best.uncertainty_threshold)}{size}: "
+                f"{best.policy} at threshold {number_text(best.uncertainty_threshold)}{size}: "
                 f"{speed} token/s, {energy} J/token, bias at most {bias}"
             )
         page.say(f"  best {best.objective} within risk {best.budget:g}: {found}")

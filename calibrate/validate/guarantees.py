@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from calibrate.derive.operating_points import score_of
 from calibrate.derive.predict import CHUNK
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
@@ -31,7 +32,7 @@ from calibrate.run.records import CalibrationRecord, GuaranteeRow, GuaranteesRec
 from calibrate.run.traces import read_trace, shard_paths
 from hlmtheory.risk import SkipAtoms, SkipRiskSums, Weighting, skip_risk_sums
 from hlmtheory.risk_tests import betting_p_value, check_level, conformal_bound
-from hlmtheory.scores import LearnedScore, score_named
+from hlmtheory.scores import LearnedScore
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
 NUM_DRAWS = 500
@@ -134,7 +135,7 @@ def write_guarantees(
 
     Raises
     ------
-    ValueError
+    UsageError
         For an unknown score, or a learned one that the calibration did not fit.
     UserError
         If the run has no trace, or one that lacks the score's columns.
@@ -142,7 +143,7 @@ def write_guarantees(
     learned = None
     if score_name == LearnedScore.name:
         learned = read_record(run, CalibrationRecord).learned
-    score = score_named(score_name, None if learned is None else learned.model_dump())
+    score = score_of(score_name, learned)
     trace = read_trace(shard_paths(run))
     blocks = [slice(begin, begin + CHUNK) for begin in range(0, trace.num_tokens, CHUNK)]
     try:

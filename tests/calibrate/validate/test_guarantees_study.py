@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calibrate.run.errors import UserError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record
 from calibrate.run.records import GuaranteesRecord
 from calibrate.run.traces import write_shard
@@ -207,5 +207,5 @@ def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> 
     assert len(written.rows) == len(SOURCES) * len(FAMILIES)
     with pytest.raises(UserError, match=r"head_prob.* calibrate with --trace full"):
         write_guarantees(tmp_path)
-    with pytest.raises(ValueError, match="score = 'luck'"):
+    with pytest.raises(UsageError, match="score = 'luck'"):
         write_guarantees(tmp_path, "luck")
