@@ -29,6 +29,7 @@ from hlmtheory.truncation_bias import truncation_bias_at
 from hlmtheory.uncertainty import (
     Temperatures,
     entropy,
+    exact_uncertainty,
     log_partitions,
     perturbed_probabilities,
     sampled_uncertainty,
@@ -265,11 +266,8 @@ def _draft_rank(step: LawStep) -> Array:
 
 
 def _output_uncertainty(step: LawStep) -> Array:
-    xp = array_namespace(step.logits)
-    p = perturbed_probabilities(
-        step.logits, step["output_token"][:, None], _thetas(step), step["log_partitions"]
-    )
-    return xp.clip(1.0 - xp.mean(p[:, 0], axis=-1), 0.0, 1.0)
+    tokens = step["output_token"][:, None]
+    return exact_uncertainty(step.logits, tokens, _thetas(step), step["log_partitions"])[:, 0]
 
 
 def _draws(step: LawStep) -> Array:

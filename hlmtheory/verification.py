@@ -129,7 +129,7 @@ def output_bias(
 def bias_lower_bound(x: Array, y: Array, skip_probability: Array) -> Array:
     r"""Least TV to y of any scheme with this gate.
 
-    .. math:: \rho(s) = \sum_v \max(\sigma_v x_v - y_v, 0)
+    .. math:: \rho_{min}(s) = \sum_v \max(\sigma_v x_v - y_v, 0)
 
     docs/theory.md, (13): every scheme that draws its drafts from x emits v with probability at
     least sigma_v x_v. For a gate

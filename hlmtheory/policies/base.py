@@ -16,10 +16,9 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array
-from hlmtheory.order import put_along_last_axis
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.scores import Atoms, ExactUncertainty, Score
-from hlmtheory.steps import HEAD_SIZE, Axes, LawStep, Skip, Step, candidates, no_skip
+from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, no_skip
 from hlmtheory.verification import FullDistribution, output_bias
 
 
@@ -279,22 +278,13 @@ class Policy:
         asks = xp.nonzero(~(skipped | accepted))[0]
         output = xp.asarray(draft, copy=True)
         if len(asks):
-            taken = self._skipped_mass(step)
+            taken = self.skip_probability(step).over_vocabulary(step) * step.x
             weights = self.rule.resample_weights(reference[asks], step.y[asks], taken[asks])
             # No residual mass: rounding sent a draft here that x = y would have accepted.
             empty = xp.sum(weights, axis=-1, keepdims=True) <= 0
             weights = xp.where(empty, step.y[asks], weights)
             output[asks] = sample_inverse_cdf(weights, step.noise.resample[asks])
         return Answer(output, accepted)
-
-    def _skipped_mass(self, step: LawStep) -> Array:
-        """sigma x over the vocabulary, (B, V)."""
-        skip = self.skip_probability(step)
-        x, _, _ = candidates(step)
-        xp = array_namespace(step.x)
-        mass = xp.astype(skip.candidates * x[:, : skip.width], step.x.dtype)
-        tokens = step["candidate_token"][:, : skip.width]
-        return put_along_last_axis(xp.zeros_like(step.x), tokens, mass)
 
 
 @dataclass(frozen=True)
@@ -345,14 +335,15 @@ class GatedPolicy(Policy):
 
 
 class TruncatingPolicy(GatedPolicy):
-    """A gated policy that sends a truncation of x; its bias is exact live and bounded recorded.
+    """A gated policy that sends a truncation of x; its bias is exact live and predicted recorded.
 
-    Recorded, the bias is the gate's plus the truncation's at the policy's size, which the grid of
-    `truncation_bias` gives: at most their sum, and nearly it; docs/theory.md, (23).
+    Recorded, it is min(rho + tau, 1), tau the truncation's bias at the policy's size: an upper
+    bound where that size is on the recorded grid and the same for every draft, and nearly the
+    value; docs/theory.md, "Gate and truncation together".
     """
 
     def truncation_bias(self, step: Step, size: Array | int) -> Array:
-        """Exact bias of truncation alone, from the recorded grid, linear in log k in between."""
+        """Bias of truncation alone: exact at recorded sizes, linear in log k between them."""
         grid = np.log(np.array(step.axes.truncation_bias_sizes, dtype=float))
         values = step["truncation_bias"]
         if len(grid) == 1:
@@ -376,16 +367,3 @@ class TruncatingPolicy(GatedPolicy):
         both = np.minimum(rho + self.truncation_bias(step, size), 1.0)
         # Unknown stays unknown where all is skipped: a mean over what is known must not choose.
         return np.where(skip.whole & ~np.isnan(both), rho, both)
-
-
-__all__ = [
-    "Answer",
-    "Axes",
-    "DeriveOptions",
-    "Fitted",
-    "GatedPolicy",
-    "Memory",
-    "Outcome",
-    "Policy",
-    "TruncatingPolicy",
-]
