@@ -19,13 +19,23 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from hlmtheory.cost import speedup_ceiling
+from hlmtheory.cost import (
+    mean_throughput_at_skip_rate_tok_s,
+    speedup_ceiling,
+    throughput_at_skip_rate_tok_s,
+)
 from hlmtheory.domain import check_nonnegative, check_positive, check_unit_interval
 from hlmtheory.published import Implied, PublishedNumber, PublishedTable, imply
 
 Averaging: TypeAlias = Literal["ratio-of-means", "mean-of-throughputs"]
 AVERAGINGS: tuple[Averaging, ...] = get_args(Averaging)
 """How a throughput ratio was taken: of 1/E[token time], or of E[1/token time]."""
+
+THROUGHPUT = {
+    "ratio-of-means": throughput_at_skip_rate_tok_s,
+    "mean-of-throughputs": mean_throughput_at_skip_rate_tok_s,
+}
+"""tokens/s from skip rate and the two token times in ms, by averaging."""
 
 Values: TypeAlias = np.ndarray | float
 
@@ -69,9 +79,7 @@ def throughput_gain(
     baseline = 1.0 + uplink_ratio + llm_ratio
     skipped = 1.0 + uncertainty_ratio
     extra = payload_ratio * uplink_ratio + llm_ratio
-    if averaging == "ratio-of-means":
-        return baseline / (skipped + (1.0 - skip_rate) * extra)
-    return baseline * (skip_rate / skipped + (1.0 - skip_rate) / (skipped + extra))
+    return baseline * THROUGHPUT[averaging](skip_rate, skipped, skipped + extra) / 1e3
 
 
 def uplink_ratio_for_gain(
@@ -158,9 +166,7 @@ def device_time_ms(
     _check(averaging, skip_rate, 0.0, 1.0, 0.0)
     check_positive(throughput_tok_s, "throughput_tok_s")
     check_nonnegative(sent_ratio, "sent_ratio")
-    if averaging == "ratio-of-means":
-        return 1e3 / (throughput_tok_s * (1.0 + (1.0 - skip_rate) * sent_ratio))
-    return 1e3 / throughput_tok_s * (skip_rate + (1.0 - skip_rate) / (1.0 + sent_ratio))
+    return float(THROUGHPUT[averaging](skip_rate, 1.0, 1.0 + sent_ratio)) / throughput_tok_s
 
 
 @dataclass(frozen=True)
