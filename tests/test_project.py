@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 import hlmtheory
 
@@ -31,3 +34,13 @@ def test_every_dependency_is_pinned() -> None:
 def test_packages_say_that_they_are_typed() -> None:
     for package in ("hlmtheory", "calibrate", "paper_figs"):
         assert (ROOT / package / "py.typed").is_file()
+
+
+def test_shipped_results_name_no_folder_of_the_machine_that_made_them() -> None:
+    files = sorted((ROOT / "data" / "results").rglob("*.json"))
+    said = {path: path.read_text(encoding="utf-8") for path in files}
+    for shard in (ROOT / "data" / "results").rglob("*.parquet"):
+        said[shard] = pq.read_schema(shard).metadata[b"hlmtheory"].decode()
+    assert {path.suffix for path in said} == {".json", ".parquet"}
+    for path, text in said.items():
+        assert re.search(r'"/[^"]*"', text) is None, path
