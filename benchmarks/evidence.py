@@ -51,6 +51,9 @@ def measure(plan: dict[str, Any], setting: dict[str, Any], run: Path, again: boo
         words = ["--draft-from-sent", *repeated("--risk", plan["risks"])]
         words += repeated("--theta", plan["thetas"])
         hlm("derive", folder, *words, *repeated("--importance", setting["importances"]), *replace)
+    for name, words in setting["named"].items():
+        if again or lacks(f"operating_points.{name}.json"):
+            hlm("derive", folder, "--name", name, *words, *replace)
     if again or lacks("validation.json"):
         points = repeated("--point", plan["core"] + setting["points"])
         num = str(min(setting["num_validation"], limit))

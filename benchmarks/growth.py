@@ -1,6 +1,6 @@
 """How time and memory grow: with prompts, with the batch, with the vocabulary.
 
-    python -m benchmarks.growth [--json docs/growth.json] [--figure docs/growth.png]
+    python -m benchmarks.growth [--json docs/growth.json] [--figure docs/figures/growth.png]
 
 A made-up pair whose forwards cost next to nothing decodes losslessly with full traces and writes
 shards, so what is seen is the engine itself. Each point is a process of its own on one core, whose

@@ -1,6 +1,6 @@
-"""The README's findings, every number of them read from shipped results.
+"""The README's findings, every number and figure of them made from shipped results.
 
-    python -m paper_figs.report.findings        # writes them into README.md again
+    python -m paper_figs.report.findings        # writes them into README.md and docs/figures again
 
 A test fails when README and results drift apart.
 """
@@ -16,14 +16,17 @@ from calibrate.run.figure import NO_VALUE, excludes_zero, number_text, scaled
 from calibrate.run.folder import write_text
 from calibrate.run.records import ContextShift, Figure, GuaranteeRow, ValidationRecord
 from calibrate.run.resources import data_path
+from paper_figs.draw import figures, save
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.report.tables import markdown_table
+from paper_figs.style import styled
 
 BEGIN, END = "<!-- findings: from data/results, by paper_figs.report.findings -->", "<!-- end -->"
 REAL = "qwen2.5-coder"
 EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
 FULL = "full"
 """Name of the derivation that bills everything that crosses the link."""
+FIGURES = ("relation", "validation", "context_shift", "payload_bias", "guarantees")
 BITS, BIAS = "uplink_bits_per_token", "tv_bias"
 
 
@@ -241,11 +244,24 @@ def replaced(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
+def draw_figures(results: Path, output: Path) -> None:
+    """Draw the figures that the findings show, those that the results allow."""
+    with styled():
+        real = dict(figures(load_run(results / REAL)))
+        billed = dict(figures(load_run(results / REAL, FULL)))
+        for name in FIGURES:
+            drawn = (billed if name == "payload_bias" else real)[name]
+            if not isinstance(drawn, str):
+                save(drawn, output / f"{name}.png")
+
+
 def main() -> None:
-    """Write the findings into README.md."""
-    path = Path(__file__).resolve().parent.parent.parent / "README.md"
-    text = replaced(path.read_text(encoding="utf-8"), shipped_findings(data_path("results")))
+    """Write the findings into README.md, and their figures into docs/figures."""
+    root, results = Path(__file__).resolve().parent.parent.parent, data_path("results")
+    path = root / "README.md"
+    text = replaced(path.read_text(encoding="utf-8"), shipped_findings(results))
     write_text(path, text)
+    draw_figures(results, root / "docs" / "figures")
 
 
 if __name__ == "__main__":
