@@ -501,16 +501,13 @@ def guarantees(
     from calibrate.run.records import RunRecord
     from calibrate.terminal.progress import token_progress
     from calibrate.terminal.tables import print_guarantees
-    from calibrate.validate.guarantees import RISKS, check_same_study, write_guarantees
+    from calibrate.validate.guarantees import RISKS, write_guarantees
 
     read_record(run, RunRecord)
-    risks = risk or RISKS
-    if not replace:
-        check_same_study(run, score, risks, num_draws, seed)
     with token_progress("drawing", "calibrations") as bar:
         bar.set_total(2 * num_draws)
         result = write_guarantees(
-            run, score, risks, num_draws, seed=seed, command=COMMAND,
+            run, score, risk or RISKS, num_draws, seed=seed, command=COMMAND, replace=replace,
             on_draw=lambda num: bar.advance(num, 0),
         )  # fmt: skip
     _show(result, as_json, print_guarantees)
@@ -531,9 +528,7 @@ def attenuation(
     from calibrate.terminal.tables import print_attenuation
     from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
 
-    if (run / "attenuation.json").is_file() and not replace:
-        raise UsageError(f"RUN {run}: holds attenuation.json; --replace measures it anew")
-    plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND)
+    plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND, replace)
     pair = _load(plan.spec, plan.calibration.pair.dtype, device, False)
     with token_progress("decoding") as bar:
         result = write_attenuation(plan, pair, bar.advance, bar.set_total)

@@ -267,15 +267,26 @@ class AttenuationPlan:
 
 
 def prepare_attenuation(
-    run: Path, limit: int = 48, max_new_tokens: int = 32, command: Sequence[str] = ()
+    run: Path,
+    limit: int = 48,
+    max_new_tokens: int = 32,
+    command: Sequence[str] = (),
+    replace: bool = False,
 ) -> AttenuationPlan:
     """Take the first `limit` prompts of the calibration itself; loads no model.
+
+    A study that the run holds is replaced on request only.
 
     Raises
     ------
     UserError, UsageError
-        If the run is not calibrated, or its prompts are no longer where they were.
+        If the run is not calibrated, its prompts are no longer where they were, or it holds such a
+        study already.
     """
+    if (run / AttenuationRecord.file_name).is_file() and not replace:
+        raise UsageError(
+            f"RUN {run}: holds {AttenuationRecord.file_name}; --replace measures it anew"
+        )
     calibration = read_record(run, CalibrationRecord)
     wanted = read_record(run, RunRecord).prompt_ids[:limit]
     source = calibration.settings.prompts

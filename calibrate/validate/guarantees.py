@@ -130,16 +130,22 @@ def write_guarantees(
     seed: int = 0,
     command: Sequence[str] = (),
     on_draw: OnDraw | None = None,
+    replace: bool = False,
 ) -> GuaranteesRecord:
     """Write RUN/guarantees.json from the run's calibration trace and return its content.
+
+    A study of other settings that the run holds is replaced on request only.
 
     Raises
     ------
     UsageError
-        For an unknown score, or a learned one that the calibration did not fit.
+        For an unknown score, or a learned one that the calibration did not fit, or a study of other
+        settings that would be lost.
     UserError
         If the run has no trace, or one that lacks the score's columns.
     """
+    if not replace:
+        _check_same_study(run, score_name, risks, num_draws, seed)
     learned = None
     if score_name == LearnedScore.name:
         learned = read_record(run, CalibrationRecord).learned
@@ -167,7 +173,7 @@ def write_guarantees(
     return record
 
 
-def check_same_study(
+def _check_same_study(
     run: Path, score: str, risks: Sequence[float], num_draws: int, seed: int
 ) -> None:
     """Raise UsageError where the run holds a study of other settings: it is not overwritten."""

@@ -265,6 +265,9 @@ def test_what_draws_do_to_the_line_is_a_command(run: Path) -> None:
     reliability = [row["reliability"] for row in rows]
     assert reliability == sorted(reliability)
     assert json.loads((run / "attenuation.json").read_text())["rows"] == rows
+    again = hlm("attenuation", str(run), "--limit", "6", "--max-new-tokens", "8")
+    assert again.returncode == 2
+    assert "--replace measures it anew" in again.stderr
     counted = hlm("guarantees", str(run), "--risk", "0.05", "--num-draws", "40", "--json")
     assert counted.returncode == 0, counted.stderr
     assert all(row["budget"] == 0.05 for row in json.loads(counted.stdout)["rows"])

@@ -206,6 +206,18 @@ def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> 
     assert (written.score, written.num_draws, written.num_tokens) == ("entropy", 8, 72)
     assert len(written.rows) == len(SOURCES) * len(FAMILIES)
     with pytest.raises(UserError, match=r"head_prob.* calibrate with --trace full"):
-        write_guarantees(tmp_path)
+        write_guarantees(tmp_path, replace=True)
     with pytest.raises(UsageError, match="score = 'luck'"):
-        write_guarantees(tmp_path, "luck")
+        write_guarantees(tmp_path, "luck", replace=True)
+    assert write_guarantees(tmp_path, "entropy", (0.1,), num_draws=8, seed=3).rows == written.rows
+    for change, says in (
+        ({"seed": 4}, "--seed 4: guarantees.json in .* has 3"),
+        ({"num_draws": 9}, "--num-draws 9"),
+        ({"risks": (0.2,)}, "--risk"),
+    ):
+        other = {"risks": (0.1,), "num_draws": 8, "seed": 3} | change
+        with pytest.raises(UsageError, match=f"^{says}.*; --replace replaces it$"):
+            write_guarantees(tmp_path, "entropy", **other)
+        assert read_record(tmp_path, GuaranteesRecord).seed == 3
+    write_guarantees(tmp_path, "entropy", (0.1,), num_draws=8, seed=4, replace=True)
+    assert read_record(tmp_path, GuaranteesRecord).seed == 4
