@@ -155,13 +155,13 @@ def _study(run: Path, request: DeriveRequest) -> Study:
     from calibrate.derive.optimum import in_double
     from calibrate.derive.predict import Economics
     from calibrate.derive.presets import load_link, load_profile
-    from calibrate.run.traces import read_trace, shard_paths
+    from calibrate.run.traces import read_calibration_trace
     from hlmtheory.policies import DeriveOptions
 
     calibration = read_record(run, CalibrationRecord)
     importances = tuple(parse_importance(text) for text in request.importances)
     link, profile = load_link(request.link), load_profile(request.profile, calibration.timings)
-    trace = read_trace(shard_paths(run))
+    trace = read_calibration_trace(run, calibration)
     if "head_prob" not in trace:
         raise UserError(
             f"RUN {run}: minimal traces lack the candidates that predictions need; calibrate with "

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from calibrate.run.checksums import KEY, checksum
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.records import Provenance, RunRecord, RunSettings, StageRecord
 
@@ -78,9 +79,10 @@ def record_names(run: Path, kind: type[StageRecord]) -> list[str]:
 
 
 def write_record(run: Path, record: StageRecord, name: str = DEFAULT_NAME) -> Path:
-    """Write a stage's result in one go, its schema version first; NaN is refused."""
+    """Write a stage's result in one go, schema version and checksum first; NaN is refused."""
     path = record_path(run, type(record), name)
     content = {"schema_version": record.schema_version, **record.model_dump(mode="json")}
+    content = {"schema_version": record.schema_version, KEY: checksum(content), **content}
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
@@ -91,8 +93,8 @@ def read_record(run: Path, kind: type[AnyStage], name: str = DEFAULT_NAME) -> An
     Raises
     ------
     UserError
-        If it is missing, broken, of another version, or not what its stage writes; the line names
-        the file and the command that writes it.
+        If it is missing, broken, of another version, changed since it was written, or not what its
+        stage writes; the line names the file and the command that writes it.
     """
     path = record_path(run, kind, name)
     command = kind.made_by + ("" if name == DEFAULT_NAME else f" --name {name}")
@@ -102,13 +104,19 @@ def read_record(run: Path, kind: type[AnyStage], name: str = DEFAULT_NAME) -> An
         raise UserError(f"RUN {run}: {path.name} is missing; run `{command}` first")
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not even text
+    except (ValueError, RecursionError):  # not JSON, or not even text
         raise UserError(f"{path} is not valid JSON; run `{command}` again") from None
-    found = content.pop("schema_version", None) if isinstance(content, dict) else None
+    found = content.get("schema_version") if isinstance(content, dict) else None
     if found != kind.schema_version:
         raise UserError(
             f"{path}: schema version {found}, this is {kind.schema_version}; run `{command}` again"
         )
+    if content.get(KEY) != checksum(content):
+        raise UserError(
+            f"{path} is not as `{command}` wrote it: its checksum does not match, so it was edited "
+            "or damaged; restore it, or run the command again"
+        )
+    del content["schema_version"], content[KEY]
     try:
         return kind.model_validate(content)
     except ValidationError as error:

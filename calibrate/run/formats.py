@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from calibrate.run import records
+from calibrate.run.checksums import BLANK, KEY
 from calibrate.run.folder import write_text
 from hlmtheory import steps
 
@@ -19,19 +20,24 @@ INTRODUCTION = f"""# Formats: every file of a run
 Made by `python -m calibrate.run.formats` from `calibrate/run/records.py` and the table of columns
 in `hlmtheory/steps.py`; a test fails when it is out of date.
 
-Every JSON file is one object and begins with its schema version, {VERSION}. A file of another
-version, or with a key that is not listed here, is refused. `tuple[X, ...]` is a list of X,
-`dict[str, X]` an object, `None` is null; NaN and infinity never occur. A derivation,
+Every JSON file is one object and begins with its schema version, {VERSION}, and its checksum
+`{KEY}`: the SHA-256 of the object without that entry, as JSON in ASCII with sorted keys and no
+blanks. A file of another version, whose checksum does not match, or with a key that is not listed
+here, is refused. `tuple[X, ...]` is a list of X, `dict[str, X]` an object, `None` is null; NaN and
+infinity never occur. A derivation,
 its validation and its text scores are kept under a name: `operating_points.json` is the one named
 `default`, `operating_points.NAME.json` any other.
 """
 
+BLANK_TEXT = BLANK.decode().rstrip("0")
 AXES = ", ".join(f"`{name}`" for name in steps.Axes.__dataclass_fields__)
 COLUMNS_TEXT = f"""## traces/*.parquet and reruns/*.parquet
 
 One row a token, one shard a batch, numbers in single precision. The metadata key `hlmtheory` of
 each shard holds its header as JSON: schema version, provenance, and the axes that give the columns
-their meaning ({AXES}). A column with
+their meaning ({AXES}). The key `checksum`
+is `{BLANK_TEXT}` and the SHA-256 of the whole file, taken with zeros in the place of
+its 64 digits; it is checked before anything is decoded. A column with
 several numbers a token is a list of fixed length along one of them, or along the head: the
 {steps.HEAD_SIZE} likeliest candidates of the step.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from calibrate.run.checksums import BLANK, intact, sealed
 from calibrate.run.errors import UserError
 from calibrate.run.folder import atomic_path
+from calibrate.run.records import CalibrationRecord
 from hlmtheory.steps import COLUMNS, Axes, Step
 
 HEADER_KEY = b"hlmtheory"
@@ -58,8 +61,17 @@ def write_shard(
             )
         }
     )
+    write_table(path, table)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table with the checksum of the file in its footer."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"checksum": BLANK})
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        temporary.write_bytes(sealed(sink.getvalue()))
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:
@@ -71,50 +83,64 @@ def _to_arrow(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Provenance of a shard.
+class Shard:
+    """One shard, its checksum checked before its bytes are decoded.
+
+    Attributes
+    ----------
+    path : Path
+    header : dict
+        Provenance.
+    axes : Axes
+        What its columns mean.
+    names : list of str
+        Of its columns.
 
     Raises
     ------
     UserError
-        If the file is not a whole shard of this schema version.
+        If the file is not what was written, is of another schema version, or its header does not
+        say what its columns are.
     """
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-        header: dict[str, Any] = json.loads(metadata[HEADER_KEY])
-    except (OSError, KeyError, pa.ArrowInvalid, json.JSONDecodeError):
-        raise UserError(
-            f"{path}: not a trace shard, or cut off; calibrate again into another folder"
-        ) from None
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema version {header.get('schema_version')}, this is {SCHEMA_VERSION}; "
-            "calibrate again"
-        )
-    return header
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        data = path.read_bytes()
+        if not intact(data):
+            raise UserError(
+                f"{path}: not a trace shard, cut off or changed: its checksum does not match; "
+                "restore it, or remove it and run its command again, `hlm calibrate` with --resume"
+            )
+        self._file = pq.ParquetFile(pa.BufferReader(data))
+        schema = self._file.schema_arrow
+        self.names: list[str] = schema.names
+        self.header: dict[str, Any] = json.loads((schema.metadata or {}).get(HEADER_KEY, b"{}"))
+        if self.header.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema version {self.header.get('schema_version')}, this is "
+                f"{SCHEMA_VERSION}; calibrate again"
+            )
+        try:
+            self.axes = Axes.from_dict(self.header.get("axes", {}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: {error}; calibrate again") from None
+        for one in schema:
+            axis = COLUMNS[one.name].axis if one.name in COLUMNS else ""
+            width = getattr(one.type, "list_size", 1)
+            if axis not in ("", "head") and width != len(getattr(self.axes, axis)):
+                raise UserError(
+                    f"{path}: {one.name} has {width} columns and its axis {axis} "
+                    f"{len(getattr(self.axes, axis))}; calibrate again"
+                )
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """These columns, all by default."""
+        return self._file.read(None if columns is None else list(columns))
 
 
 def read_axes(path: Path) -> Axes:
-    """What the columns of a shard mean.
-
-    Raises
-    ------
-    UserError
-        If its header does not say, or a column is not as wide as its axis.
-    """
-    try:
-        axes = Axes.from_dict(read_header(path).get("axes", {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}; calibrate again") from None
-    for one in pq.read_schema(path):
-        axis = COLUMNS[one.name].axis if one.name in COLUMNS else ""
-        width = getattr(one.type, "list_size", 1)
-        if axis not in ("", "head") and width != len(getattr(axes, axis)):
-            raise UserError(
-                f"{path}: {one.name} has {width} columns and its axis {axis} "
-                f"{len(getattr(axes, axis))}; calibrate again"
-            )
-    return axes
+    """What the columns of a shard mean."""
+    return Shard(path).axes
 
 
 def shard_paths(run: Path) -> list[Path]:
@@ -126,8 +152,7 @@ def finished_prompts(run: Path) -> set[str]:
     """Prompts whose tokens are already on disk."""
     done: set[str] = set()
     for path in shard_paths(run):
-        read_header(path)
-        done |= set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].unique().to_pylist())
+        done |= set(Shard(path).read(["prompt_id"])["prompt_id"].unique().to_pylist())
     return done
 
 
@@ -194,20 +219,23 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
     Raises
     ------
     UserError
-        If there is no shard, one is broken, or their axes differ.
+        If there is no shard, one is not what was written, their axes differ, or a token occurs
+        twice.
     """
-    if not paths:
-        raise UserError("no finished trace shard; run `hlm calibrate` first")
-    axes = read_axes(paths[0])
-    for path in paths[1:]:
-        if (found := read_axes(path)) != axes:
+    axes: Axes | None = None
+    tables: list[pa.Table] = []
+    for path in paths:
+        shard = Shard(path)
+        axes = axes or shard.axes
+        if shard.axes != axes:
             raise UserError(
-                f"{path}: its axes are not those of {paths[0].name}: {found} and {axes}"
+                f"{path}: its axes are not those of {paths[0].name}: {shard.axes} and {axes}"
             )
-    categorised = all("category" in pq.read_schema(path).names for path in paths)
-    of_prompts = ["prompt_id", "category"] if categorised else ["prompt_id"]
-    wanted = None if columns is None else [*of_prompts, "step", *columns]
-    tables = [pq.read_table(path, columns=wanted) for path in paths]
+        labels = [name for name in ("prompt_id", "category") if name in shard.names]
+        tables.append(shard.read(None if columns is None else [*labels, "step", *columns]))
+    if axes is None:
+        raise UserError("no finished trace shard; run `hlm calibrate` first")
+    categorised = all("category" in table.column_names for table in tables)
     out: dict[str, np.ndarray] = {}
     names = [name for name in tables[0].column_names if name not in ("prompt_id", "category")]
     for name in names:
@@ -217,6 +245,13 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
     place = {prompt_id: i for i, prompt_id in enumerate(prompt_ids)}
     index = np.array([place[prompt_id] for prompt_id in ids], dtype=np.int64)
     order = np.lexsort((out["step"], index))
+    twice = ~(np.diff(index[order]) | np.diff(out["step"][order])).astype(bool)
+    if twice.any():
+        at = order[np.flatnonzero(twice)[0]]
+        raise UserError(
+            f"{paths[0].parent}: step {out['step'][at]} of prompt {ids[at]!r} occurs twice; remove "
+            "the shard that does not belong there"
+        )
     trace_columns = {name: values[order] for name, values in out.items()}
     trace_columns["prompt_index"] = index[order]
     categories: list[str] = []
@@ -225,6 +260,24 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
         category = dict(zip(ids, of_rows, strict=True))
         categories = [category[prompt_id] for prompt_id in prompt_ids]
     return Trace(trace_columns, prompt_ids, axes, categories)
+
+
+def read_calibration_trace(run: Path, calibration: CalibrationRecord) -> Trace:
+    """The whole trace that a calibration was fitted on.
+
+    Raises
+    ------
+    UserError
+        As :func:`read_trace`, and if tokens were lost or added since.
+    """
+    trace = read_trace(shard_paths(run))
+    found, told = ((one.num_prompts, one.num_tokens) for one in (trace, calibration))
+    if found != told:
+        raise UserError(
+            f"{run}/traces holds {found[1]} tokens of {found[0]} prompts, calibration.json is of "
+            f"{told[1]} of {told[0]}: a shard was lost or added; restore it, or calibrate again"
+        )
+    return trace
 
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:

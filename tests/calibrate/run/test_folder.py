@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from calibrate.run.checksums import KEY, checksum
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import (
     open_run,
@@ -69,7 +70,8 @@ def test_names_are_part_of_the_file(tmp_path: Path) -> None:
         ("{", r"guarantees.json is not valid JSON; run `hlm guarantees` again"),
         ("[]", r"schema version None, this is 2; run `hlm guarantees` again"),
         ('{"schema_version": 1}', r"schema version 1, this is 2"),
-        ('{"schema_version": 2}', r"not what `hlm guarantees` writes \(score: Field required\)"),
+        ('{"schema_version": 2}', r"not as `hlm guarantees` wrote it: its checksum does not match"),
+        ("[" * 100_000, r"not valid JSON"),
     ],
 )
 def test_broken_files_name_themselves_and_the_command(tmp_path: Path, text: str, said: str) -> None:
@@ -83,6 +85,7 @@ def test_unknown_keys_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = write_record(tmp_path, guarantees())
     content = json.loads(path.read_text())
     content["rows"][1]["colour"] = "red"
+    content[KEY] = checksum(content)
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"\(rows\.1\.colour: Extra inputs are not permitted\)"):
         read_record(tmp_path, GuaranteesRecord)
@@ -90,6 +93,16 @@ def test_unknown_keys_and_missing_files_are_refused(tmp_path: Path) -> None:
         read_record(tmp_path, QualityRecord, "lte")
     with pytest.raises(UsageError, match="no such folder"):
         read_record(tmp_path / "none", GuaranteesRecord)
+
+
+def test_an_edited_number_is_told_and_new_indentation_is_not(tmp_path: Path) -> None:
+    path = write_record(tmp_path, guarantees())
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text), indent=4))
+    assert read_record(tmp_path, GuaranteesRecord) == guarantees()
+    path.write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"guarantees\.json .* edited or damaged; restore it"):
+        read_record(tmp_path, GuaranteesRecord)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +15,14 @@ from calibrate.derive.predict import predicted_tokens
 from calibrate.run.errors import UserError
 from calibrate.run.traces import (
     HEADER_KEY,
+    Shard,
     finished_prompts,
     read_axes,
-    read_header,
+    read_calibration_trace,
     read_trace,
     shard_paths,
     write_shard,
+    write_table,
 )
 from hlmtheory.policies import policy_from_settings
 from hlmtheory.steps import Axes
@@ -66,7 +69,7 @@ def rewrite_header(path: Path, change) -> None:
     table = pq.read_table(path)
     header = json.loads(table.schema.metadata[HEADER_KEY])
     change(header)
-    pq.write_table(table.replace_schema_metadata({HEADER_KEY: json.dumps(header)}), path)
+    write_table(path, table.replace_schema_metadata({HEADER_KEY: json.dumps(header)}))
 
 
 # --- there and back ------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def test_what_is_written_is_read_in_order_of_prompt_and_step(tmp_path, rng):
     assert trace["draft_prob"].dtype == np.float64
     assert trace["head_prob"].dtype == np.float32
     assert trace.axes == AXES == read_axes(path)
-    assert read_header(path)["seed"] == 3
+    assert Shard(path).header["seed"] == 3
     assert trace.step(slice(3, 7))["head_prob"].dtype == np.float64
 
 
@@ -233,10 +236,35 @@ def test_files_that_are_no_shards_are_refused(tmp_path, rng):
         read_trace([])
     path = tmp_path / "broken.parquet"
     path.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="not a trace shard, or cut off"):
+    with pytest.raises(UserError, match="not a trace shard, cut off or changed"):
         read_trace([path])
     whole = write(tmp_path / "whole.parquet", rng)
     whole.write_bytes(whole.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a trace shard, or cut off"):
+    with pytest.raises(UserError, match="not a trace shard, cut off or changed"):
         read_trace([whole])
     assert not [one for one in tmp_path.iterdir() if one.suffix != ".parquet"]
+
+
+def test_one_changed_byte_is_told_wherever_it_is(tmp_path, rng):
+    path = write(tmp_path / "one.parquet", rng)
+    whole = path.read_bytes()
+    for place in [0, len(whole) - 1, *rng.integers(0, len(whole), size=40)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"one\.parquet: .* checksum does not match"):
+            read_trace([path])
+
+
+def test_tokens_that_occur_twice_or_are_lost_are_told(tmp_path, rng):
+    folder = tmp_path / "traces"
+    first = write(folder / "000.parquet", rng)
+    second = write(folder / "001.parquet", rng, ids=tuple("bfgh"))
+    with pytest.raises(UserError, match="step 0 of prompt 'b' occurs twice"):
+        read_trace([first, second])
+    second.unlink()
+    told = SimpleNamespace(num_prompts=4, num_tokens=24)
+    assert read_calibration_trace(tmp_path, told).num_tokens == 24
+    told.num_tokens = 48
+    with pytest.raises(UserError, match=r"24 tokens of 4 prompts, calibration\.json is of 48"):
+        read_calibration_trace(tmp_path, told)

@@ -15,7 +15,7 @@ from calibrate.fit.calibration import calibrate, prepare
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import DerivationRecord, DeriveRequest, ValidationRecord
-from calibrate.run.traces import read_header, read_trace
+from calibrate.run.traces import Shard, read_trace
 from calibrate.validate import validation
 from calibrate.validate.rerun import rerun_identity, rerun_path
 from calibrate.validate.validation import (
@@ -98,7 +98,7 @@ def test_a_rerun_says_what_it_ran(run, pair) -> None:
     record = validate(planned, pair)
     (path,) = planned.paths.values()
     assert record.reruns[0].file == path.name
-    header = read_header(path)
+    header = Shard(path).header
     (point,) = planned.points
     assert header["policy"] == "u-hlm"
     assert header["threshold"] == point.uncertainty_threshold.value
