@@ -240,6 +240,7 @@ class _BatchRun:
         step = self._law_step(number)
         step = step.with_columns(self.memory.update(step))
         step = step.drafted(policy.draft(step))
+        self.memory.observe(step)
         answer = policy.answer(step)
         step = step.with_columns({"output_token": answer.output})
         expected = policy.outcome(step)

@@ -129,6 +129,7 @@ def remembered(trace: Trace, policy: Policy) -> Mapping[str, np.ndarray]:
             out[name][live] = values
         if not out:
             break  # it remembers nothing
+        memory.observe(Step(trace.axes, trace.columns | out, live))
         following = live + 1
         inside = following < trace.num_tokens
         continues = inside & (steps[np.where(inside, following, 0)] > 0)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 import numpy as np
 from array_api_compat import array_namespace
 
+from hlmtheory.answer_cap import cap_fraction, may_skip
 from hlmtheory.domain import Array
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.scores import Atoms, ExactUncertainty, Score
@@ -101,8 +102,39 @@ class Memory:
         """Columns that the policy reads beside the step's own, and the state moved on."""
         return {}
 
+    def observe(self, step: Step) -> None:
+        """Take in what was drawn in the step, which has the columns of :meth:`update`."""
+
     def keep(self, rows: Any) -> None:
-        """Keep only these rows, in this order."""
+        """Keep only these rows, in this order; one may come several times."""
+
+
+class CapMemory(Memory):
+    """Drafts skipped so far in each answer, beside what the gate itself remembers."""
+
+    def __init__(self, policy: GatedPolicy, cap: float, inner: Memory) -> None:
+        self._policy, self._cap, self._inner = policy, cap, inner
+        self._skipped: Array | None = None
+
+    def update(self, step: Step) -> dict[str, Array]:
+        """The gate's own columns, and `may_skip`, bool (B,)."""
+        tokens = step["step"]
+        if self._skipped is None:
+            self._skipped = 0 * tokens
+        return self._inner.update(step) | {"may_skip": may_skip(self._skipped, tokens, self._cap)}
+
+    def observe(self, step: Step) -> None:
+        """Count the draft where it was skipped."""
+        self._inner.observe(step)
+        skipped = self._policy.skips(step)
+        count = array_namespace(skipped).astype(skipped, step["step"].dtype)
+        self._skipped = count if self._skipped is None else self._skipped + count
+
+    def keep(self, rows: Any) -> None:
+        """Keep only these rows."""
+        self._inner.keep(rows)
+        if self._skipped is not None:
+            self._skipped = self._skipped[rows]
 
 
 @dataclass(frozen=True)
@@ -291,18 +323,30 @@ class Policy:
 class GatedPolicy(Policy):
     """A policy that skips a draft whose score is at most a threshold.
 
+    A gate of one's own changes :meth:`gate` and :meth:`gate_of_draft`; what is skipped is what the
+    gate wants and the cap allows.
+
     Attributes
     ----------
     threshold : float
         Values above the score's upper bound are read as that bound: everything is skipped.
     score : Score
         What is compared with it.
+    cap : float or None
+        Largest share of an answer's drafts that is skipped, at any length: hlmtheory.answer_cap.
     """
 
     gated: ClassVar[bool] = True
 
     threshold: float = field(kw_only=True)
     score: Score = field(default_factory=ExactUncertainty, kw_only=True)
+    cap: float | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, own in (("skip_probability", "gate"), ("skips", "gate_of_draft")):
+            if name in vars(cls):
+                raise TypeError(f"{cls.__name__}.{name}: a gate of one's own is `{own}`")
 
     def __post_init__(self) -> None:
         threshold, score = self.threshold, self.score
@@ -312,22 +356,53 @@ class GatedPolicy(Policy):
                 f"[{score.low:g}, {score.high:g}], as its score {score.name} has"
             )
         object.__setattr__(self, "threshold", min(float(threshold), score.high))
+        if self.cap is not None:
+            cap_fraction(self.cap)
+
+    def settings(self) -> dict[str, Any]:
+        """The policy's own fields and its cap, if it has one."""
+        values = super().settings()
+        return {key: values[key] for key in values if key != "cap" or self.cap is not None}
 
     def with_threshold(self, threshold: float) -> Self:
         """The same policy at another threshold."""
         return replace(self, threshold=threshold)
 
+    @property
+    def skips_all(self) -> bool:
+        """Whether every draft is skipped."""
+        return self.threshold >= self.score.high and self.cap is None
+
+    def memory(self) -> Memory:
+        """Of the gate, and of the cap."""
+        inner = self.gate_memory()
+        return inner if self.cap is None else CapMemory(self, self.cap, inner)
+
+    def gate_memory(self) -> Memory:
+        """State of a gate that looks back."""
+        return Memory()
+
     def num_candidates(self, vocab_size: int) -> int:
         """As many as the score asks for."""
         return self.score.num_candidates(self.threshold, vocab_size)
 
-    def skip_probability(self, step: Step) -> Skip:
-        """The score's."""
+    def gate(self, step: Step) -> Skip:
+        """Sigma that the gate wants: the score's."""
         return self.score.skip_probability(step, self.threshold)
 
-    def skips(self, step: Step) -> Array:
-        """The score's."""
+    def gate_of_draft(self, step: Step) -> Array:
+        """Bool (B,): whether the gate wants to skip the drawn draft; the score's."""
         return self.score.skips(step, self.threshold)
+
+    def skip_probability(self, step: Step) -> Skip:
+        """What the gate wants, where the cap allows it."""
+        skip = self.gate(step)
+        return skip if self.cap is None else skip.only(step["may_skip"])
+
+    def skips(self, step: Step) -> Array:
+        """What the gate wants, where the cap allows it."""
+        wanted = self.gate_of_draft(step)
+        return wanted if self.cap is None else wanted & step["may_skip"]
 
     def atoms(self, step: Step) -> Atoms:
         """Pieces of the draft's probability with the score that the gate sees; see Score.atoms."""
@@ -362,7 +437,7 @@ class TruncatingPolicy(GatedPolicy):
         rho = skip.risk(step)
         if self.rule.drafts_from_sent or size is None:
             return rho
-        if self.threshold >= self.score.high:
+        if self.skips_all:
             return rho
         both = np.minimum(rho + self.truncation_bias(step, size), 1.0)
         # Unknown stays unknown where all is skipped: a mean over what is known must not choose.

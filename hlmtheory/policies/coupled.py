@@ -44,7 +44,7 @@ class Coupled(GatedPolicy):
         xp = array_namespace(x)
         if isinstance(step, LawStep):
             agreement, race = self._columns(step, skip)
-        elif self.threshold >= self.score.high:
+        elif self.skips_all:
             return skip.risk(step)
         else:
             agreement, race = (step[f"head_{name}"] for name in ("agreement", "race"))

@@ -125,18 +125,18 @@ class ImportanceGated(GatedPolicy):
         """The same with another `topk` importance."""
         return replace(self, importance=ImportanceSettings("topk", float(k), float(gamma)))
 
-    def memory(self) -> Memory:
+    def gate_memory(self) -> Memory:
         """Of the importance."""
         return ImportanceMemory(self.importance)
 
-    def skip_probability(self, step: Step) -> Skip:
+    def gate(self, step: Step) -> Skip:
         """The score's in an important context, the whole vocabulary in another."""
-        skip = super().skip_probability(step)
+        skip = super().gate(step)
         return replace(skip, whole=skip.whole | ~step["important"])
 
-    def skips(self, step: Step) -> Array:
+    def gate_of_draft(self, step: Step) -> Array:
         """Unless uncertain and important."""
-        return super().skips(step) | ~step["important"]
+        return super().gate_of_draft(step) | ~step["important"]
 
     def atoms(self, step: Step) -> Atoms:
         """The score's; an unimportant context lies whole at the least score."""

@@ -130,6 +130,7 @@ FUNCTIONS: dict[str, Call] = {
     "exact_uncertainty": lambda a: F.exact_uncertainty(a["logits"], a["tokens"], THETAS),
     "largest": lambda a: F.largest(a["x"], 30),
     "linear_rejection": lambda a: F.linear_rejection(a["u"], 0.82, -0.06),
+    "may_skip": lambda a: F.may_skip(a["skip_set_size"], a["size"] // 40, 0.4),
     "log_partitions": lambda a: F.log_partitions(a["logits"], THETAS),
     "margin": lambda a: F.margin(a["x"]),
     "mean_throughput_at_skip_rate_tok_s": lambda a: F.mean_throughput_at_skip_rate_tok_s(

@@ -11,9 +11,11 @@ from toy_models import TableModel, softmax
 from calibrate.decode.engine import DecodingSettings, decode
 from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
+from hlmtheory.clusters import mean_over_tokens
 from hlmtheory.coupling import coupled_output_law
 from hlmtheory.policies import Policy, policy_class, policy_from_settings, policy_names
 from hlmtheory.scores import score_named
+from hlmtheory.steps import Step
 from hlmtheory.truncation import online_truncation_size
 from hlmtheory.uncertainty import exact_uncertainty, temperatures
 from hlmtheory.verification import FullDistribution, bias_lower_bound, output_law
@@ -349,11 +351,12 @@ def test_a_longer_limit_continues_the_same_tokens():
     np.testing.assert_array_equal(short["output_token"], long["output_token"][long["step"] < 5])
 
 
-def full_trace(tmp_path, policy, asked=None, eos=(5,)):
+def full_trace(tmp_path, policy, asked=None, eos=(5,), models=None, seed=5):
     from calibrate.run.traces import read_trace, write_shard
 
-    slm, llm = (TableModel(table) for table in markov())
-    settings = DecodingSettings(max_new_tokens=20, batch_size=7, seed=5)
+    slm, llm = models or (TableModel(table) for table in markov())
+    batch_size = 7 if models is None else len(asked)
+    settings = DecodingSettings(max_new_tokens=20, batch_size=batch_size, seed=seed)
     paths = []
     for batch in decode(slm, llm, asked or prompts(20), policy, settings, eos):
         paths.append(tmp_path / f"{policy.name}-{len(paths)}.parquet")
@@ -492,3 +495,57 @@ def test_a_recorded_rerun_predicts_itself(tmp_path):
         if not name.startswith("cu-hlm"):
             bias = trace["policy_bias"][known]
             np.testing.assert_allclose(expected.bias[known], bias, atol=3e-6, err_msg=name)
+
+
+# --- under an answer cap -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(GATED))
+def test_a_capped_policy_keeps_its_cap_and_predicts_itself(tmp_path, name):
+    """Answers of any length, rows dropped as they end: live, replayed and recounted alike."""
+    from calibrate.derive.predict import drawn_tokens, predicted_tokens, remembered
+
+    settings = dict(GATED[name])
+    if name == "ui-hlm":  # away from ties of importance and threshold, which rounding decides
+        settings = {"importance": {"variant": "context", "k": 0.8, "gamma": 0.9}}
+    policy = make(name, 0.7, cap=0.3, **settings)
+    trace = full_trace(tmp_path, policy)
+    lengths = np.bincount(trace.prompt_index)
+    skipped = np.bincount(trace.prompt_index, weights=trace["skipped"])
+    assert np.all(skipped <= 0.3 * lengths + 1e-9)
+    assert lengths.min() < lengths.max()
+    may = remembered(trace, policy)["may_skip"]
+    assert skipped.sum() > 0
+    assert policy.gate_of_draft(Step(trace.axes, remembered(trace, policy)))[~may].any()
+    assert not trace["skipped"][~may].any()
+    expected, drawn = predicted_tokens(trace, policy), drawn_tokens(trace, policy)
+    np.testing.assert_array_equal(drawn.skip, trace["skipped"])
+    np.testing.assert_allclose(expected.skip, trace["policy_skip_prob"], atol=3e-6)
+    np.testing.assert_allclose(expected.risk, trace["policy_risk"], atol=3e-6)
+    assert np.all(expected.skip[~may] == 0)
+
+
+@pytest.mark.parametrize("name", ["u-hlm", "r-hlm", "coupled"])
+def test_a_lossless_trace_predicts_a_capped_policy(laws, tmp_path, name):
+    """Contexts that do not matter, so there is no shift: within 4.5 standard errors."""
+    from calibrate.derive.predict import measured_tokens, predicted_tokens
+
+    policy, asked = make(name, 0.7, cap=0.4), prompts(400)
+    models = [TableModel(one) for one in laws]
+    rerun, lossless = (
+        full_trace(tmp_path, one, asked, (), models, seed)
+        for seed, one in enumerate((policy, make("hlm")))
+    )
+    found, averaged = measured_tokens(rerun, policy), predicted_tokens(lossless, policy)
+    assert found.skip.mean() < measured_share(lossless, 0.7), "the cap binds"
+    for part in ("skip", "risk", "rho"):
+        estimates = [
+            mean_over_tokens(getattr(one, part), one.prompt_index, one.num_prompts)
+            for one in (found, averaged)
+        ]
+        error = np.hypot(*(one.standard_error for one in estimates))
+        assert abs(estimates[0].value - estimates[1].value) < 4.5 * error, part
+
+
+def measured_share(trace, threshold):
+    return np.mean(trace["uncertainty"] <= threshold)
