@@ -536,6 +536,88 @@ def attenuation(
 
 
 @app.command()
+def monitor(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSON lines, an object a token; - for stdin.")
+    ],
+    risk: Annotated[float | None, typer.Option(help="Budget of the rejection risk.")] = None,
+    audit_rate: Annotated[
+        float,
+        typer.Option(help="Chance that a skipped draft is checked; lines may name larger ones."),
+    ] = 1.0,
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="No false alarm, ever, with this probability.", show_default="0.95"),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            help="tokens: their mean risk so far; answers: the mean over answers of each one's "
+            "mean.",
+            show_default="tokens, or answers where the point's budget is over prompts",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Begin anew after so many tokens or answers.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Take the budget from a derivation of this run.")
+    ] = None,
+    name: NameOption = "default",
+    point: Annotated[
+        str | None, typer.Option(help="Its operating point, like POLICY/risk-0.01.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File to go on from, and to keep the watch in.")
+    ] = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit 3 once the alarm was raised, instead of 0.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Raise the alarm when audited tokens show that the risk is above its budget, at any time."""
+    _inside("--risk", None if risk is None else [risk], 0, 1)
+    _inside("--confidence", None if confidence is None else [confidence], 0, 1)
+    if not 0 < audit_rate <= 1:
+        raise UsageError(f"--audit-rate {audit_rate:g}: allowed is above 0 and at most 1")
+    if window is not None:
+        _at_least("--window", window, 1)
+    if unit is not None:
+        _one_of("--unit", unit, "tokens", "answers")
+    if (run is None) != (point is None) or (run is None) == (risk is None):
+        raise UsageError("--risk, or --run and --point: one of them says the budget")
+    from calibrate.run.records import MonitorSettings
+    from calibrate.terminal.progress import say, token_progress
+    from calibrate.terminal.tables import print_monitor
+    from calibrate.validate.monitor import run_monitor, watched_point
+
+    if run is not None and point is not None:
+        watched = watched_point(run, name, point)
+        risk = watched.budget
+        confidence = confidence or watched.confidence
+        unit = unit or ("answers" if watched.weighting == "prompts" else "tokens")
+    settings = MonitorSettings(
+        risk=risk,  # type: ignore[arg-type]
+        confidence=confidence or 0.95,
+        audit_rate=audit_rate,
+        unit=unit or "tokens",  # type: ignore[arg-type]
+        window=window,
+    )
+    with token_progress("watching", "lines", silent_in_pipe=True) as bar:
+        result = run_monitor(
+            None if str(file) == "-" else file,
+            settings,
+            state,
+            bar.set_total,
+            lambda lines, size: bar.advance(lines, size - lines),
+            lambda alarm: say(f"alarm at line {alarm.line}"),
+        )
+    _show(result, as_json, print_monitor)
+    if exit_code and result.alarm is not None:
+        raise typer.Exit(3)
+
+
+@app.command()
 def quality(
     run: RunArgument,
     name: NameOption = "default",

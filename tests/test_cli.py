@@ -72,6 +72,12 @@ def empty_prompts(tmp_path: Path) -> Path:
         (["quality", "nowhere", "--name", "a/b"], 2, ["--name", "a/b"]),
         (["validate", "nowhere"], 2, ["nowhere"]),
         (["figures", "nowhere"], 2, ["nowhere"]),
+        (["monitor", "nowhere.jsonl", "--risk", "0.01"], 2, ["nowhere.jsonl", "no such file"]),
+        (["monitor", "-"], 2, ["--risk", "--run", "--point"]),
+        (["monitor", "-", "--risk", "0.01", "--run", "x", "--point", "y"], 2, ["--risk", "--run"]),
+        (["monitor", "-", "--risk", "0.01", "--audit-rate", "5"], 2, ["--audit-rate 5"]),
+        (["monitor", "-", "--risk", "0.01", "--unit", "words"], 2, ["tokens", "answers"]),
+        (["monitor", "-", "--risk", "0.01", "--window", "0"], 2, ["--window 0", "1 or more"]),
         (["pairs", "show", "nonsense"], 2, ["nonsense"]),
         (["nonsense"], 2, ["nonsense"]),
     ],
@@ -163,7 +169,7 @@ def test_help_loads_no_model_library() -> None:
     )
     assert result.returncode == 0, result.stderr
     for command in ("calibrate", "derive", "validate", "figures", "quickstart", "doctor", "audit",
-                    "guarantees", "attenuation", "quality", "report"):  # fmt: skip
+                    "guarantees", "attenuation", "quality", "report", "monitor"):  # fmt: skip
         assert command in result.stdout
 
 
@@ -194,6 +200,23 @@ def test_audit_finds_what_mean_token_time_forbids() -> None:
     forbidden = [row for row in rows if not row["consistent"]]
     assert any(row["published"] == 2.54 for row in forbidden)
     assert any(row["published"] == 206 for row in forbidden)
+
+
+def test_a_watch_says_its_verdict_first_and_exits_as_asked(tmp_path: Path) -> None:
+    log, state = tmp_path / "log.jsonl", tmp_path / "state.json"
+    log.write_text('{"skipped": true, "rejection": 1.0}\n' * 3 + '{"skipped": false}\n' * 50)
+    asked = ["monitor", str(log), "--risk", "0.01", "--state", str(state)]
+    result = hlm(*asked)
+    assert (result.returncode, result.stderr) == (0, "alarm at line 2\n")
+    assert result.stdout.startswith("ALARM at token 2 of 53, line 2\n")
+    again = hlm(*asked, "--exit-code", "--json")
+    assert (again.returncode, again.stderr) == (3, "")
+    assert json.loads(again.stdout) == json.loads(state.read_text())
+    log.write_text('{"skipped": true}\n')
+    result = hlm("monitor", str(log), "--risk", "0.01")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"hlm: {log}, line 1: a skipped draft without rejection")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_user_errors_carry_their_exit_codes() -> None:

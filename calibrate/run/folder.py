@@ -81,10 +81,15 @@ def record_names(run: Path, kind: type[StageRecord]) -> list[str]:
 def write_record(run: Path, record: StageRecord, name: str = DEFAULT_NAME) -> Path:
     """Write a stage's result in one go, schema version and checksum first; NaN is refused."""
     path = record_path(run, type(record), name)
+    write_record_file(path, record)
+    return path
+
+
+def write_record_file(path: Path, record: StageRecord) -> None:
+    """Write a record where the user wants it."""
     content = {"schema_version": record.schema_version, **record.model_dump(mode="json")}
     content = {"schema_version": record.schema_version, KEY: checksum(content), **content}
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return path
 
 
 def read_record(run: Path, kind: type[AnyStage], name: str = DEFAULT_NAME) -> AnyStage:
@@ -102,6 +107,17 @@ def read_record(run: Path, kind: type[AnyStage], name: str = DEFAULT_NAME) -> An
         raise UsageError(f"RUN {run}: no such folder; `hlm calibrate` makes one")
     if not path.is_file():
         raise UserError(f"RUN {run}: {path.name} is missing; run `{command}` first")
+    return read_record_file(path, kind, command)
+
+
+def read_record_file(path: Path, kind: type[AnyStage], command: str) -> AnyStage:
+    """Read a record from the file that `command` wrote.
+
+    Raises
+    ------
+    UserError
+        If it is broken, of another version, or not what the command writes.
+    """
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not JSON, or not even text

@@ -657,6 +657,100 @@ class QualityRecord(StageRecord):
     provenance: Provenance
 
 
+class AuditedToken(Record):
+    """One line of what `hlm monitor` reads: one token that the policy emitted."""
+
+    model_config = ConfigDict(strict=True)
+
+    skipped: bool
+    """Whether the device emitted its draft without the server's verification."""
+    rejection: Share | None = None
+    """beta of a skipped draft that was checked, or 0 or 1 of an acceptance test; else null."""
+    audit_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Chance that the draft, if skipped, was checked; null for that of the command."""
+    answer: str | None = None
+    """Which answer the token belongs to; the lines of an answer follow one another."""
+
+
+class MonitorSettings(Record):
+    """What is watched; a state goes on with the settings that it began with."""
+
+    risk: float
+    confidence: float
+    audit_rate: float
+    """The least that any skipped draft is checked with."""
+    unit: Literal["tokens", "answers"]
+    """What the mean is over: tokens, or answers of each one's mean over its tokens."""
+    window: int | None
+    """Units after which the watch begins anew; null for never."""
+
+
+class MonitorPlace(Record):
+    """How far a file was read, so that nothing is counted twice."""
+
+    file: str
+    num_bytes: int
+    num_lines: int
+    tail_sha256: str
+    """Of the last 1024 bytes that were read, or fewer: a file that changed there is refused."""
+
+
+class MonitorTally(Record):
+    """All that is kept of the losses of the present window; hlmtheory.monitoring.Tally."""
+
+    num: int
+    total: float
+    rising: tuple[float, ...]
+    falling: tuple[float, ...]
+
+
+class OpenAnswer(Record):
+    """An answer that no other has followed yet: it counts when one does."""
+
+    answer: str
+    num_tokens: int
+    loss: float
+    """Sum over its tokens."""
+
+
+class MonitorAlarm(Record):
+    """When the e-value first reached its level."""
+
+    num_units: int
+    """Tokens or answers until then, of all windows."""
+    line: int
+    """Lines read until then."""
+
+
+class MonitorRecord(StageRecord):
+    """monitor.json: the watch on a risk budget, and all it needs to go on; docs/theory.md, (42)."""
+
+    file_name: ClassVar[str] = "monitor.json"
+    made_by: ClassVar[str] = "hlm monitor --state monitor.json"
+
+    settings: MonitorSettings
+    alarm: MonitorAlarm | None
+    """The first; null while it is quiet."""
+    log_e_value: float
+    """Natural logarithm of the present window's e-value."""
+    log_alarm_level: float
+    """What raises the alarm when log_e_value reaches it."""
+    mean_risk: Figure
+    """Of the units of the present window, with its confidence sequence."""
+    num_lines: int
+    num_units: int
+    num_skipped: int
+    num_checked: int
+    expected_checked: float
+    """Sum of the audit rates of all skipped drafts."""
+    window: int
+    """The present window, from 1."""
+    tally: MonitorTally
+    open_answer: OpenAnswer | None
+    place: MonitorPlace | None
+    """Null after reading from a pipe."""
+
+
 STAGES: tuple[type[StageRecord], ...] = (
     RunRecord,
     CalibrationRecord,
@@ -665,5 +759,6 @@ STAGES: tuple[type[StageRecord], ...] = (
     GuaranteesRecord,
     AttenuationRecord,
     QualityRecord,
+    MonitorRecord,
 )
 """Every file of a run, in the order they are made."""

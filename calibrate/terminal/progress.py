@@ -39,8 +39,10 @@ class TokenBar:
 
 
 @contextmanager
-def token_progress(description: str, what: str = "tokens") -> Iterator[TokenBar]:
-    """A bar with how many a second, and time left."""
+def token_progress(
+    description: str, what: str = "tokens", silent_in_pipe: bool = False
+) -> Iterator[TokenBar]:
+    """A bar with how many a second, and time left; its last state is a line of a log as well."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -60,7 +62,8 @@ def token_progress(description: str, what: str = "tokens") -> Iterator[TokenBar]
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console) as progress:
+    silent = silent_in_pipe and not console.is_terminal
+    with Progress(*columns, console=console, disable=silent) as progress:
         task = progress.add_task(description, total=None, emitted=0)
         yield TokenBar(progress, task)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from calibrate.run.records import (
     CalibrationRecord,
     DerivationRecord,
     GuaranteesRecord,
+    MonitorRecord,
     ValidationRecord,
 )
 from calibrate.run.wording import coverage_text
@@ -291,6 +293,40 @@ def print_attenuation(result: AttenuationRecord) -> None:
             for row in result.rows
         ),
     )  # fmt: skip
+
+
+def print_monitor(result: MonitorRecord) -> None:
+    """`hlm monitor`: the verdict, and what it rests on."""
+    page, asked, alarm = Page(), result.settings, result.alarm
+    unit, delta = asked.unit.removesuffix("s"), 1 - asked.confidence
+    if alarm is None:
+        page.say(f"quiet: no alarm in {result.num_units:,} {asked.unit}")
+    else:
+        page.say(
+            f"ALARM at {unit} {alarm.num_units:,} of {result.num_units:,}, line {alarm.line:,}"
+        )
+    present = "" if asked.window is None else f" of window {result.window:,}"
+    page.say(
+        f"  an alarm while the mean risk of the {asked.unit} so far{present} is at most "
+        f"{asked.risk:g} has probability {delta:.3g} at most, over all times together\n"
+        f"  e-value{present} {_exponential(result.log_e_value)}, alarm from "
+        f"{_exponential(result.log_alarm_level)}\n"
+        f"  mean risk{present} {number_text(result.mean_risk)}, "
+        f"confidence sequence at {100 * asked.confidence:g} %\n"
+        f"  {result.num_checked:,} of {result.num_skipped:,} skipped drafts checked, "
+        f"{result.expected_checked:,.0f} expected at the audit rate"
+    )
+    num, left = result.num_checked, asked.unit == "answers" and result.open_answer
+    spread = max(result.expected_checked, 1.0) ** 0.5
+    if abs(num - result.expected_checked) > 5 * spread:
+        page.say("  that is more than chance allows: the audit rate is not what it is said to be")
+    if left:
+        page.say("  the last answer counts once another has begun")
+
+
+def _exponential(log: float) -> str:
+    """e to a power that may be too large for a float, as a power of ten beyond a million."""
+    return number_text(math.exp(log)) if log < 14 else f"10^{log / math.log(10):.0f}"
 
 
 def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_json: bool) -> None:
