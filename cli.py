@@ -473,11 +473,11 @@ def _validate(
             pair = _load(plan.spec, plan.calibration.pair.dtype, device, plan.needs_attention)
         try:
             with token_progress("validating") as bar:
-                decode_missing(plan, pair, bar.advance, bar.set_total, bar.describe)
+                decode_missing(plan, pair, bar.advance, bar.set_total, bar.at_batch)
         except KeyboardInterrupt:
             raise UserError(
-                f"interrupted: reruns of {plan.num_kept} of {num} points stay in "
-                f"{plan.run}/reruns; the same command goes on with the others"
+                f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "
+                "goes on with the others"
             ) from None
     return compare_reruns(plan)
 

@@ -106,6 +106,10 @@ class Noise(Protocol):
         """Standard exponentials (B, V) that device and server share."""
         ...
 
+    def rows(self, index: Array) -> Noise:
+        """The numbers of some contexts."""
+        ...
+
 
 class Step:
     """Columns of B contexts, (B, ...) each, with their axes.
@@ -202,6 +206,14 @@ class LawStep(Step):
         """The same step with further columns: the draft, the output, what a policy remembers."""
         own = dict(self._columns) | dict(columns)
         return LawStep(self.axes, self.logits, self.x, self.y, self._noise, self.head_size, own)
+
+    def rows(self, index: Array) -> LawStep:
+        """Some of its contexts, with what is known of them already."""
+        known = self._columns.items()
+        own = {name: values[index] for name, values in known if not isinstance(values, tuple)}
+        laws = (self.logits[index], self.x[index], self.y[index])
+        noise = None if self._noise is None else self._noise.rows(index)
+        return LawStep(self.axes, *laws, noise, self.head_size, own)
 
     def drafted(self, tokens: Array) -> LawStep:
         """The same step with its draft."""

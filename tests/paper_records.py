@@ -342,7 +342,7 @@ def validation_record(derivation: DerivationRecord, **changes: Any) -> Validatio
         online = own.policy == "cu-hlm-online"
         reruns.append(
             RerunInfo(
-                policy=own.policy, rule=own.rule, file=f"{own.policy}.parquet", num_tokens=300,
+                policy=own.policy, rule=own.rule, folder=own.policy, num_tokens=300,
                 entries_per_sent_token=fig(bits / 16),
                 throughput=throughputs(own.policy, own.rule, 1.05) if compared else None,
                 sizes=sizes(1.2) if online else None,

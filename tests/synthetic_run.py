@@ -25,7 +25,7 @@ from calibrate.run.records import (
     Timings,
     ValidationRecord,
 )
-from calibrate.run.traces import Trace, read_trace, shard_paths, write_shard
+from calibrate.run.traces import Trace, next_shard, read_trace, shard_paths, write_shard
 from calibrate.validate.validation import ValidationPlan, compare_reruns
 from hlmtheory.policies import Policy, calibration_policy, policy_names
 from hlmtheory.steps import COLUMNS, Axes, LawStep
@@ -203,7 +203,7 @@ def add_validation(run: Path, name: str = DEFAULT_NAME) -> ValidationRecord:
     )
     for point in plan.points:
         path = plan.paths[point.key]
-        if not path.is_file():
+        if not path.is_dir():
             policy = point_policy(derivation, point, calibration.learned)
-            write_shard(path, synthetic_columns(1, policy), ids, {}, AXES, categories)
+            write_shard(next_shard(path), synthetic_columns(1, policy), ids, {}, AXES, categories)
     return compare_reruns(plan)

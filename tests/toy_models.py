@@ -63,6 +63,9 @@ class ArrayNoise:
     def races(self):
         return self._races
 
+    def rows(self, index):
+        raise NotImplementedError
+
 
 def softmax(z: np.ndarray) -> np.ndarray:
     weights = np.exp(z - z.max(-1, keepdims=True))

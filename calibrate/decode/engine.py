@@ -1,14 +1,17 @@
-"""Batched HLM decoding under any policy, in shadow mode.
+"""Batched HLM decoding under any policies, in shadow mode.
 
 All prompts of a batch advance one token a step in both models. The server model runs for every
 token, also where the policy would not have asked it, so that the rejection probability and the
 exact output bias are known everywhere; what the policy would have sent is counted by the policy.
+
+Several policies share their random numbers, so their answers to a prompt are one until some token
+differs. Until then one row of the batch serves them all; there it forks, its caches copied.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +30,7 @@ from calibrate.decode.recording import (
     strided_columns,
     to_numpy,
 )
-from calibrate.decode.streams import PERTURBATION, StepNoise, Streams
+from calibrate.decode.streams import PERTURBATION, step_noise, stream_key
 from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory import domain
@@ -76,13 +79,16 @@ class DecodingSettings:
         return Axes(vocab_size, self.temperature, self.thetas.values)
 
 
+WITHOUT_DRAFT = ("log_partitions", "candidate_token", "entropy", "max_logit", "tv_distance")
+"""Columns that are worked out once for every policy: no draft is in them."""
+
 Observer = Callable[[LawStep], Columns]
 """Extra columns from a step with its draft and output: for studies."""
 
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """One batch, decoded to the end.
+    """One batch under one policy, decoded to the end.
 
     Attributes
     ----------
@@ -91,7 +97,8 @@ class DecodedBatch:
     prompt_ids, categories : sequence of str
         Of each prompt; a category is empty where the prompt has none.
     wall_s, forward_s : float
-        Time of decoding, and the part of it inside the two models' forwards.
+        Time of decoding, and the part of it inside the two models' forwards: of all the policies
+        that were decoded together.
     """
 
     columns: Columns
@@ -111,33 +118,55 @@ def decode(
     on_step: Callable[[int, int], None] | None = None,
     observer: Observer | None = None,
 ) -> Iterator[DecodedBatch]:
-    """Decode prompts under a policy, batch by batch, longest prompts first.
+    """Decode prompts under one policy; see :func:`decode_together`."""
+    policies = {policy.name: policy}
+    for batch in decode_together(
+        slm, llm, prompts, policies, settings, eos_token_ids, on_step, observer
+    ):
+        yield batch[policy.name]
+
+
+def decode_together(
+    slm: LanguageModel,
+    llm: LanguageModel,
+    prompts: Sequence[TokenizedPrompt],
+    policies: Mapping[str, Policy],
+    settings: DecodingSettings,
+    eos_token_ids: Sequence[int],
+    on_step: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
+) -> Iterator[dict[str, DecodedBatch]]:
+    """Decode prompts under every policy, batch by batch, longest prompts first.
+
+    Each policy gets the tokens that it would get alone, up to rounding: an answer's random numbers
+    belong to (seed, prompt, step).
 
     Parameters
     ----------
     slm, llm : LanguageModel
         Device and server model over one vocabulary.
     prompts : sequence of TokenizedPrompt
-    policy : Policy
-        Gate and verification rule.
+    policies : mapping of str to Policy
+        Gates and verification rules, by a label each.
     settings : DecodingSettings
     eos_token_ids : sequence of int
-        A row ends after it has emitted one of these; they are drawn and verified like any token.
+        An answer ends after it has emitted one of these; they are drawn and verified like any
+        token.
     on_step : callable, optional
-        Called after every step with (tokens just emitted, tokens that the finished rows will
-        never need), for progress bars.
+        Called after every step with (tokens just emitted, tokens that the finished answers will
+        never need), of all policies, for progress bars.
     observer : callable, optional
         Extra columns at every step.
 
     Yields
     ------
-    DecodedBatch
-        One a batch, complete.
+    dict of str to DecodedBatch
+        One a batch and policy, complete.
     """
     for batch in batches_by_length(prompts, settings.batch_size):
         with torch.inference_mode(), domain.unchecked():
             try:
-                run = _BatchRun(slm, llm, batch, policy, settings, eos_token_ids, observer)
+                run = _BatchRun(slm, llm, batch, policies, settings, eos_token_ids, observer)
                 decoded = run.to_end(on_step)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
@@ -168,6 +197,31 @@ def batches_by_length(
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
 
+class _Answers:
+    """One policy's answers to the prompts of a batch: where each runs, and what is recorded.
+
+    Attributes
+    ----------
+    rows : int array (A,)
+        Row of the batch that each live answer is in.
+    prompts : int array (A,)
+        Its prompt.
+    """
+
+    def __init__(self, policy: Policy, num_prompts: int, max_new_tokens: int) -> None:
+        self.policy = policy
+        self.memory = policy.memory()
+        self.rows = np.arange(num_prompts)
+        self.prompts = np.arange(num_prompts)
+        self.columns = ColumnBuffer(num_prompts * max_new_tokens)
+
+    def keep(self, live: np.ndarray, device: torch.device) -> None:
+        """Drop the answers that ended, bool (A,)."""
+        if not live.all():
+            self.prompts = self.prompts[live]
+            self.memory.keep(torch.from_numpy(np.flatnonzero(live)).to(device))
+
+
 class _BatchRun:
     """State of one batch while it is decoded."""
 
@@ -176,76 +230,83 @@ class _BatchRun:
         slm: LanguageModel,
         llm: LanguageModel,
         batch: Sequence[TokenizedPrompt],
-        policy: Policy,
+        policies: Mapping[str, Policy],
         settings: DecodingSettings,
         eos_token_ids: Sequence[int],
         observer: Observer | None,
     ) -> None:
         self.begin = time.perf_counter()
-        self.policy = policy
         self.settings = settings
         self.observer = observer
         self.prompt_ids = [prompt.prompt_id for prompt in batch]
         self.categories = [prompt.category for prompt in batch]
-        self.streams = Streams(settings.seed, self.prompt_ids)
-        self.want_attention = settings.trace == "full" or policy.needs_attention
+        num, length = len(batch), settings.max_new_tokens
+        self.answers = {name: _Answers(policy, num, length) for name, policy in policies.items()}
+        self.want_attention = settings.trace == "full" or any(
+            policy.needs_attention for policy in policies.values()
+        )
         self.axes = settings.axes(slm.vocab_size)
-        self.num_candidates = policy.num_candidates(slm.vocab_size)
+        self.num_candidates = max(
+            policy.num_candidates(slm.vocab_size) for policy in policies.values()
+        )
         contexts = [prompt.tokens[:-1] for prompt in batch]
         self.slm = slm.start(contexts, self.want_attention)
         self.llm = llm.start(contexts, False)
         self.device = slm.device
         self.tokens = torch.tensor([prompt.tokens[-1] for prompt in batch], device=self.device)
-        self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
-        self.rows = np.arange(len(batch))
+        self.eos = np.array(list(eos_token_ids), dtype=np.int64)
+        self.keys = [stream_key(settings.seed, prompt_id) for prompt_id in self.prompt_ids]
+        self.row_prompt = np.arange(num)
         self.phase = np.array([phase(prompt.prompt_id) for prompt in batch])
-        self.memory = policy.memory()
-        self.columns = ColumnBuffer(len(batch) * settings.max_new_tokens)
 
-    def to_end(self, on_step: Callable[[int, int], None] | None) -> DecodedBatch:
-        """Step until every row has ended or the length limit is reached."""
+    def to_end(self, on_step: Callable[[int, int], None] | None) -> dict[str, DecodedBatch]:
+        """Step until every answer has ended or the length limit is reached."""
         for step in range(self.settings.max_new_tokens):
-            emitted = len(self.rows)
+            emitted = sum(len(one.rows) for one in self.answers.values())
             ended = self._step(step)
-            spared = int(ended.sum()) * (self.settings.max_new_tokens - step - 1)
             if on_step is not None:
-                on_step(emitted, spared)
-            if bool(ended.all()):
+                on_step(emitted, ended * (self.settings.max_new_tokens - step - 1))
+            if not len(self.row_prompt):
                 break
-            if bool(ended.any()):
-                self._drop(ended)
-        columns = self.columns.filled()
+        times = (time.perf_counter() - self.begin, self.slm.forward_s + self.llm.forward_s)
+        return {name: self._decoded(one, times) for name, one in self.answers.items()}
+
+    def _decoded(self, answers: _Answers, times: tuple[float, float]) -> DecodedBatch:
+        columns = answers.columns.filled()
         order = np.lexsort((columns["step"], columns["row"]))
-        return DecodedBatch(
-            {name: values[order] for name, values in columns.items()},
-            self.prompt_ids,
-            self.categories,
-            time.perf_counter() - self.begin,
-            self.slm.forward_s + self.llm.forward_s,
-        )
+        ordered = {name: values[order] for name, values in columns.items()}
+        return DecodedBatch(ordered, self.prompt_ids, self.categories, *times)
 
-    def _drop(self, ended: np.ndarray) -> None:
-        left = np.flatnonzero(~ended)
-        index = torch.from_numpy(left).to(self.device)
-        self.slm.keep(index)
-        self.llm.keep(index)
-        self.streams.keep(left.tolist())
-        self.memory.keep(index)
-        self.tokens = self.tokens[index]
-        self.rows = self.rows[left]
+    def _step(self, number: int) -> int:
+        """Advance every answer by one token; returns how many ended."""
+        law = self._law_step(number)
+        ended = 0
+        following: list[np.ndarray] = []  # (row, token) of each live answer
+        for answers in self.answers.values():
+            if not len(answers.rows):
+                following.append(np.zeros((0, 2), dtype=np.int64))
+                continue
+            whole = np.array_equal(answers.rows, np.arange(len(self.row_prompt)))
+            own = law if whole else law.rows(torch.from_numpy(answers.rows).to(self.device))
+            output = to_numpy(self._answer(answers, own, number))
+            live = ~np.isin(output, self.eos)
+            ended += int((~live).sum())
+            following.append(np.column_stack([answers.rows, output])[live])
+            answers.keep(live, self.device)
+        self._fork(following)
+        return ended
 
-    def _step(self, number: int) -> np.ndarray:
-        """Advance every row by one token; returns which rows ended."""
-        policy = self.policy
-        step = self._law_step(number)
-        step = step.with_columns(self.memory.update(step))
+    def _answer(self, answers: _Answers, step: LawStep, number: int) -> torch.Tensor:
+        """One token of one policy, recorded."""
+        policy = answers.policy
+        step = step.with_columns(answers.memory.update(step))
         step = step.drafted(policy.draft(step))
-        self.memory.observe(step)
+        answers.memory.observe(step)
         answer = policy.answer(step)
         step = step.with_columns({"output_token": answer.output})
         expected = policy.outcome(step)
         columns: dict[str, torch.Tensor | np.ndarray] = {
-            "row": self.rows,
+            "row": answers.prompts,
             "step": step["step"],
             **{name: step[name] for name in SCALARS},
             "skipped": policy.skips(step),
@@ -256,14 +317,33 @@ class _BatchRun:
             "policy_entries": policy.drawn_entries(step),
         }
         if self.settings.trace == "full":
-            due = (number - self.phase[self.rows]) % STRIDE == 0
+            due = (number - self.phase[answers.prompts]) % STRIDE == 0
             columns |= {name: step[name] for name in HEAD} | strided_columns(step, due)
-            columns |= self.attention
+            columns |= {name: step[name] for name in self.attention}
         if self.observer is not None:
             columns |= self.observer(step)
-        self.columns.append({name: to_numpy(values) for name, values in columns.items()})
-        self.tokens = answer.output
-        return to_numpy(torch.isin(self.tokens, self.eos))
+        answers.columns.append({name: to_numpy(values) for name, values in columns.items()})
+        return answer.output
+
+    def _fork(self, following: Sequence[np.ndarray]) -> None:
+        """One row for each different (row, token) that goes on, its context copied if need be."""
+        children, child = np.unique(np.concatenate(following), axis=0, return_inverse=True)
+        slots = _places(children[:, 0])
+        parents = np.empty(len(children), dtype=np.int64)
+        parents[slots] = children[:, 0]
+        tokens = np.empty(len(children), dtype=np.int64)
+        tokens[slots] = children[:, 1]
+        bounds = np.cumsum([len(part) for part in following])[:-1]
+        for answers, mine in zip(
+            self.answers.values(), np.split(child.reshape(-1), bounds), strict=True
+        ):
+            answers.rows = slots[mine]
+        if len(parents) and not np.array_equal(parents, np.arange(len(self.row_prompt))):
+            index = torch.from_numpy(parents).to(self.device)
+            self.slm.keep(index)
+            self.llm.keep(index)
+        self.row_prompt = self.row_prompt[parents]
+        self.tokens = torch.from_numpy(tokens).to(self.device)
 
     def _law_step(self, number: int) -> LawStep:
         """Both models advanced, their laws, and the attention behind them."""
@@ -275,9 +355,23 @@ class _BatchRun:
             self.attention = attention_columns(
                 slm_out.attention, slm_out.attention_mask, self.axes.attention_sizes
             )
-        noise: StepNoise = self.streams.next_step(z.shape[-1], self.device)
+        keys = [self.keys[prompt] for prompt in self.row_prompt]
+        noise = step_noise(keys, [number] * len(keys), z.shape[-1], self.device)
         known = {"step": torch.full_like(self.tokens, number), **self.attention}
-        return LawStep(self.axes, z, x, y, noise, self.num_candidates, known)
+        law = LawStep(self.axes, z, x, y, noise, self.num_candidates, known)
+        return law.with_columns({name: law[name] for name in WITHOUT_DRAFT})
+
+
+def _places(parents: np.ndarray) -> np.ndarray:
+    """A place 0 to C - 1 for each of C rows, such that few of them leave their parent's."""
+    num = len(parents)
+    places = np.full(num, -1)
+    first = np.flatnonzero(np.append(True, parents[1:] != parents[:-1])[:num])
+    stays = first[parents[first] < num]
+    places[stays] = parents[stays]
+    free = np.setdiff1d(np.arange(num), parents[stays])
+    places[places < 0] = free
+    return places
 
 
 def _law(logits: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,14 @@
-"""A key-value cache whose rows can be filled in groups, grown without copying, and dropped."""
+"""A key-value cache whose rows can be filled in groups, grown in place, repeated and dropped."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 SPARE_POSITIONS = 128
+SPARE_ROWS = 16
 
 
 class RowCache:
@@ -38,12 +38,8 @@ class RowCache:
         for layer, filled in zip(self.cache.layers, part.cache.layers, strict=True):
             layer.place_rows(filled, list(places), self._num_rows, width)
 
-    def copy(self) -> RowCache:
-        """A cache of its own with the same contents."""
-        return RowCache(copy.deepcopy(self.cache), self.can_place_rows, self._num_rows)
-
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep these rows, in this order; a row may come more than once."""
         self.cache.batch_select_indices(rows)
 
 
@@ -58,18 +54,19 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
         keys: Any
         values: Any
         _room: tuple[torch.Tensor, torch.Tensor] | None = None
+        _num_rows: int
 
         def _reserve(self, like: tuple[Any, Any], num_rows: int, num_positions: int) -> None:
             # Masked positions are multiplied by zero, so they must hold finite numbers.
             keys, values = (
                 x.new_zeros((num_rows, x.shape[1], num_positions, x.shape[3])) for x in like
             )
-            self._room = (keys, values)
+            self._room, self._num_rows = (keys, values), num_rows
 
         def _show(self, num_positions: int) -> None:
             assert self._room is not None
-            self.keys = self._room[0][..., :num_positions, :]
-            self.values = self._room[1][..., :num_positions, :]
+            self.keys = self._room[0][: self._num_rows, :, :num_positions]
+            self.values = self._room[1][: self._num_rows, :, :num_positions]
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.is_initialized:
@@ -86,7 +83,7 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
                     for room, before in zip(self._room, earlier, strict=True):
                         room[..., :used, :] = before
             for room, new in zip(self._room, states, strict=True):
-                room[..., used:total, :] = new
+                room[: self._num_rows, :, used:total] = new
             self._show(total)
             return self.keys, self.values
 
@@ -102,10 +99,23 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
             self._show(width)
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
-            if self._room is not None:
-                used = self.get_seq_length()
-                self._room = (self._room[0][indices], self._room[1][indices])
-                self._show(used)
+            """Rows that keep their place are not copied."""
+            if self._room is None:
+                return
+            used, wanted = self.get_seq_length(), indices.tolist()
+            moved = [place for place, row in enumerate(wanted) if place != row]
+            sources = [wanted[place] for place in moved]
+            # Read before anything is written, for a row may be a source and a place.
+            taken = [room[sources, :, :used] for room in self._room]
+            if len(wanted) > self._room[0].shape[0]:
+                earlier = (self.keys, self.values)
+                self._reserve(self._room, len(wanted) + SPARE_ROWS, self._room[0].shape[-2])
+                for room, before in zip(self._room, earlier, strict=True):
+                    room[: before.shape[0], :, :used] = before
+            for room, rows in zip(self._room, taken, strict=True):
+                room[moved, :, :used] = rows
+            self._num_rows = len(wanted)
+            self._show(used)
 
     cache = DynamicCache(config=config)
     plain = all(type(layer) is DynamicLayer for layer in cache.layers) and bool(cache.layers)

@@ -22,8 +22,13 @@ MAX_ROWS_ACCELERATOR = 256
 WORKING_SET_BYTES = 5 * 2**28
 """Room for everything but the weights, 1.25 GiB, where the machine has twice that to spare."""
 
+MANY_POLICIES = 3
+"""Working sets that several policies may take: fewer prompts together would be slower."""
+
 # Arrays of one row's vocabulary that are alive at once in a step of a full trace, as float32.
 VOCABULARY_ARRAYS = 16
+ROW_ARRAYS = 5
+"""Those of a row whose policy waits for its turn: logits and laws, and the models' own copies."""
 
 
 def release_freed_buffers() -> None:
@@ -40,9 +45,12 @@ def automatic_batch_size(
     pair: LoadedPair,
     prompts: Sequence[TokenizedPrompt],
     max_new_tokens: int,
-    num_caches: int = 1,
+    num_policies: int = 1,
 ) -> int:
     """Prompts to decode together: as many as the memory and the longest prompt allow, evenly split.
+
+    A prompt takes a row for each policy whose answer has parted from the others'; how many will is
+    not known beforehand, so room is made for one row each.
 
     Parameters
     ----------
@@ -50,8 +58,8 @@ def automatic_batch_size(
         On its device, whose free memory is asked.
     prompts : sequence of TokenizedPrompt
     max_new_tokens : int
-    num_caches : int
-        Key-value caches of every context held at once: two where a prefill is kept.
+    num_policies : int
+        Policies decoded together.
 
     Returns
     -------
@@ -62,14 +70,16 @@ def automatic_batch_size(
 
     longest = max((len(prompt.tokens) for prompt in prompts), default=1)
     models = (pair.slm, pair.llm)
-    row = sum(_cache_bytes(model, longest + max_new_tokens) for model in models) * num_caches
-    row += VOCABULARY_ARRAYS * 4 * pair.vocab_size
+    cache = sum(_cache_bytes(model, longest + max_new_tokens) for model in models)
+    vocabulary = 4 * pair.vocab_size
+    row = cache + VOCABULARY_ARRAYS * vocabulary
+    row += (num_policies - 1) * (cache + ROW_ARRAYS * vocabulary)
     fixed = max(_prefill_bytes(model, longest) for model in models)
     if torch.device(pair.device).type == "cuda":
         budget, most = torch.cuda.mem_get_info(pair.device)[0] // 2, MAX_ROWS_ACCELERATOR
     else:
-        budget = min(WORKING_SET_BYTES, psutil.virtual_memory().available // 2)
-        most = MAX_ROWS
+        room = WORKING_SET_BYTES * (1 if num_policies == 1 else MANY_POLICIES)
+        budget, most = min(room, psutil.virtual_memory().available // 2), MAX_ROWS
     rows = max(1, min(most, (budget - fixed) // row))
     return even_batch_size(len(prompts), rows)
 

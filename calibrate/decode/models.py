@@ -53,7 +53,7 @@ class Session(Protocol):
         ...
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only these rows (integer tensor), in this order."""
+        """Keep these rows (integer tensor), in this order; a row may come more than once."""
         ...
 
 
@@ -75,18 +75,12 @@ class LanguageModel(Protocol):
 
 
 class TransformerModel:
-    """A transformers causal language model behind the LanguageModel interface.
+    """A transformers causal language model behind the LanguageModel interface."""
 
-    With `reuse_prefill` the last batch's prefill is kept, for running the same contexts again
-    under another policy: it costs the memory of one more key-value cache.
-    """
-
-    def __init__(self, model: Any, vocab_size: int, reuse_prefill: bool = False) -> None:
+    def __init__(self, model: Any, vocab_size: int) -> None:
         self.model = model
         self.vocab_size = vocab_size
         self.device = next(model.parameters()).device
-        self._reuse_prefill = reuse_prefill
-        self._prefilled: tuple[Any, Prefill] | None = None
 
     def start(
         self, contexts: Sequence[Sequence[int]], attention: bool, fill: bool = True
@@ -96,15 +90,8 @@ class TransformerModel:
             raise UserError("a prompt has fewer than two tokens: give at least one word")
         min_rows = MIN_ROWS if fill else 1
         begin = time.perf_counter()
-        key = (tuple(map(tuple, contexts)), min_rows)
-        if self._prefilled is not None and self._prefilled[0] == key:
-            prefill = self._prefilled[1].copy()
-        else:
-            self._prefilled = None
-            prefill = prefill_contexts(self.model, contexts, min_rows, self.device)
-            release_freed_buffers()
-            if self._reuse_prefill:
-                self._prefilled = (key, prefill.copy())
+        prefill = prefill_contexts(self.model, contexts, min_rows, self.device)
+        release_freed_buffers()
         synchronise(self.device)
         seconds = time.perf_counter() - begin
         return TransformerSession(self, prefill, len(contexts), attention, min_rows, seconds)
@@ -123,10 +110,6 @@ class Prefill:
 
     cache: RowCache
     mask: torch.Tensor
-
-    def copy(self) -> Prefill:
-        """Contents of its own."""
-        return Prefill(self.cache.copy(), self.mask.clone())
 
 
 def prefill_contexts(
@@ -218,7 +201,7 @@ class TransformerSession:
         return StepOutput(logits, row, self._mask[: self._live].bool())
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop the contexts that ended; the batch never falls below its minimum."""
+        """Drop contexts, or run one more than once; the batch never falls below its minimum."""
         self._live = len(rows)
         filler = rows[:1].expand(max(0, self._min_rows - len(rows)))
         physical = torch.cat([rows, filler])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,33 +24,39 @@ def stream_key(seed: int, prompt_id: str) -> tuple[int, int]:
     return seed % 2**64, int.from_bytes(digest[:8], "little")
 
 
-@dataclass
-class Streams:
-    """Uniforms of a batch of prompts.
+BLOCK_WORDS = 4
+"""Numbers of one Philox counter: a step's uniforms begin at a counter of their own."""
 
-    The uniforms of (seed, prompt, step) are a pure function of these three, whatever the batch,
-    its order, or the number of steps run.
+
+def step_noise(
+    keys: Sequence[tuple[int, int]],
+    steps: Sequence[int],
+    vocab_size: int,
+    device: torch.device,
+) -> StepNoise:
+    """Random numbers of one step of each row: a pure function of its key and its step.
+
+    So rows may start, end, part and be repeated in any order.
+
+    Parameters
+    ----------
+    keys : sequence of (int, int)
+        :func:`stream_key` of each row.
+    steps : sequence of int
+        Place of each row's next token in its answer.
+    vocab_size : int
+    device : torch.device
     """
-
-    seed: int
-    prompt_ids: Sequence[str]
-
-    def __post_init__(self) -> None:
-        self._keys = [stream_key(self.seed, prompt_id) for prompt_id in self.prompt_ids]
-        self._generators = [np.random.Generator(np.random.Philox(key=key)) for key in self._keys]
-        self._step = 0
-
-    def next_step(self, vocab_size: int, device: torch.device) -> StepNoise:
-        """Random numbers of the next step."""
-        uniforms = np.stack([generator.random(NUM_COLUMNS) for generator in self._generators])
-        noise = StepNoise(torch.from_numpy(uniforms).to(device), self._keys, self._step, vocab_size)
-        self._step += 1
-        return noise
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only the streams of these rows, in this order."""
-        self._generators = [self._generators[i] for i in rows]
-        self._keys = [self._keys[i] for i in rows]
+    per_step = NUM_COLUMNS // BLOCK_WORDS
+    uniforms = np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=key, counter=step * per_step)).random(
+                NUM_COLUMNS
+            )
+            for key, step in zip(keys, steps, strict=True)
+        ]
+    )
+    return StepNoise(torch.from_numpy(uniforms).to(device), list(keys), list(steps), vocab_size)
 
 
 class StepNoise:
@@ -62,25 +67,34 @@ class StepNoise:
     """
 
     def __init__(
-        self, uniforms: torch.Tensor, keys: Sequence[tuple[int, int]], step: int, vocab_size: int
+        self,
+        uniforms: torch.Tensor,
+        keys: Sequence[tuple[int, int]],
+        steps: Sequence[int],
+        vocab_size: int,
     ) -> None:
         self.uniforms = uniforms
         self.draft = uniforms[:, DRAFT]
         self.accept = uniforms[:, ACCEPT]
         self.resample = uniforms[:, RESAMPLE]
         self.perturbation = uniforms[:, PERTURBATION]
-        self._keys, self._step, self._vocab_size = keys, step, vocab_size
+        self._keys, self._steps, self._vocab_size = keys, steps, vocab_size
         self._races: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> StepNoise:
+        """The numbers of some rows."""
+        chosen = index.tolist()
+        keys, steps = ([values[i] for i in chosen] for values in (self._keys, self._steps))
+        return StepNoise(self.uniforms[index], keys, steps, self._vocab_size)
 
     def races(self) -> torch.Tensor:
         """Standard exponentials (B, V), float64."""
         if self._races is None:
-            counter = [0, 0, self._step, RACE_BLOCK]
             rows = [
                 np.random.Generator(
-                    np.random.Philox(key=key, counter=counter)
+                    np.random.Philox(key=key, counter=[0, 0, step, RACE_BLOCK])
                 ).standard_exponential(self._vocab_size)
-                for key in self._keys
+                for key, step in zip(self._keys, self._steps, strict=True)
             ]
             self._races = torch.from_numpy(np.stack(rows)).to(self.uniforms.device)
         return self._races

@@ -26,7 +26,14 @@ from calibrate.run.records import (
     RunRecord,
     RunSettings,
 )
-from calibrate.run.traces import finished_prompts, read_axes, read_trace, shard_paths, write_shard
+from calibrate.run.traces import (
+    finished_prompts,
+    next_shard,
+    read_axes,
+    read_trace,
+    shard_paths,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from calibrate.decode.engine import DecodingSettings
@@ -166,7 +173,7 @@ def calibrate(
         _check_same_inputs(request.run, earlier, info, axes)
         info = info.model_copy(update={"wall_s": earlier.wall_s, "forward_s": earlier.forward_s})
     write_record(request.run, info)
-    done = finished_prompts(request.run) if request.resume else set()
+    done = finished_prompts(shard_paths(request.run)) if request.resume else set()
     left = [prompt for prompt in tokenized if prompt.prompt_id not in done]
     if on_total is not None:
         on_total(len(left) * request.max_new_tokens)
@@ -220,12 +227,10 @@ def _decode_to_shards(
     from hlmtheory.policies import calibration_policy
 
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
-    numbers = [int(path.stem.rpartition("-")[2]) for path in shard_paths(run)]
-    offset = max(numbers, default=-1) + 1
     policy, axes = calibration_policy(), settings.axes(pair.vocab_size)
     batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
-    for number, batch in enumerate(batches, start=offset):
-        path = run / "traces" / f"shard-{number:05d}.parquet"
+    for batch in batches:
+        path = next_shard(run / "traces")
         write_shard(path, batch.columns, batch.prompt_ids, header, axes, batch.categories)
         spent = {
             name: getattr(info, name) + getattr(batch, name) for name in ("wall_s", "forward_s")

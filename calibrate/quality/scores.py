@@ -62,7 +62,7 @@ from calibrate.run.records import (
     RunSettings,
     ValidationRecord,
 )
-from calibrate.run.traces import read_trace
+from calibrate.run.traces import read_trace, shards_in
 from hlmtheory.policies import Policy, policy_class, policy_names, server_policies
 
 Measure = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -161,7 +161,7 @@ def read_reruns(
     kinds = {info.name: policy_class(info.source or info.name) for info in derivation.policies}
     reruns = []
     for one in validation.reruns:
-        trace = read_trace([run / "reruns" / one.file], ["output_token"])
+        trace = read_trace(shards_in(run / "reruns" / one.folder), ["output_token"])
         ends = np.cumsum(np.bincount(trace.prompt_index, minlength=trace.num_prompts))[:-1]
         tokens = np.split(trace["output_token"].astype(np.int64), ends)
         texts = tuple(tuple(part.tolist()) for part in tokens)

@@ -447,7 +447,8 @@ class RerunInfo(Record):
 
     policy: str
     rule: str
-    file: str
+    folder: str
+    """In RUN/reruns."""
     num_tokens: int
     entries_per_sent_token: Figure
     """Probabilities sent with a token that is sent; no value where nothing is ever sent."""

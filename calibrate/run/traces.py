@@ -145,13 +145,24 @@ def read_axes(path: Path) -> Axes:
 
 def shard_paths(run: Path) -> list[Path]:
     """Finished shards of a run, in order."""
-    return sorted((run / "traces").glob("*.parquet"))
+    return shards_in(run / "traces")
 
 
-def finished_prompts(run: Path) -> set[str]:
+def shards_in(folder: Path) -> list[Path]:
+    """Finished shards of a folder, in order."""
+    return sorted(folder.glob("*.parquet"))
+
+
+def next_shard(folder: Path) -> Path:
+    """Where the next shard of a folder goes: behind those that are there."""
+    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("shard-*.parquet")]
+    return folder / f"shard-{max(numbers, default=-1) + 1:05d}.parquet"
+
+
+def finished_prompts(shards: Sequence[Path]) -> set[str]:
     """Prompts whose tokens are already on disk."""
     done: set[str] = set()
-    for path in shard_paths(run):
+    for path in shards:
         done |= set(Shard(path).read(["prompt_id"])["prompt_id"].unique().to_pylist())
     return done
 

@@ -1,28 +1,27 @@
 """Reruns: the whole pipeline decoded again under a policy, each kept by what it ran.
 
-A file is named by a hash of everything that decides its tokens. So reruns of other settings, seeds
-or prompts lie beside one another, none replaces another, and one that is there is not made again.
+A folder is named by a hash of everything that decides its tokens, and holds a shard for each batch.
+So reruns of other settings, seeds or prompts lie beside one another, none replaces another, what is
+there is not made again, and a stop loses the batch in work and no more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from calibrate.run.prompts import Prompt, TokenizedPrompt, text_key
 from calibrate.run.records import OperatingPoint
-from calibrate.run.traces import write_shard
+from calibrate.run.traces import finished_prompts, next_shard, shards_in, write_shard
 from hlmtheory.policies import Policy
 
 if TYPE_CHECKING:
-    from calibrate.decode.engine import DecodedBatch, DecodingSettings
+    from calibrate.decode.engine import DecodingSettings
     from calibrate.pairs.registry import LoadedPair
-    from hlmtheory.steps import Axes
 
 OnStep = Callable[[int, int], None]
 
@@ -65,10 +64,10 @@ def rerun_identity(
 
 
 def rerun_path(run: Path, identity: Mapping[str, Any]) -> Path:
-    """RUN/reruns/POLICY-HASH.parquet."""
+    """RUN/reruns/POLICY-HASH, a folder of shards."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-    return run / "reruns" / f"{identity['policy']}-{digest}.parquet"
+    return run / "reruns" / f"{identity['policy']}-{digest}"
 
 
 def _source_identity(source: str) -> str:
@@ -76,62 +75,72 @@ def _source_identity(source: str) -> str:
     return f"{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}:{name}"
 
 
-def decode_policies(
+@dataclass(frozen=True)
+class Rerun:
+    """One rerun to be decoded: the policy, and what its files say of it."""
+
+    policy: Policy
+    header: Mapping[str, Any]
+
+
+def decode_reruns(
     pair: LoadedPair,
     prompts: Sequence[TokenizedPrompt],
-    policies: Mapping[str, Policy],
+    reruns: Mapping[Path, Rerun],
     settings: DecodingSettings,
     on_step: OnStep | None = None,
-    on_batch: Callable[[int, int, str], None] | None = None,
-) -> Iterator[tuple[str, list[DecodedBatch]]]:
-    """Decode the same prompts under every policy: batch by batch, so that prompts are read once.
+    on_batch: Callable[[int, int], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> None:
+    """Decode what reruns lack, all of them together, and write each batch as it is done.
 
     Parameters
     ----------
     pair : LoadedPair
     prompts : sequence of TokenizedPrompt
-    policies : mapping of str to Policy
+    reruns : mapping of Path to Rerun
+        By the folder of each.
     settings : DecodingSettings
     on_step : callable, optional
-        See :func:`calibrate.decode.engine.decode`.
+        See :func:`calibrate.decode.engine.decode_together`.
     on_batch : callable, optional
-        Told the number of this batch of one policy, how many there are in all, and its label.
-
-    Yields
-    ------
-    label, batches
-        Of each policy as soon as its last batch is done.
+        Told the number of this batch, and how many there are.
+    on_total : callable, optional
+        Told the most tokens that may be decoded, before decoding starts.
     """
-    from calibrate.decode.engine import batches_by_length, decode
+    from calibrate.decode.engine import batches_by_length, decode_together
     from calibrate.decode.models import TransformerModel
 
-    slm = TransformerModel(pair.slm, pair.vocab_size, reuse_prefill=True)
-    llm = TransformerModel(pair.llm, pair.vocab_size, reuse_prefill=True)
-    batches = batches_by_length(prompts, settings.batch_size)
-    decoded: dict[str, list[DecodedBatch]] = {label: [] for label in policies}
-    number = 0
-    for batch in batches:
-        for label, policy in policies.items():
-            number += 1
-            if on_batch is not None:
-                on_batch(number, len(batches) * len(policies), label)
-            decoded[label] += decode(slm, llm, batch, policy, settings, pair.eos_token_ids, on_step)
-            if len(decoded[label]) == len(batches):
-                yield label, decoded.pop(label)
-
-
-def keep_rerun(
-    path: Path, batches: Sequence[DecodedBatch], header: Mapping[str, Any], axes: Axes
-) -> None:
-    """Keep the batches of one policy in one file."""
-    prompt_ids: list[str] = []
-    categories: list[str] = []
-    parts: dict[str, list[np.ndarray]] = {}
-    for batch in batches:
-        for name, values in batch.columns.items():
-            shifted = values + len(prompt_ids) if name == "row" else values
-            parts.setdefault(name, []).append(shifted)
-        prompt_ids += batch.prompt_ids
-        categories += batch.categories
-    columns = {name: np.concatenate(values) for name, values in parts.items()}
-    write_shard(path, columns, prompt_ids, header, axes, categories)
+    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
+    axes = settings.axes(pair.vocab_size)
+    done = {path: finished_prompts(shards_in(path)) for path in reruns}
+    work: list[tuple[list[TokenizedPrompt], list[Path]]] = []
+    for batch in batches_by_length(prompts, settings.batch_size):
+        alike: dict[tuple[str, ...], list[Path]] = {}
+        for path in reruns:
+            lacking = tuple(p.prompt_id for p in batch if p.prompt_id not in done[path])
+            alike.setdefault(lacking, []).append(path)
+        work += [
+            ([prompt for prompt in batch if prompt.prompt_id in lacking], paths)
+            for lacking, paths in alike.items()
+            if lacking
+        ]
+    if on_total is not None:
+        on_total(sum(len(part) * len(paths) for part, paths in work) * settings.max_new_tokens)
+    for number, (part, paths) in enumerate(work, start=1):
+        if on_batch is not None:
+            on_batch(number, len(work))
+        policies = {str(path): reruns[path].policy for path in paths}
+        for decoded in decode_together(
+            slm, llm, part, policies, settings, pair.eos_token_ids, on_step
+        ):
+            for path in paths:
+                batch_of = decoded[str(path)]
+                write_shard(
+                    next_shard(path),
+                    batch_of.columns,
+                    batch_of.prompt_ids,
+                    reruns[path].header,
+                    axes,
+                    batch_of.categories,
+                )

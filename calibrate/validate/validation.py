@@ -28,8 +28,20 @@ from calibrate.run.records import (
     RunRecord,
     ValidationRecord,
 )
-from calibrate.run.traces import read_axes, read_trace, shard_paths
-from calibrate.validate.rerun import decode_policies, keep_rerun, rerun_identity, rerun_path
+from calibrate.run.traces import (
+    Trace,
+    finished_prompts,
+    read_axes,
+    read_trace,
+    shard_paths,
+    shards_in,
+)
+from calibrate.validate.rerun import (
+    Rerun,
+    decode_reruns,
+    rerun_identity,
+    rerun_path,
+)
 from hlmtheory.policies import policy_class
 from hlmtheory.uncertainty import Temperatures
 
@@ -109,12 +121,21 @@ class ValidationPlan:
     def missing(self) -> dict[Path, OperatingPoint]:
         """A point for each rerun that is still to be decoded."""
         paths = {self.paths[point.key]: point for point in self.points}
-        return {path: point for path, point in paths.items() if not path.is_file()}
+        return {path: point for path, point in paths.items() if not self._is_whole(path)}
+
+    def _is_whole(self, path: Path) -> bool:
+        wanted = {prompt.prompt_id for prompt in self.prompts}
+        return finished_prompts(shards_in(path)) >= wanted
 
     @property
     def num_kept(self) -> int:
         """Points whose rerun is there."""
-        return sum(path.is_file() for path in self.paths.values())
+        missing = self.missing
+        return sum(path not in missing for path in self.paths.values())
+
+    def trace(self, point: OperatingPoint) -> Trace:
+        """The tokens of a point's rerun."""
+        return read_trace(shards_in(self.paths[point.key]))
 
     @property
     def needs_attention(self) -> bool:
@@ -236,10 +257,11 @@ def _with_earlier(plan: ValidationPlan, earlier: ValidationRecord) -> Validation
         if (
             point is None
             or not point.feasible
-            or rerun_path(plan.run, plan.identity(point)).name != rerun.file
+            or rerun_path(plan.run, plan.identity(point)).name != rerun.folder
         ):
             raise UsageError(
-                f"{file} judged {key} at {rerun.file}, which is not what is derived now; {way_out}"
+                f"{file} judged {key} at {rerun.folder}, which is not what is derived now; "
+                f"{way_out}"
             )
         kept[key] = point
     infeasible = {(one.policy, one.rule): one for one in (*earlier.infeasible, *plan.infeasible)}
@@ -271,9 +293,9 @@ def decode_missing(
     pair: LoadedPair,
     on_step: Callable[[int, int], None] | None = None,
     on_total: Callable[[int], None] | None = None,
-    on_point: Callable[[str], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Decode every rerun of the plan that is not there yet; each is kept as soon as it is done.
+    """Decode what is not there yet of the plan's reruns; each batch is kept as soon as it is done.
 
     Raises
     ------
@@ -284,30 +306,23 @@ def decode_missing(
     from calibrate.decode.memory import automatic_batch_size
 
     check_pair(plan.calibration, pair)
-    max_new_tokens = plan.calibration.settings.max_new_tokens
+    max_new_tokens, missing = plan.calibration.settings.max_new_tokens, plan.missing
     prompts = tokenize_prompts(plan.prompts, pair.tokenizer, max_new_tokens, pair.max_context)
     settings = DecodingSettings(
         temperature=plan.calibration.settings.temperature,
         max_new_tokens=max_new_tokens,
-        batch_size=plan.batch_size or automatic_batch_size(pair, prompts, max_new_tokens, 2),
+        batch_size=plan.batch_size
+        or automatic_batch_size(pair, prompts, max_new_tokens, len(missing)),
         seed=plan.seed,
         thetas=Temperatures(plan.thetas),
         trace="minimal",
     )
-    missing = {point.key: (path, point) for path, point in plan.missing.items()}
-    if on_total is not None:
-        on_total(len(missing) * len(prompts) * max_new_tokens)
-
-    def on_batch(number: int, total: int, label: str) -> None:
-        if on_point is not None:
-            on_point(f"validating {number}/{total}: {label}")
-
     made = provenance(plan.command).model_dump(mode="json")
-    policies = {key: plan.policies[key] for key in missing}
-    for key, batches in decode_policies(pair, prompts, policies, settings, on_step, on_batch):
-        path, point = missing[key]
-        header = {**plan.identity(point), "provenance": made}
-        keep_rerun(path, batches, header, settings.axes(pair.vocab_size))
+    reruns = {
+        path: Rerun(plan.policies[point.key], {**plan.identity(point), "provenance": made})
+        for path, point in missing.items()
+    }
+    decode_reruns(pair, prompts, reruns, settings, on_step, on_batch, on_total)
 
 
 def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
@@ -325,10 +340,10 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     compared: list[Comparison] = []
     reruns, shifts = [], []
     follows = [point for point in plan.points if is_reference(plan.policies[point.key])]
-    reference = read_trace([plan.paths[follows[0].key]]) if follows else None
+    reference = plan.trace(follows[0]) if follows else None
     for point in plan.points:
         policy = plan.policies[point.key]
-        trace = read_trace([plan.paths[point.key]])
+        trace = plan.trace(point)
         compared += compare(point, policy, calibration, trace, economics, confidence)
         if reference is not None:
             shift = context_shift(point, policy, calibration, trace, reference, confidence)
@@ -360,7 +375,7 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
 
 def _rerun_info(
     point: OperatingPoint,
-    file: str,
+    folder: str,
     tokens: PolicyTokens,
     economics: Economics,
     derivation: DerivationRecord,
@@ -381,7 +396,7 @@ def _rerun_info(
     return RerunInfo(
         policy=point.policy,
         rule=point.rule,
-        file=file,
+        folder=folder,
         num_tokens=len(tokens.skip),
         entries_per_sent_token=entries,
         throughput=None

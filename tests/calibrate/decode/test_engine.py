@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from toy_models import TableModel, softmax
 
-from calibrate.decode.engine import DecodingSettings, decode
+from calibrate.decode.engine import DecodingSettings, _places, decode, decode_together
+from calibrate.decode.streams import step_noise, stream_key
 from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory.clusters import mean_over_tokens
@@ -235,30 +236,91 @@ def test_shared_noise_does_not_depend_on_the_batch(policy):
         np.testing.assert_array_equal(small[name], large[name])
 
 
-def test_races_are_a_pure_function_of_seed_prompt_and_step():
-    from calibrate.decode.streams import Streams
+def noise_of(seed: int, ids: list[str], steps: list[int], vocab: int = 50):
+    return step_noise([stream_key(seed, one) for one in ids], steps, vocab, torch.device("cpu"))
 
-    device = torch.device("cpu")
-    first, second = Streams(3, ["a", "b", "c"]), Streams(3, ["c"])
-    for number in range(4):
-        if number == 2:
-            first.keep([2, 0])
-        noise, alone = first.next_step(50, device), second.next_step(50, device)
-        row = 2 if number < 2 else 0
-        np.testing.assert_array_equal(noise.races()[row], alone.races()[0])
-        np.testing.assert_array_equal(noise.draft[row], alone.draft[0])
-        assert noise.races() is noise.races()
-    other = Streams(4, ["c"]).next_step(50, device)
-    fresh = Streams(3, ["c"]).next_step(50, device)
-    assert (other.races() != fresh.races()).all()
+
+def test_random_numbers_are_a_pure_function_of_seed_prompt_and_step():
+    together = noise_of(3, ["a", "b", "c", "c"], [0, 5, 2, 7])
+    for row, step in ((2, 2), (3, 7)):
+        alone = noise_of(3, ["c"], [step])
+        np.testing.assert_array_equal(together.races()[row], alone.races()[0])
+        np.testing.assert_array_equal(together.uniforms[row], alone.uniforms[0])
+    some = together.rows(torch.tensor([3, 1]))
+    np.testing.assert_array_equal(some.races(), together.races()[[3, 1]])
+    np.testing.assert_array_equal(some.accept, together.accept[[3, 1]])
+    assert together.races() is together.races()
+    assert (noise_of(4, ["c"], [2]).races() != noise_of(3, ["c"], [2]).races()).all()
+    # Steps follow one another in one stream: no number of it comes twice.
+    stream = noise_of(3, ["c"] * 40, list(range(40))).uniforms.numpy()
+    assert len(np.unique(stream)) == stream.size
+    ids = [str(i) for i in range(50)]
+    first = noise_of(3, ids, [0] * 50, 400)
     # Uniforms and races of a step never share a block of the counter.
-    races = torch.cat([Streams(3, [str(i)]).next_step(400, device).races() for i in range(50)])
-    assert stats.kstest(races.numpy().ravel(), "expon").pvalue > 1e-4
-    uniforms = torch.cat([Streams(3, [str(i)]).next_step(400, device).uniforms for i in range(50)])
-    made = 1 - np.exp(-races.numpy()[:, :100])
+    assert stats.kstest(first.races().numpy().ravel(), "expon").pvalue > 1e-4
+    made = 1 - np.exp(-first.races().numpy()[:, :100])
     # Four standard errors of a correlation of independent pairs.
-    found = np.corrcoef(made.ravel(), uniforms.numpy()[:, :100].ravel())[0, 1]
+    found = np.corrcoef(made.ravel(), first.uniforms.numpy()[:, :100].ravel())[0, 1]
     assert abs(found) < 4 / np.sqrt(made.size)
+
+
+# --- several policies in one decode --------------------------------------------------------------
+
+
+def test_policies_decoded_together_get_the_tokens_that_they_get_alone():
+    """Rows fork where answers part, end one by one, and keep what each policy remembers."""
+    slm, llm = markov()
+    policies = {
+        "hlm": make("hlm"),
+        "u": make("u-hlm", 0.6),
+        "again": make("u-hlm", 0.6),
+        "r": make("r-hlm", 0.6),
+        "race": make("coupled", 0.4),
+        "ask": make("ask-llm", 0.6),
+        "ui": make("ui-hlm", 0.6, importance={"variant": "context", "k": 0.5, "gamma": 0.9}),
+        "slm": make("slm"),
+    }
+    settings = DecodingSettings(max_new_tokens=15, batch_size=9, trace="full", seed=3)
+    models = (TableModel(slm), TableModel(llm))
+    asked, steps = prompts(20), []
+
+    def count(emitted: int, spared: int) -> None:
+        steps.append(emitted + spared)
+
+    together = list(decode_together(*models, asked, policies, settings, (5,), count))
+    assert sum(steps) == len(policies) * len(asked) * settings.max_new_tokens
+    assert len(together) == 3
+    for name, policy in policies.items():
+        alone = list(decode(*models, asked, policy, settings, (5,)))
+        for one, batch in zip(alone, together, strict=True):
+            assert one.prompt_ids == batch[name].prompt_ids
+            assert one.columns.keys() == batch[name].columns.keys()
+            for column, values in one.columns.items():
+                # The place of a row in a vector instruction may round its last bit otherwise.
+                limit = 2e-6 if values.dtype.kind == "f" else 0
+                np.testing.assert_allclose(
+                    batch[name].columns[column], values, atol=limit, rtol=limit, err_msg=column
+                )
+    # They do part, and for good.
+    texts = {
+        name: [tuple(batch[name].columns["output_token"]) for batch in together]
+        for name in policies
+    }
+    assert texts["u"] == texts["again"]
+    assert len(set(map(tuple, texts.values()))) == len(policies) - 1
+
+
+def test_few_rows_leave_their_place_when_a_batch_forks():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        rows = int(rng.integers(1, 12))
+        children = np.sort(rng.integers(0, rows, size=rng.integers(0, 20)))
+        places = _places(children)
+        assert sorted(places) == list(range(len(children)))
+        parents = np.empty(len(children), dtype=int)
+        parents[places] = children
+        kept = {row for row in children if row < len(children)}
+        assert sum(parents == np.arange(len(children))) == len(kept)
 
 
 # --- further laws --------------------------------------------------------------------------------

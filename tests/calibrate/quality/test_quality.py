@@ -24,7 +24,7 @@ from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
 from calibrate.run.folder import write_record
 from calibrate.run.records import Figure, RerunInfo
-from calibrate.run.traces import write_shard
+from calibrate.run.traces import next_shard, write_shard
 from hlmtheory.policies import policy_class
 from hlmtheory.steps import Axes
 
@@ -73,11 +73,13 @@ def write_run(folder: Path, reruns: Sequence[Rerun]) -> Path:
             "step": np.concatenate([np.arange(length) for length in lengths]),
             "output_token": np.concatenate([np.array(tokens) for tokens in entry.tokens]),
         }
-        file = f"{entry.policy}-0123456789.parquet"
-        write_shard(folder / "reruns" / file, columns, list(entry.prompt_ids), {}, Axes(10))
+        name = f"{entry.policy}-0123456789"
+        write_shard(
+            next_shard(folder / "reruns" / name), columns, list(entry.prompt_ids), {}, Axes(10)
+        )
         infos.append(
             RerunInfo(
-                policy=entry.policy, rule=entry.rule, file=file, num_tokens=sum(lengths),
+                policy=entry.policy, rule=entry.rule, folder=name, num_tokens=sum(lengths),
                 entries_per_sent_token=Figure(value=None), throughput=None, sizes=None,
             )
         )  # fmt: skip

@@ -105,7 +105,7 @@ def test_shards_add_up_and_say_which_prompts_are_done(tmp_path, rng):
     write(folder / "001.parquet", rng)
     paths = shard_paths(tmp_path)
     assert [path.name for path in paths] == ["000.parquet", "001.parquet"]
-    assert finished_prompts(tmp_path) == set("abcdefgh")
+    assert finished_prompts(shard_paths(tmp_path)) == set("abcdefgh")
     trace = read_trace(paths)
     assert trace.prompt_ids == list("abcdefgh")
     some = read_trace(paths, ["entropy"])

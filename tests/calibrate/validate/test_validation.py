@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy_pair
 
@@ -15,7 +16,7 @@ from calibrate.fit.calibration import calibrate, prepare
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import DerivationRecord, DeriveRequest, ValidationRecord
-from calibrate.run.traces import Shard, read_trace
+from calibrate.run.traces import Shard, shards_in
 from calibrate.validate import validation
 from calibrate.validate.rerun import rerun_identity, rerun_path
 from calibrate.validate.validation import (
@@ -69,24 +70,25 @@ def test_another_policy_adds_to_what_was_validated(run, pair, monkeypatch) -> No
     """The second decodes only its own, and the first one's figures stay."""
     first = validate(plan(run, "hlm"), pair)
     assert rows(first) == [("hlm", "none")]
-    kept = {path.name: path.read_bytes() for path in (run / "reruns").iterdir()}
+    kept = {path: path.read_bytes() for path in (run / "reruns").rglob("*.parquet")}
     decoded = []
-    honest = validation.decode_policies
+    honest = validation.decode_reruns
 
-    def counted(pair, prompts, policies, *arguments):
-        decoded.extend(policies)
-        return honest(pair, prompts, policies, *arguments)
+    def counted(pair, prompts, reruns, *arguments):
+        decoded.extend(rerun.policy.name for rerun in reruns.values())
+        return honest(pair, prompts, reruns, *arguments)
 
-    monkeypatch.setattr(validation, "decode_policies", counted)
+    monkeypatch.setattr(validation, "decode_reruns", counted)
     planned = plan(run, "u-hlm")
     assert planned.num_kept == 1
     second = validate(planned, pair)
-    assert decoded == [f"u-hlm/{RULE}"]
+    assert decoded == ["u-hlm"]
     assert rows(second) == [("hlm", "none"), ("u-hlm", RULE)]
     assert set(first.cells) <= set(second.cells)
     assert read_record(run, ValidationRecord) == second
-    for name, content in kept.items():
-        assert (run / "reruns" / name).read_bytes() == content
+    assert kept
+    for path, content in kept.items():
+        assert path.read_bytes() == content
     # Both again: nothing is left to decode, and the result is the same.
     third = plan(run, "hlm", "u-hlm")
     assert (third.missing, third.num_kept) == ({}, 2)
@@ -97,8 +99,8 @@ def test_a_rerun_says_what_it_ran(run, pair) -> None:
     planned = plan(run, "u-hlm")
     record = validate(planned, pair)
     (path,) = planned.paths.values()
-    assert record.reruns[0].file == path.name
-    header = Shard(path).header
+    assert record.reruns[0].folder == path.name
+    header = Shard(shards_in(path)[0]).header
     (point,) = planned.points
     assert header["policy"] == "u-hlm"
     assert header["threshold"] == point.uncertainty_threshold.value
@@ -106,7 +108,7 @@ def test_a_rerun_says_what_it_ran(run, pair) -> None:
     assert list(header["prompt_keys"]) == list(record.prompt_ids)
     assert header["axes"]["vocab_size"] == toy_pair.VOCAB_SIZE
     assert header["provenance"]["versions"]["torch"]
-    assert read_trace([path]).prompt_ids == sorted(record.prompt_ids)
+    assert planned.trace(point).prompt_ids == sorted(record.prompt_ids)
     (rerun,) = record.reruns
     assert rerun.entries_per_sent_token.value == toy_pair.VOCAB_SIZE
     sources = {cell.metric: cell.source for cell in record.cells}
@@ -138,7 +140,7 @@ def test_other_prompts_are_refused_with_both_numbers(run, pair) -> None:
 def test_a_rerun_of_other_settings_than_are_derived_now_is_not_held_against_them(run, pair) -> None:
     record = validate(plan(run, "u-hlm"), pair)
     (rerun,) = record.reruns
-    other = rerun.model_copy(update={"file": "u-hlm-0000000000.parquet"})
+    other = rerun.model_copy(update={"folder": "u-hlm-0000000000"})
     write_record(run, record.model_copy(update={"reruns": (other,)}))
     with pytest.raises(UsageError, match=r"u-hlm/risk-0\.05 at u-hlm-0000000000") as caught:
         plan(run, "hlm")
@@ -157,20 +159,31 @@ def test_validations_of_two_names_share_their_reruns(run, pair) -> None:
 
 
 def test_what_was_decoded_stays_when_it_is_interrupted(run, pair) -> None:
-    planned = plan(run, "hlm", "u-hlm", "r-hlm")
-    seen = []
+    """The finished batch is not decoded again, and the rest gives the tokens of a quiet run."""
+    planned = plan(run, "hlm", "u-hlm", "r-hlm", batch_size=4)
 
-    def at_point(text: str) -> None:
-        seen.append(text)
-        if "r-hlm" in text:
+    def at_batch(number: int, total: int) -> None:
+        assert total == 2
+        if number == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decode_missing(planned, pair, on_point=at_point)
-    assert planned.num_kept == 2
-    assert [path.name.rpartition("-")[0] for path in planned.missing] == ["r-hlm"]
+        decode_missing(planned, pair, on_batch=at_batch)
+    assert (planned.num_kept, len(planned.missing)) == (0, 3)
+    kept = {path: path.read_bytes() for path in (run / "reruns").rglob("*.parquet")}
+    assert len(kept) == 3
     assert not (run / "validation.json").exists()
     assert not list(run.rglob("*.part"))
+    steps = []
+    decode_missing(planned, pair, on_step=lambda emitted, spared: steps.append((emitted, spared)))
+    assert sum(map(sum, steps)) == 3 * 2 * planned.calibration.settings.max_new_tokens
+    assert planned.missing == {}
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    resumed = [planned.trace(point)["output_token"] for point in planned.points]
+    shutil.rmtree(run / "reruns")
+    decode_missing(planned, pair)
+    for point, tokens in zip(planned.points, resumed, strict=True):
+        assert np.array_equal(planned.trace(point)["output_token"], tokens)
 
 
 def test_the_interruption_is_told_in_one_line(run, pair, monkeypatch) -> None:
@@ -178,7 +191,7 @@ def test_the_interruption_is_told_in_one_line(run, pair, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(validation, "decode_missing", stop)
-    with pytest.raises(UserError, match=r"reruns of 0 of 1 points stay in .*the same command"):
+    with pytest.raises(UserError, match=r"finished batches stay in .*reruns; the same command"):
         cli._validate(plan(run, "hlm"), "cpu", pair)
 
 
@@ -193,7 +206,7 @@ def test_points_that_decide_alike_share_a_rerun(run, pair) -> None:
     assert len(planned.points) == 2
     assert len(planned.missing) == 1
     record = validate(planned, pair)
-    assert len({one.file for one in record.reruns}) == 1
+    assert len({one.folder for one in record.reruns}) == 1
     assert len(rows(record)) == 2
 
 
