@@ -59,25 +59,96 @@ def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array
     rows_x, rows_y = Head.rows(x), Head.rows(y)
     numpy_rows = not is_torch_array(rows_x)
     ids = token_ids.numpy() if numpy_rows and is_torch_array(token_ids) else token_ids
-    pairs = [_row_columns(*row) for row in zip(rows_x, rows_y, ids, strict=True)]
     xp, outer = array_namespace(rows_x), array_namespace(x)
-    agreement, race = (xp.stack(column) for column in zip(*pairs, strict=True))
+    # Row by row all of it stays in the cache.
+    pairs = [
+        [xp.take_along_axis(column, i[None], axis=-1) for column in _columns(p[None], q[None])]
+        for p, q, i in zip(rows_x, rows_y, ids, strict=True)
+    ]
+    agreement, race = (xp.concat(column) for column in zip(*pairs, strict=True))
     return outer.asarray(agreement), outer.asarray(race)
 
 
-def _row_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array]:
-    """The two columns of one row, (M,) each; row by row all of it stays in the cache."""
+def _columns(x: Array, y: Array) -> tuple[Array, Array]:
+    """a and Phi of every token, (B, V) each, from one sort and running sums."""
     x, y = _normalised(x), _normalised(y)
     xp, share = array_namespace(x), _share(x, y)
-    order = xp.argsort(share)
-    rising, x_sorted, y_sorted = (xp.take(column, order) for column in (share, x, y))
-    behind = xp.cumulative_sum(x_sorted)  # sum of x over the tokens of at most this share
-    ahead = 1.0 - xp.cumulative_sum(y_sorted)  # sum of y over those of a larger one
-    level = rising * behind + (1.0 - rising) * ahead
-    own = xp.take(share, token_ids)
-    place = xp.searchsorted(rising, own)  # at equal shares A and Phi are equal
-    agreement = xp.take(x, token_ids) * own / xp.take(level, place)
-    return agreement, xp.take(_race(rising, level), place)
+    order = xp.argsort(share, axis=-1)
+    rising, x_sorted, y_sorted = (xp.take_along_axis(one, order, axis=-1) for one in (share, x, y))
+    behind = xp.cumulative_sum(x_sorted, axis=-1)  # sum of x over the tokens of at most this share
+    ahead = 1.0 - xp.cumulative_sum(y_sorted, axis=-1)  # sum of y over those of a larger one
+    level = rising * behind + (1.0 - rising) * ahead  # at equal shares equal, whoever comes first
+    columns = x_sorted * rising / level, _race(rising, level)
+    agreement, race = (put_along_last_axis(one, order, one) for one in columns)
+    return agreement, race
+
+
+def bracketed_columns(
+    x_head: Array, y_head: Array, x: Array, y: Array, distance: Array, own: Array
+) -> list[tuple[Array, Array, Array]]:
+    r"""Bounds on a_v and Phi_v of one token v and on Phi of a head, without the other tokens.
+
+    .. math:: \max(s X, (1 - s) Y) \le \sum_{k\ \mathrm{beyond}} \max(s x_k, (1 - s) y_k)
+              \le s E + \max(s, 1 - s)(X - E) + (1 - s)(Y - X + E)
+
+    with X, Y the masses beyond the head and v, and E the sum of (x - y)+ there. Both ends are races
+    themselves, with all beyond put into one token or into three, so A lies between the A of these
+    two, and a_v and differences of Phi lie between theirs. docs/theory.md, (41f).
+
+    Parameters
+    ----------
+    x_head, y_head : array (B, M)
+    x, y, distance : array (B,)
+        Of the token, and TV(x, y).
+    own : bool array (B, M)
+        Where in the head the token is; nowhere, if it lies beyond.
+
+    Returns
+    -------
+    two triples (a_v (B,), Phi_v (B,), Phi of the head (B, M)), float64
+        The greatest a_v and differences of Phi, and the least.
+    """
+    xp = array_namespace(x_head, y_head)
+    num, inside = x_head.shape[-1], xp.any(own, axis=-1)
+    place = xp.where(inside, xp.argmax(xp.astype(own, xp.int32), axis=-1), num)[:, None]
+    p, q = (
+        xp.astype(xp.concat([head, xp.where(inside, 0 * v, v)[:, None]], axis=-1), xp.float64)
+        for head, v in ((x_head, x), (y_head, y))
+    )
+    rest_p, rest_q = (xp.clip(1.0 - xp.sum(c, axis=-1, keepdims=True), 0.0, None) for c in (p, q))
+    excess = xp.sum(xp.clip(p - q, 0.0, None), axis=-1, keepdims=True)
+    excess = xp.clip(xp.astype(distance, xp.float64)[:, None] - excess, 0.0, None)
+    met = xp.minimum(xp.clip(rest_p - excess, 0.0, None), rest_q)
+    none = 0 * met
+    beyond = [[(rest_p, rest_q)], [(rest_p - met, none), (met, met), (none, rest_q - met)]]
+    out: list[tuple[Array, Array, Array]] = []
+    for tokens in beyond:
+        more_p, more_q = zip(*tokens, strict=True)
+        a, phi = _columns(xp.concat([p, *more_p], axis=-1), xp.concat([q, *more_q], axis=-1))
+        a_v, phi_v = (xp.take_along_axis(column, place, axis=-1)[:, 0] for column in (a, phi))
+        out.append((a_v, phi_v, phi[:, :num]))
+    return out
+
+
+def coupled_output_probability(
+    token: tuple[Array, ...], x_head: Array, race: Array, skip_probability: Array
+) -> Array:
+    r"""P_v of one token under a gate that skips none but the head, (B,); docs/theory.md, (41c).
+
+    .. math:: P_v = \sigma_v (x_v - a_v) + y_v \Big(1 - \sum_{i \ne v} \sigma_i x_i
+              (\Phi_v - \Phi_i)_+\Big)
+
+    Parameters
+    ----------
+    token : x, y, a, Phi and sigma of v, (B,) each
+    x_head, race, skip_probability : array (B, M)
+        x, Phi and sigma of the head; v may be one of it.
+    """
+    x, y, agreement, own_race, sigma = token
+    xp = array_namespace(x, race)
+    ahead = xp.clip(own_race[:, None] - race, 0.0, None)  # 0 at v itself
+    lost = xp.sum(skip_probability * x_head * ahead, axis=-1)
+    return sigma * xp.clip(x - agreement, 0.0, None) + y * xp.clip(1.0 - lost, 0.0, None)
 
 
 def coupled_output_bias(

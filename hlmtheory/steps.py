@@ -373,6 +373,10 @@ COLUMNS: dict[str, Column] = {
     "policy_skip_prob": Column("probability that the policy skips here, over the draft"),
     "policy_risk": Column("rejection risk rho of the policy here, over the draft"),
     "policy_bias": Column("total variation between the policy's output law and y"),
+    "policy_log_ratio": Column(
+        "log of the policy's law over y at the output; its sum weighs the whole answer, "
+        "docs/theory.md (46)"
+    ),
     "policy_entries": Column("probabilities sent with this draft, 0 where it was skipped"),
     # Of a live step only: candidates are the head, or more where a gate may skip more.
     "head_coupling": Column(
@@ -399,6 +403,27 @@ def candidates(step: Step) -> tuple[Array, Array, Array]:
     return step[f"{kind}_prob"], step[f"{kind}_target_prob"], step[f"{kind}_uncertainty"]
 
 
+def is_output(step: Step, width: int) -> Array:
+    """Which of the first `width` candidates the emitted token is, bool (B, width).
+
+    A trace keeps the head's x and y, and no names of tokens: recorded, the output is where both
+    are its own. Tokens of one context that share x and y are the same to every gate but at the
+    head's very edge.
+    """
+    if step.has_laws:
+        return step["candidate_token"][:, :width] == step["output_token"][:, None]
+    x, y, _ = candidates(step)
+    same_x = x[:, :width] == step["output_prob"][:, None]
+    return same_x & (y[:, :width] == step["output_target_prob"][:, None])
+
+
+def at_output(step: Step, values: Array) -> Array:
+    """Values >= 0 of the first candidates (B, M) at the emitted token, (B,); 0 if beyond."""
+    xp = array_namespace(values)
+    own = is_output(step, values.shape[-1])
+    return xp.max(xp.where(own, values, xp.zeros_like(values)), axis=-1)
+
+
 @dataclass(frozen=True)
 class Skip:
     r"""Which drafts a gate emits unverified: sigma, on the candidates and beyond them.
@@ -420,6 +445,13 @@ class Skip:
     whole: Array
     undecided: Array
     of_draft: Array
+
+    def of_output(self, step: Step) -> Array:
+        """Sigma of the emitted token, (B,); NaN where undecided."""
+        xp = array_namespace(self.candidates)
+        found = at_output(step, self.candidates)
+        found = xp.where(self.undecided, xp.full_like(found, float("nan")), found)
+        return xp.where(self.whole, xp.ones_like(found), found)
 
     def mass(self, step: Step) -> Array:
         r"""P(skip), :math:`\sum_v \sigma_v x_v`, (B,)."""

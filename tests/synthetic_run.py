@@ -112,6 +112,7 @@ def synthetic_columns(
         "policy_skip_prob": expected.skip,
         "policy_risk": expected.risk,
         "policy_bias": expected.bias,
+        "policy_log_ratio": policy.log_ratio(step)[0],
         "policy_entries": drawn.entries,
     }
     for name, column in COLUMNS.items():

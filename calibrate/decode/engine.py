@@ -314,6 +314,7 @@ class _BatchRun:
             "policy_skip_prob": expected.skip,
             "policy_risk": expected.risk,
             "policy_bias": expected.bias,
+            "policy_log_ratio": policy.log_ratio(step)[0],
             "policy_entries": policy.drawn_entries(step),
         }
         if self.settings.trace == "full":

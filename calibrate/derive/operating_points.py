@@ -13,6 +13,7 @@ from calibrate.derive.predict import (
     METRICS,
     UNITS,
     Economics,
+    is_bounded,
     metrics,
     policy_atoms,
     predicted_tokens,
@@ -136,12 +137,17 @@ class Study:
             )
         return self._gates[key]
 
-    def predict(self, policy: Policy) -> dict[str, Figure]:
-        """Predicted metrics with intervals for the calibration's sampling of prompts."""
-        found = metrics(predicted_tokens(self.trace, policy), self.economics)
-        return {
+    def predict(self, policy: Policy) -> tuple[dict[str, Figure], tuple[str, ...]]:
+        """Predicted metrics with intervals for the calibration's sampling of prompts.
+
+        And which of them are upper bounds.
+        """
+        tokens = predicted_tokens(self.trace, policy)
+        found = metrics(tokens, self.economics)
+        figures = {
             name: as_figure(found[name], UNITS[name], self.request.confidence) for name in METRICS
         }
+        return figures, ("answer_divergence",) if is_bounded(tokens) else ()
 
 
 def _same(first: SkipAtoms, second: SkipAtoms) -> bool:
@@ -211,9 +217,10 @@ def _gated_point(
 ) -> tuple[OperatingPoint, Policy | None]:
     threshold = derived.threshold
     predicted, reason = _undefined(), threshold.reason
+    at_most: tuple[str, ...] = ()
     if threshold.feasible:
         policy = policy.with_threshold(threshold.value)
-        predicted = study.predict(policy)
+        predicted, at_most = study.predict(policy)
         reason = policy.remark or reason or _degenerate(predicted["skip_rate"].value)
     point = OperatingPoint(
         policy=policy.name,
@@ -230,19 +237,22 @@ def _gated_point(
         reason=reason,
         settings=offer.policy.settings(),
         predicted=predicted,
+        at_most=at_most,
     )
     return point, policy if threshold.feasible else None
 
 
 def _ungated_point(study: Study, offer: Offer) -> OperatingPoint:
     found = _infeasible(offer.policy.name, offer.policy.remark)
+    predicted, at_most = study.predict(offer.policy)
     return found.model_copy(
         update={
             "rule": UNGATED + offer.label,
             "variant": offer.label.removeprefix("@"),
             "feasible": True,
             "settings": offer.settings,
-            "predicted": study.predict(offer.policy),
+            "predicted": predicted,
+            "at_most": at_most,
         }
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 from calibrate.derive.presets import link_from_dict, profile_from_dict
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
+from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
 from hlmtheory.clusters import RatioEstimate, error_terms, mean_over_tokens
 from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
 from hlmtheory.link import Link
@@ -34,6 +35,8 @@ UNITS = {
     "mean_throughput_tok_s": "token/s",
     "energy_j_per_token": "J/token",
     "tv_bias": "",
+    "answer_divergence": "",
+    "tokens_in_agreement": "token",
 }
 METRICS = tuple(UNITS)
 SOURCES: dict[str, Literal["counted", "implied"]] = {
@@ -63,6 +66,9 @@ class PolicyTokens:
         Probabilities sent, 0 where nothing is.
     rho : float array (N,)
         Rejection risk expected there, over the draft.
+    log_ratio : float array (2, N)
+        Least and greatest log of the ratio that weighs the answer: of the policy's law over the
+        server's at the output, and the other way round where the outputs are the policy's own.
     prompt_index : int array (N,)
     num_prompts : int
     """
@@ -73,6 +79,7 @@ class PolicyTokens:
     bias: np.ndarray
     entries: np.ndarray
     rho: np.ndarray
+    log_ratio: np.ndarray
     prompt_index: np.ndarray
     num_prompts: int
 
@@ -146,13 +153,17 @@ def policy_steps(trace: Trace, policy: Policy) -> Iterator[Step]:
 
 
 def _tokens(trace: Trace, policy: Policy, look: Callable[[Step], Outcome]) -> PolicyTokens:
-    found = [look(step) for step in policy_steps(trace, policy)]
+    found, ratios = [], []
+    for step in policy_steps(trace, policy):
+        found.append(look(step))
+        ratios.append(policy.log_ratio(step))
     skip, risk, bias, entries, rho = (
         np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in found])
         for name in ("skip", "risk", "bias", "entries", "rho")
     )
     prompts = (trace.prompt_index, trace.num_prompts)
-    return PolicyTokens(policy, skip, risk, bias, entries, rho, *prompts)
+    log_ratio: np.ndarray = np.concatenate(ratios, axis=1)
+    return PolicyTokens(policy, skip, risk, bias, entries, rho, log_ratio, *prompts)
 
 
 def predicted_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
@@ -173,6 +184,8 @@ def drawn_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
 def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
     """What a rerun under the policy did."""
     skipped = trace["skipped"].astype(np.float64)
+    unknown = np.full(trace.num_tokens, np.nan)  # of a rerun from before it was recorded
+    ratio = trace.columns.get("policy_log_ratio", unknown)
     return PolicyTokens(
         policy,
         skipped,
@@ -180,6 +193,7 @@ def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
         trace["policy_bias"],
         trace["policy_entries"],
         trace["policy_risk"],
+        np.stack([-ratio, -ratio]),
         trace.prompt_index,
         trace.num_prompts,
     )
@@ -256,6 +270,10 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
             tokens, _expected(tokens, *_priced(token_energy_j, tokens, economics, bits))
         ),
         "tv_bias": mean_bias(tokens),
+        "answer_divergence": answer_divergence_estimate(tokens),
+        "tokens_in_agreement": _over_prompts(
+            tokens_in_agreement(_exact(tokens), tokens.prompt_index, tokens.num_prompts)
+        ),
     }
     return {name: found[name] for name in METRICS}
 
@@ -295,6 +313,42 @@ def _expected(tokens: PolicyTokens, skipped: np.ndarray, sent: np.ndarray) -> np
 
 def _mean(tokens: PolicyTokens, values: np.ndarray) -> RatioEstimate:
     return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
+
+
+EXACT = 1e-6
+"""Least and greatest ratio this close are one number, apart from float32 rounding."""
+
+
+def is_bounded(tokens: PolicyTokens) -> bool:
+    """Whether the ratio that weighs answers is known within bounds only at some token."""
+    low, high = tokens.log_ratio
+    return bool(np.any(high - low > EXACT, where=high > low))
+
+
+def _exact(tokens: PolicyTokens) -> np.ndarray:
+    """The log ratio (N,), NaN throughout unless it is known exactly."""
+    low, _ = tokens.log_ratio
+    return np.full_like(low, np.nan) if is_bounded(tokens) else low
+
+
+def answer_divergence_estimate(tokens: PolicyTokens, num_steps: int | None = None) -> RatioEstimate:
+    r"""TV between policy's and server's answers, cut after `num_steps` tokens if given.
+
+    .. math:: E[(1 - W)_+], \qquad W = \prod_t \frac{P(o_t)}{y(o_t)}
+
+    docs/theory.md, (46); a mean over prompts. From the least ratio: an upper bound where that is
+    all that is known (:func:`is_bounded`), no value where nothing is known of some token.
+    """
+    weights = log_weights(tokens.log_ratio[0], tokens.prompt_index, tokens.num_prompts, num_steps)
+    return _over_prompts(answer_divergence(weights[:, -1]))
+
+
+def _over_prompts(values: np.ndarray) -> RatioEstimate:
+    """Mean of one value a prompt (P,); none if it is unknown of any prompt."""
+    num = len(values)
+    if np.isnan(values).any():
+        return RatioEstimate(float("nan"), float("nan"), num)
+    return mean_over_tokens(values, np.arange(num), num)
 
 
 def mean_bias(tokens: PolicyTokens) -> RatioEstimate:

@@ -278,6 +278,8 @@ class OperatingPoint(Record):
     settings: dict[str, Any]
     """The policy's own fields, as its class reads them back."""
     predicted: dict[str, Figure]
+    at_most: tuple[str, ...] = ()
+    """Predicted figures that are upper bounds: a rerun may well lie below them."""
 
     @property
     def key(self) -> str:

@@ -28,7 +28,7 @@ from calibrate.run.records import (
     Repeats,
 )
 from calibrate.run.traces import Trace
-from hlmtheory.clusters import ErrorTerms, error_terms, prediction_error
+from hlmtheory.clusters import ErrorTerms, RatioEstimate, error_terms, prediction_error
 from hlmtheory.policies import Policy
 
 # Sums of float32 probabilities over a vocabulary, relative to figures of size one or more.
@@ -148,9 +148,11 @@ def compare(
     strata = common_strata(calibration.categories, rerun.categories)
     out = []
     for metric in METRICS:
-        value, found = point.predicted[metric].value, measured[metric]
-        if value is None:
-            raise ValueError(f"{point.key}: no prediction of {metric} to hold a rerun against")
+        predicted, found = point.predicted[metric], measured[metric]
+        value = predicted.value
+        if value is None or metric in point.at_most or not np.isfinite(found.value):
+            out.append(Comparison(_not_judged(point, metric, found, confidence), None, None))
+            continue
         influence = (averaged[metric].influence, drawn[metric].influence, found.influence)
         error = difference_error(*influence, strata)
         low, high, covered = _judge(value, found.value, error, confidence)
@@ -169,6 +171,22 @@ def compare(
         plain = _judge(value, found.value, difference_error(*influence, None), confidence)
         out.append(Comparison(cell, error, plain[2]))
     return out
+
+
+def _not_judged(
+    point: OperatingPoint, metric: str, found: RatioEstimate, confidence: float
+) -> Cell:
+    """A cell of what is not predicted, bounded only, or not recorded in the rerun."""
+    return Cell(
+        policy=point.policy,
+        rule=point.rule,
+        metric=metric,
+        source=SOURCES[metric],
+        predicted=point.predicted[metric],
+        measured=as_figure(found, UNITS[metric], confidence),
+        covered=None,
+        fixed=False,
+    )
 
 
 def difference_error(

@@ -8,7 +8,7 @@ from typing import ClassVar
 from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array
-from hlmtheory.policies.base import GatedPolicy
+from hlmtheory.policies.base import OUTPUT, GatedPolicy
 from hlmtheory.steps import Skip, Step, candidates
 from hlmtheory.verification import FullDistribution
 
@@ -51,6 +51,12 @@ class Asking(GatedPolicy):
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
         return skip.zeros
+
+    def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
+        """sigma x + (1 - m) y."""
+        x, y = (step[name] for name in OUTPUT)
+        exact = skip.of_output(step) * x + (1.0 - skip.mass(step)) * y
+        return exact, exact
 
     def bias(self, step: Step, skip: Skip) -> Array:
         """The sum above; from below, by rho, where the head does not decide."""

@@ -20,7 +20,10 @@ from hlmtheory.domain import Array
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.scores import Atoms, ExactUncertainty, Score
 from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, no_skip
-from hlmtheory.verification import FullDistribution, output_bias
+from hlmtheory.verification import FullDistribution, output_bias, output_law
+
+OUTPUT = ("output_prob", "output_target_prob")
+"""Columns of x and y at the emitted token."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,47 @@ class Policy:
     def bias(self, step: Step, skip: Skip) -> Array:
         """TV between the output's law and the server's, (B,): rho, for full verification (12)."""
         return skip.risk(step)
+
+    def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
+        """Least and greatest probability P_o that the policy emits the output, (B,) each.
+
+        Equal where the step says P_o exactly, NaN where it says nothing. For full verification
+        docs/theory.md, (45a). Another rule's law is worked out live, and is unknown recorded; a
+        policy that answers by itself must say its own.
+        """
+        exact = skip.zeros + float("nan")
+        if type(self).answer is Policy.answer:
+            if type(self.rule) is FullDistribution and type(self).draft is Policy.draft:
+                exact = self._verified(step, skip)
+            elif isinstance(step, LawStep):
+                sigma = skip.over_vocabulary(step)
+                law = output_law(self.rule, step.x, step.y, sigma, self.size(step))
+                exact = step.at(law, step["output_token"])
+        return exact, exact
+
+    def _verified(self, step: Step, skip: Skip) -> Array:
+        """P_o under full verification: y moved towards x, by sigma_o or by rho/TV(x, y)."""
+        x, y, distance = (step[name] for name in (*OUTPUT, "tv_distance"))
+        xp = array_namespace(x)
+        share = skip.risk(step) / xp.where(distance > 0, distance, xp.ones_like(distance))
+        weight = xp.where(x > y, skip.of_output(step), xp.clip(share, None, 1.0))
+        return (1.0 - weight) * y + weight * x
+
+    def log_ratio(self, step: Step) -> tuple[Array, Array]:
+        r"""Least and greatest :math:`\ln(P_o/y_o)` at the output, (B,) each; docs/theory.md, (46).
+
+        Equal where it is exact, NaN where the step says nothing of it. Infinite where one of the
+        two laws never emits the output.
+        """
+        skip = self.skip_probability(step)
+        y = step[OUTPUT[1]]
+        xp = array_namespace(y)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = (
+                xp.where(skip.undecided & ~skip.whole, skip.zeros + float("nan"), xp.log(p / y))
+                for p in self.output_probability(step, skip)
+            )
+        return low, high
 
     def as_drafted(self, step: Step) -> Step:
         """The step with the law that drafts come from in the place of x."""

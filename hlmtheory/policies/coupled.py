@@ -7,11 +7,16 @@ from typing import ClassVar
 
 from array_api_compat import array_namespace
 
-from hlmtheory.coupling import coupled_output_bias, coupling_columns
+from hlmtheory.coupling import (
+    bracketed_columns,
+    coupled_output_bias,
+    coupled_output_probability,
+    coupling_columns,
+)
 from hlmtheory.domain import Array
-from hlmtheory.policies.base import Answer, GatedPolicy
+from hlmtheory.policies.base import OUTPUT, Answer, GatedPolicy
 from hlmtheory.sampling import race_argmin
-from hlmtheory.steps import LawStep, Skip, Step, candidates
+from hlmtheory.steps import LawStep, Skip, Step, candidates, is_output
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,35 @@ class Coupled(GatedPolicy):
         bias = coupled_output_bias(x, y, agreement, race, skip.candidates)
         total = xp.where(skip.whole | skip.undecided, skip.risk(step), xp.astype(bias, x.dtype))
         return total if step.has_laws else xp.where(xp.isnan(race[:, 0]), race[:, 0], total)
+
+    def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
+        """sigma (x - a) + y less what skips of other tokens take from it; docs/theory.md, (41c).
+
+        Exact live. Recorded, the race beyond the head is known within bounds, and so is P.
+        """
+        x, y = (step[name] for name in OUTPUT)
+        xp = array_namespace(x)
+        low, high = (xp.asarray(xp.where(skip.whole, x, y), copy=True) for _ in range(2))
+        rows = xp.nonzero(xp.any(skip.candidates > 0, axis=-1) & ~skip.whole)[0]
+        if not len(rows):
+            return low, high
+        x, y, sigma = x[rows], y[rows], skip.candidates[rows]
+        head_x, head_y = (column[rows] for column in candidates(step)[:2])
+        if isinstance(step, LawStep):
+            tokens = step["candidate_token"][rows, : skip.width]
+            tokens = xp.concat([step["output_token"][rows][:, None], tokens], axis=-1)
+            a, phi = coupling_columns(step.x[rows], step.y[rows], tokens)
+            races = [(a[:, 0], phi[:, 0], phi[:, 1:])] * 2
+        else:
+            own = is_output(step, head_x.shape[-1])[rows]
+            races = bracketed_columns(head_x, head_y, x, y, step["tv_distance"][rows], own)
+        for out, (a, own_race, race) in zip((low, high), races, strict=True):
+            token = x, y, a, own_race, skip.of_output(step)[rows]
+            law = coupled_output_probability(
+                token, head_x[:, : skip.width], race[:, : skip.width], sigma
+            )
+            out[rows] = xp.astype(law, out.dtype)
+        return low, high
 
     def _columns(self, step: LawStep, skip: Skip) -> tuple[Array, Array]:
         """The coupling's columns of the contexts that skip something; others are not read."""

@@ -91,6 +91,11 @@ class OnlineTruncation(TruncatingPolicy):
         """k* of the draft."""
         return skip.zeros + self.size(step)
 
+    def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
+        """Unknown: every draft has a size of its own, and a step knows that of one."""
+        unknown = skip.zeros + float("nan")
+        return unknown, unknown
+
     def outcome(self, step: Step) -> Outcome:
         """Averaged over the draft but for the entries, which go with it."""
         found = super().outcome(step)

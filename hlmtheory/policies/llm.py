@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hlmtheory.domain import Array
-from hlmtheory.policies.base import Answer, Policy
+from hlmtheory.policies.base import OUTPUT, Answer, Policy
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.steps import LawStep, Skip, Step
 
@@ -27,6 +27,10 @@ class ServerAlone(Policy):
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
         return skip.zeros
+
+    def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
+        """Y itself."""
+        return step[OUTPUT[1]], step[OUTPUT[1]]
 
     def answer(self, step: LawStep) -> Answer:
         """A draw from y."""

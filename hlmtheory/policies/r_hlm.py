@@ -8,7 +8,7 @@ from typing import ClassVar
 from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array
-from hlmtheory.policies.base import GatedPolicy
+from hlmtheory.policies.base import OUTPUT, GatedPolicy
 from hlmtheory.steps import Skip, Step
 from hlmtheory.verification import FullDistribution
 
@@ -52,6 +52,16 @@ class Residual(GatedPolicy):
     def entries(self, step: Step, skip: Skip) -> Array:
         """One a token of the skip set."""
         return skip.count(step)
+
+    def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
+        """sigma x + c (y - sigma x)+, c = (1 - m)/(1 - m + rho_min); docs/theory.md, (45b)."""
+        x, y = (step[name] for name in OUTPUT)
+        xp = array_namespace(x)
+        sent, taken = 1.0 - skip.mass(step), skip.of_output(step) * x
+        missing = sent + skip.floor(step)
+        share = sent / xp.where(missing > 0, missing, xp.ones_like(missing))
+        exact = taken + share * xp.clip(y - taken, 0.0, None)
+        return exact, exact
 
     def bias(self, step: Step, skip: Skip) -> Array:
         """The lower bound (13), also for a gate that skips at random."""

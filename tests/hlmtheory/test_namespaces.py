@@ -115,6 +115,26 @@ FUNCTIONS: dict[str, Call] = {
     "coupled_output_bias": lambda a: F.coupled_output_bias(
         a["x"][:, :5], a["y"][:, :5], a["x"][:, 5:10], a["y"][:, 5:10], a["sigma"][:, :5]
     ),
+    "bracketed_columns": lambda a: [
+        column
+        for triple in F.bracketed_columns(
+            a["x"][:, :9],
+            a["y"][:, :9],
+            a["x"][:, 3],
+            a["y"][:, 3],
+            F.total_variation(a["x"], a["y"]),
+            a["x"][:, :9] == a["x"][:, 3:4],
+        )
+        for column in triple
+    ],
+    "coupled_output_probability": lambda a: F.coupled_output_probability(
+        (a["x"][:, 0], a["y"][:, 0], a["x"][:, 0] / 2, a["u"], a["u"]),
+        a["x"][:, :5],
+        a["sigma"][:, 5:10],
+        a["sigma"][:, :5],
+    ),
+    "at_output": lambda a: F.at_output(live_step(a), a["sigma"][:, :5]),
+    "is_output": lambda a: F.is_output(live_step(a), 5),
     "coupled_output_law": lambda a: F.coupled_output_law(a["x"], a["y"], a["sigma"]),
     "coupling_columns": lambda a: F.coupling_columns(a["x"], a["y"], a["tokens"]),
     "joint_law": lambda a: F.joint_law(a["x"], a["y"]),
@@ -233,6 +253,9 @@ METHODS: dict[str, Call] = {
     ],
     "policy.drawn": lambda a: [
         values for policy in POLICIES for values in vars(policy.drawn(live_step(a))).values()
+    ],
+    "policy.log_ratio": lambda a: [
+        values for policy in POLICIES for values in policy.log_ratio(live_step(a))
     ],
     "policy.draft": lambda a: [policy.draft(live_step(a)) for policy in POLICIES],
     "policy.answer": lambda a: [

@@ -369,7 +369,7 @@ def test_every_column_of_a_text_is_live_or_decided_by_the_engine():
     assert decided == {
         "prompt_id", "step", "draft_token", "output_token", "attention_sink", "attention_entropy",
         "context_attention", "num_attended", "topk_attention", "skipped", "accepted",
-        "policy_skip_prob", "policy_risk", "policy_bias", "policy_entries",
+        "policy_skip_prob", "policy_risk", "policy_bias", "policy_entries", "policy_log_ratio",
     }  # fmt: skip
 
 

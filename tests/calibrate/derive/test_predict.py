@@ -60,6 +60,7 @@ def tokens_of(name: str, skip, entries, lengths, beta=0.3, bias=0.1) -> PolicyTo
         bias,
         np.asarray(entries, dtype=float),
         risk,
+        np.zeros((2, len(skip))),
         index,
         len(lengths),
     )
@@ -192,6 +193,9 @@ def test_the_mean_over_many_redraws_is_the_expected_one(many, name, accounting):
     for metric in METRICS:
         if metric == "mean_throughput_tok_s" and accounting == "full":
             continue  # its bits are those of a mean count of tokens not yet told
+        if np.isnan(expected[metric].value):
+            assert name in ("cu-hlm-offline", "coupled")  # its law is not recorded
+            continue
         gap = drawn[metric].value - expected[metric].value
         pieces = drawn[metric].influence - expected[metric].influence
         error = np.sqrt((pieces.reshape(400, -1).sum(1) ** 2).sum())
@@ -217,11 +221,14 @@ def test_a_rerun_of_the_same_drafts_measures_what_was_drawn(many, name):
         "policy_bias": drawn.bias,
         "policy_entries": drawn.entries,
         "policy_risk": drawn.rho,
+        "policy_log_ratio": -drawn.log_ratio[0],
     }
     measured = measured_tokens(Trace(columns, many.prompt_ids, many.axes), policy)
     one, other = (metrics(tokens, economics("full")) for tokens in (drawn, measured))
     for metric in METRICS:
-        assert one[metric].value == pytest.approx(other[metric].value, abs=1e-12)
+        if name == "coupled" and metric == "tokens_in_agreement":
+            continue  # drawn, its ratio is known within bounds only
+        assert one[metric].value == pytest.approx(other[metric].value, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("accounting", ["paper", "full"])
