@@ -301,9 +301,9 @@ class _BatchRun:
         policy = answers.policy
         step = step.with_columns(answers.memory.update(step))
         step = step.drafted(policy.draft(step))
-        answers.memory.observe(step)
         answer = policy.answer(step)
         step = step.with_columns({"output_token": answer.output})
+        step = step.with_columns(answers.memory.observe(step))
         expected = policy.outcome(step)
         columns: dict[str, torch.Tensor | np.ndarray] = {
             "row": answers.prompts,

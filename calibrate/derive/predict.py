@@ -130,13 +130,18 @@ def remembered(trace: Trace, policy: Policy) -> Mapping[str, np.ndarray]:
     memory, steps = policy.memory(), trace["step"]
     live = np.flatnonzero(steps == 0)  # row of each prompt's current token
     out: dict[str, np.ndarray] = {}
-    while len(live):
-        for name, values in memory.update(trace.step(live)).items():
-            out.setdefault(name, np.zeros(trace.num_tokens, dtype=np.asarray(values).dtype))
+
+    def keep(found: Mapping[str, np.ndarray]) -> None:
+        for name, values in found.items():
+            kind = np.asarray(values)
+            out.setdefault(name, np.zeros((trace.num_tokens, *kind.shape[1:]), dtype=kind.dtype))
             out[name][live] = values
+
+    while len(live):
+        keep(memory.update(trace.step(live)))
         if not out:
             break  # it remembers nothing
-        memory.observe(Step(trace.axes, trace.columns | out, live))
+        keep(memory.observe(Step(trace.axes, trace.columns | out, live)))
         following = live + 1
         inside = following < trace.num_tokens
         continues = inside & (steps[np.where(inside, following, 0)] > 0)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from hlmtheory.answer_cap import cap_fraction, may_skip
 from hlmtheory.domain import Array
@@ -105,19 +105,28 @@ class Memory:
         """Columns that the policy reads beside the step's own, and the state moved on."""
         return {}
 
-    def observe(self, step: Step) -> None:
-        """Take in what was drawn in the step, which has the columns of :meth:`update`."""
+    def observe(self, step: Step) -> dict[str, Array]:
+        """Take in the step's draft and output; columns that only then are known.
+
+        The step has the columns of :meth:`update`.
+        """
+        return {}
 
     def keep(self, rows: Any) -> None:
         """Keep only these rows, in this order; one may come several times."""
 
 
 class CapMemory(Memory):
-    """Drafts skipped so far in each answer, beside what the gate itself remembers."""
+    """Drafts skipped so far in each answer, beside what the gate itself remembers.
+
+    And how likely each number of them is given the tokens: tokens do not tell which drafts were
+    skipped, so the law of an answer is a sum over all they might have been; docs/theory.md, (46d).
+    """
 
     def __init__(self, policy: GatedPolicy, cap: float, inner: Memory) -> None:
         self._policy, self._cap, self._inner = policy, cap, inner
         self._skipped: Array | None = None
+        self._odds: list[Array] = []  # P(n skipped | tokens) from P_o at its least and greatest
 
     def update(self, step: Step) -> dict[str, Array]:
         """The gate's own columns, and `may_skip`, bool (B,)."""
@@ -126,18 +135,45 @@ class CapMemory(Memory):
             self._skipped = 0 * tokens
         return self._inner.update(step) | {"may_skip": may_skip(self._skipped, tokens, self._cap)}
 
-    def observe(self, step: Step) -> None:
-        """Count the draft where it was skipped."""
-        self._inner.observe(step)
+    def observe(self, step: Step) -> dict[str, Array]:
+        """Count the draft where it was skipped; `capped_log_ratio` (B, 2), of the output."""
+        known = self._inner.observe(step)
         skipped = self._policy.skips(step)
         count = array_namespace(skipped).astype(skipped, step["step"].dtype)
         self._skipped = count if self._skipped is None else self._skipped + count
+        return known | {"capped_log_ratio": self._log_ratio(step)}
+
+    def _log_ratio(self, step: Step) -> Array:
+        """(46d): one step of the sum over what may have been skipped."""
+        policy, y = self._policy, step[OUTPUT[1]]
+        xp = array_namespace(y)
+        wanted = policy.gate(step)
+        closed = policy.output_probability(step, wanted.only(wanted.zeros > 0))
+        taken = wanted.of_output(step) * policy.draft_probability(step)
+        if not self._odds:
+            self._odds = [0 * y[:, None] + 1.0] * 2
+        ratios = []
+        for end, p in enumerate(_where_decided(policy, step, wanted)):
+            odds = self._odds[end]
+            num = xp.arange(odds.shape[-1], device=device(odds))
+            may = may_skip(num, step["step"][:, None], self._cap)
+            stay = odds * xp.where(
+                may, xp.clip(p - taken, 0.0, None)[:, None], closed[end][:, None]
+            )
+            move = odds * xp.where(may, taken[:, None], 0 * odds)
+            none = 0 * odds[:, :1]
+            both = xp.concat([stay, none], axis=-1) + xp.concat([none, move], axis=-1)
+            total = xp.sum(both, axis=-1)
+            self._odds[end] = both / xp.where(total > 0, total, xp.ones_like(total))[:, None]
+            ratios.append(_log_of(total, y))
+        return xp.stack(ratios, axis=-1)
 
     def keep(self, rows: Any) -> None:
         """Keep only these rows."""
         self._inner.keep(rows)
         if self._skipped is not None:
             self._skipped = self._skipped[rows]
+            self._odds = [odds[rows] for odds in self._odds]
 
 
 @dataclass(frozen=True)
@@ -276,7 +312,7 @@ class Policy:
         """Least and greatest probability P_o that the policy emits the output, (B,) each.
 
         Equal where the step says P_o exactly, NaN where it says nothing. For full verification
-        docs/theory.md, (45a). Another rule's law is worked out live, and is unknown recorded; a
+        docs/theory.md, (46a). Another rule's law is worked out live, and is unknown recorded; a
         policy that answers by itself must say its own.
         """
         exact = skip.zeros + float("nan")
@@ -288,6 +324,14 @@ class Policy:
                 law = output_law(self.rule, step.x, step.y, sigma, self.size(step))
                 exact = step.at(law, step["output_token"])
         return exact, exact
+
+    def draft_probability(self, step: Step) -> Array:
+        """Probability of the output as a draft, (B,): x, or live what is sent of it."""
+        if not self.rule.drafts_from_sent:
+            return step[OUTPUT[0]]
+        if isinstance(step, LawStep):
+            return step.at(self.rule.reference_law(step.x, self.size(step)), step["output_token"])
+        return step[OUTPUT[0]] + float("nan")
 
     def _verified(self, step: Step, skip: Skip) -> Array:
         """P_o under full verification: y moved towards x, by sigma_o or by rho/TV(x, y)."""
@@ -303,15 +347,9 @@ class Policy:
         Equal where it is exact, NaN where the step says nothing of it. Infinite where one of the
         two laws never emits the output.
         """
-        skip = self.skip_probability(step)
+        low, high = _where_decided(self, step, self.skip_probability(step))
         y = step[OUTPUT[1]]
-        xp = array_namespace(y)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = (
-                xp.where(skip.undecided & ~skip.whole, skip.zeros + float("nan"), xp.log(p / y))
-                for p in self.output_probability(step, skip)
-            )
-        return low, high
+        return _log_of(low, y), _log_of(high, y)
 
     def as_drafted(self, step: Step) -> Step:
         """The step with the law that drafts come from in the place of x."""
@@ -361,6 +399,22 @@ class Policy:
             weights = xp.where(empty, step.y[asks], weights)
             output[asks] = sample_inverse_cdf(weights, step.noise.resample[asks])
         return Answer(output, accepted)
+
+
+def _where_decided(policy: Policy, step: Step, skip: Skip) -> tuple[Array, Array]:
+    """P_o from below and from above; NaN where what the gate skips is not recorded."""
+    unknown = skip.undecided & ~skip.whole
+    low, high = (
+        array_namespace(p).where(unknown, p + float("nan"), p)
+        for p in policy.output_probability(step, skip)
+    )
+    return low, high
+
+
+def _log_of(p: Array, y: Array) -> Array:
+    """ln(p/y), infinite where either is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return array_namespace(p).log(p / y)
 
 
 @dataclass(frozen=True)
@@ -447,6 +501,13 @@ class GatedPolicy(Policy):
         """What the gate wants, where the cap allows it."""
         wanted = self.gate_of_draft(step)
         return wanted if self.cap is None else wanted & step["may_skip"]
+
+    def log_ratio(self, step: Step) -> tuple[Array, Array]:
+        """Under a cap the memory has it, for it depends on what may have been skipped before."""
+        if self.cap is None:
+            return super().log_ratio(step)
+        both = step["capped_log_ratio"]
+        return both[:, 0], both[:, 1]
 
     def atoms(self, step: Step) -> Atoms:
         """Pieces of the draft's probability with the score that the gate sees; see Score.atoms."""

@@ -54,7 +54,7 @@ class Residual(GatedPolicy):
         return skip.count(step)
 
     def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
-        """sigma x + c (y - sigma x)+, c = (1 - m)/(1 - m + rho_min); docs/theory.md, (45b)."""
+        """sigma x + c (y - sigma x)+, c = (1 - m)/(1 - m + rho_min); docs/theory.md, (46b)."""
         x, y = (step[name] for name in OUTPUT)
         xp = array_namespace(x)
         sent, taken = 1.0 - skip.mass(step), skip.of_output(step) * x

@@ -7,7 +7,7 @@ contexts, summed in float64, so 1e-10 is far above rounding and far below any er
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def chain() -> Chain:
         for one in itertools.product(range(VOCAB), repeat=length)
         if END not in one[:-1] and (one[-1] == END or length == LENGTH)
     ]
-    return Chain(step, answers)
+    return Chain(step, sorted(answers))
 
 
 def build(name: str, score: str = "uncertainty", threshold: float | None = None) -> Policy:
@@ -368,3 +368,84 @@ def test_laws_in_float32_give_the_same_ratio(rng):
         found = policy.log_ratio(single)[0]
         assert found.dtype == torch.float32
         np.testing.assert_allclose(found.numpy(), policy.log_ratio(step)[0], atol=2e-4)
+
+
+# --- the answer cap ------------------------------------------------------------------------------
+
+
+def capped_law(chain: Chain, policy: GatedPolicy, step: LawStep) -> np.ndarray:
+    """Probabilities of all answers, by following every (token, skipped) of every step."""
+    free = replace(policy, cap=None)
+    opened = reference_law(free, step)
+    sigma = sigma_of(free, step)[::VOCAB]
+    draft = np.asarray(free.rule.reference_law(step.x, free.size(step)))[::VOCAB]
+    taken = sigma * (draft if free.rule.drafts_from_sent else np.asarray(step.x)[::VOCAB])
+    nothing = np.zeros_like(np.asarray(step.x))
+    closed = output_law(free.rule, step.x, step.y, nothing, free.size(step))[::VOCAB]
+    out = []
+    for answer in chain.answers:
+        counts = {0: 1.0}
+        for t, token in enumerate(answer):
+            row, following = CONTEXTS.index(answer[:t]), {}
+            for count, mass in counts.items():
+                ways = [(count, closed[row, token])]
+                if (count + 1) / (t + 1) <= policy.cap:
+                    skipped = taken[row, token]
+                    ways = [(count + 1, skipped), (count, opened[row, token] - skipped)]
+                for number, share in ways:
+                    following[number] = following.get(number, 0.0) + mass * share
+            counts = following
+        out.append(sum(counts.values()))
+    return np.array(out)
+
+
+def along_answers(chain: Chain, policy: Policy, step: Step) -> tuple[np.ndarray, np.ndarray]:
+    """Log ratios of all answers as the policy meets them, step by step, and their answers."""
+    memory, out = policy.memory(), []
+    live = np.arange(len(chain.answers))
+    for t in range(LENGTH):
+        rows = np.array(
+            [VOCAB * CONTEXTS.index(a[:t]) + a[t] for a in (chain.answers[i] for i in live)]
+        )
+        now = Step(step.axes, {name: step[name] for name in step._columns}, rows)
+        if step.has_laws:
+            now = step.rows(rows)
+        now = now.with_columns({"step": np.full(len(rows), t)})
+        now = now.with_columns(memory.update(now))
+        now = now.with_columns(memory.observe(now))
+        low, high = policy.log_ratio(now)
+        np.testing.assert_allclose(low, high, atol=EXACT)
+        out += zip(live, low, strict=True)
+        going = np.array([len(chain.answers[i]) > t + 1 for i in live])
+        memory.keep(np.flatnonzero(going))
+        live = live[going]
+    order = np.lexsort((np.arange(len(out)), [one[0] for one in out]))
+    index, ratio = (np.array([out[i][k] for i in order]) for k in (0, 1))
+    return ratio, index.astype(int)
+
+
+@pytest.mark.parametrize("cap", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize(
+    ("name", "score", "kind"),
+    [
+        *((name, "uncertainty", "recorded") for name in ("u-hlm", "r-hlm", "coupled", "ask-llm")),
+        ("u-hlm", "uncertainty_sampled", "recorded"),
+        ("r-hlm", "entropy", "recorded"),
+        ("ui-hlm", "uncertainty", "recorded"),
+        *((name, "uncertainty", "live") for name in ("u-hlm", "coupled", *TRUNCATED)),
+    ],
+)
+def test_a_capped_gate_weighs_all_that_it_may_have_skipped(chain, name, score, kind, cap):
+    """Tokens do not say which drafts were skipped: (46d) sums over it."""
+    policy = replace(build(name, score), cap=cap)
+    law = capped_law(chain, policy, chain.live)
+    server = chain.law_of(np.asarray(chain.live.y)[::VOCAB])
+    assert law.sum() == pytest.approx(1, abs=EXACT)
+    ratio, index = along_answers(chain, policy, chain.live if kind == "live" else chain.recorded)
+    weight = log_weights(ratio, index, len(law))[:, -1]
+    np.testing.assert_allclose(np.exp(weight) * server, law, atol=EXACT)
+    assert server @ answer_divergence(weight) == pytest.approx(
+        total_variation(law, server), abs=EXACT
+    )
+    free = chain.law_of(reference_law(replace(policy, cap=None), chain.live))
+    assert cap > 0.3 or np.abs(free - law).max() > 1e-3
