@@ -79,9 +79,15 @@ def cut(answers: list[tuple[int, ...]], length: int) -> list[tuple[int, ...]]:
 
 
 def remember(step: Any) -> Any:
-    """Importance that the context alone decides, as the running one does along an answer."""
+    """Attention that the context alone decides, and what a policy makes of it."""
     important = np.repeat(np.arange(len(CONTEXTS)) % 3 > 0, VOCAB)
-    return step.with_columns({"important": important})
+    return step.with_columns(
+        {
+            "important": important,
+            "topk_attention": np.where(important, 1.0, 0.5)[:, None] * np.ones(5),
+            "attention_entropy": 0.0 * important,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -407,9 +413,12 @@ def along_answers(chain: Chain, policy: Policy, step: Step) -> tuple[np.ndarray,
         rows = np.array(
             [VOCAB * CONTEXTS.index(a[:t]) + a[t] for a in (chain.answers[i] for i in live)]
         )
-        now = Step(step.axes, {name: step[name] for name in step._columns}, rows)
-        if step.has_laws:
-            now = step.rows(rows)
+        if isinstance(step, LawStep):
+            laws = (one[rows] for one in (step.logits, step.x, step.y))
+            known = ("draft_token", "output_token", "important")
+            now: Step = LawStep(step.axes, *laws, columns={one: step[one][rows] for one in known})
+        else:
+            now = Step(step.axes, {name: step[name] for name in step._columns}, rows)
         now = now.with_columns({"step": np.full(len(rows), t)})
         now = now.with_columns(memory.update(now))
         now = now.with_columns(memory.observe(now))
