@@ -172,14 +172,13 @@ def pairs_show(
 
 @pairs_app.command("pull")
 def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> None:
-    """Fetch, verify and convert a pair into the cache."""
-    from calibrate.pairs.registry import cached, describe, pull, resolve_pair
+    """Fetch and convert a pair into the cache; verify what is there."""
+    from calibrate.pairs.registry import describe, pull, resolve_pair
     from calibrate.terminal.progress import transfer_progress
 
     spec = resolve_pair(name, None, None, None)
-    if not cached(spec):
-        with transfer_progress() as report:
-            pull(spec, report)
+    with transfer_progress() as report:
+        pull(spec, report)
     print(f"{name}: in {describe(spec).cache_path}")
 
 

@@ -12,6 +12,7 @@ from calibrate.pairs.cache import (
     file_sha256,
     fill,
     is_whole,
+    refuse_damaged,
 )
 from calibrate.pairs.sources import Download, GgufFile, HubRepo, LocalFolder, ModelSpec
 from calibrate.run.errors import UserError
@@ -43,10 +44,12 @@ def ensure_folder(model: ModelSpec, progress: Progress | None = None) -> Path:
     Raises
     ------
     UserError
-        With what was tried and the way out; nothing half made stays.
+        With what was tried and the way out; nothing half made stays. Or if a file of the folder
+        is damaged.
     """
     source, label = model.source, model.label
     if (folder := cached_folder(model)) is not None:
+        refuse_damaged(folder)
         return folder
     if isinstance(source, LocalFolder):
         raise UserError(f"{source.path} is not a folder: give a model folder, .gguf file or hub id")

