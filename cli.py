@@ -5,7 +5,6 @@ torch and transformers take seconds to import, so each command imports what it r
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from calibrate.run.errors import UsageError, UserError
+from calibrate.run.stopping import Interrupted, StoppedError, finishing, listen, safe_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,6 +65,13 @@ BatchOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Processor threads of the models; fewer than cores on a busy machine.",
+        show_default="torch's own choice",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 OrderOption = Annotated[
     str, typer.Option(help="random: drawn from the seed; file: the first ones of the file.")
@@ -95,7 +102,11 @@ ReplaceStudyOption = Annotated[
 
 
 def main() -> NoReturn:
-    """Run the command line; every failure is one line on stderr and exit 1 or 2."""
+    """Run the command line; every failure is one line on stderr and exit 1 or 2.
+
+    Interrupts exit as shells expect: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    listen()
     usage_error: Any = typer.BadParameter.__mro__[1]
     try:
         code = app(standalone_mode=False)
@@ -110,8 +121,8 @@ def main() -> NoReturn:
         _fail(str(error), error.exit_code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing half-written was left", 1)
+    except Interrupted as error:
+        _fail("interrupted; nothing half-written was left", error.exit_code)
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
@@ -144,8 +155,9 @@ def _one_of(name: str, value: str, *allowed: str) -> Any:
 
 def _show(result: StageRecord, as_json: bool, print_table: Callable[..., None], *more: Any) -> None:
     if as_json:
-        content = result.model_dump(mode="json")
-        print(json.dumps({"schema_version": result.schema_version, **content}, indent=1))
+        from calibrate.run.folder import record_text
+
+        print(record_text(result))
     else:
         print_table(result, *more)
 
@@ -182,10 +194,16 @@ def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> 
     print(f"{name}: in {describe(spec).cache_path}")
 
 
-def _load(spec: PairSpec, dtype: str, device: str, attention: bool) -> LoadedPair:
+def _load(
+    spec: PairSpec, dtype: str, device: str, attention: bool, num_threads: int | None
+) -> LoadedPair:
     from calibrate.pairs.registry import cached, load_pair, pull
     from calibrate.terminal.progress import say, transfer_progress
 
+    if num_threads is not None:
+        import torch
+
+        torch.set_num_threads(num_threads)
     if not cached(spec):
         say(f"fetching {spec.name} (once)")
         with transfer_progress() as report:
@@ -210,6 +228,7 @@ def calibrate(
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    num_threads: ThreadsOption = None,
     trace: Annotated[
         str, typer.Option(help="full, or minimal: faster, but gated policies cannot be derived.")
     ] = "full",
@@ -219,7 +238,9 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
-    _check_decoding(limit, max_new_tokens, batch_size, temperature, seed, device, dtype)
+    _check_decoding(
+        limit, max_new_tokens, batch_size, temperature, seed, device, dtype, num_threads
+    )
     _one_of("--trace", trace, "full", "minimal")
     _one_of("--order", order, "random", "file")
     if pair is None and slm is None and llm is None:
@@ -227,6 +248,7 @@ def calibrate(
     summary, _ = _calibrate(
         "go on with the same command and --resume",
         models=(pair, slm, llm, drop_layers),
+        num_threads=num_threads,
         prompts_source=_absolute(prompts),
         order=order,
         limit=limit,
@@ -265,15 +287,16 @@ def _say_what_was_drawn(prompts: Sequence[Prompt], limit: int) -> None:
 
 
 def _calibrate(
-    way_on: str, models: tuple[str | None, ...], **settings: Any
-) -> tuple[CalibrationRecord, LoadedPair]:
-    """Check, load, decode and fit; the pair is given back for what comes next."""
-    from calibrate.fit.calibration import CalibrationRequest, prepare
+    way_on: str, models: tuple[str | None, ...], num_threads: int | None = None, **settings: Any
+) -> tuple[CalibrationRecord, LoadedPair | None]:
+    """Check, load, decode and fit; the pair, if it was needed, is given back for more."""
+    from calibrate.fit.calibration import CalibrationRequest, finished, prepare
     from calibrate.fit.calibration import calibrate as run_calibration
     from calibrate.pairs.registry import resolve_pair
+    from calibrate.run.lock import locked
     from calibrate.run.records import GivenModels
     from calibrate.run.traces import shard_paths
-    from calibrate.terminal.progress import token_progress
+    from calibrate.terminal.progress import say, token_progress
 
     _, slm, llm, drop_layers = models
     request = CalibrationRequest(
@@ -283,16 +306,23 @@ def _calibrate(
         **settings,
     )
     chosen = prepare(request)
+    if (done := finished(request)) is not None:
+        say(f"{request.run}: finished already, nothing to resume; go on with `hlm derive`")
+        return done, None
     _say_what_was_drawn(chosen, request.limit)
-    pair = _load(request.spec, request.dtype, request.device, request.trace == "full")
-    try:
-        with token_progress("calibrating") as bar:
-            return run_calibration(request, chosen, pair, bar.advance, bar.set_total), pair
-    except KeyboardInterrupt:
-        num_shards = len(shard_paths(request.run))
-        raise UserError(
-            f"interrupted: {num_shards} finished shards stay in {request.run}/traces; {way_on}"
-        ) from None
+    with locked(request.run, make=True):
+        pair = _load(
+            request.spec, request.dtype, request.device, request.trace == "full", num_threads
+        )
+        try:
+            with token_progress("calibrating") as bar:
+                return run_calibration(request, chosen, pair, bar.advance, bar.set_total), pair
+        except Interrupted as error:
+            num_shards = len(shard_paths(request.run))
+            raise StoppedError(
+                f"interrupted: {num_shards} finished shards stay in {request.run}/traces; {way_on}",
+                error,
+            ) from None
 
 
 def _check_decoding(
@@ -303,6 +333,7 @@ def _check_decoding(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    num_threads: int | None = None,
 ) -> None:
     """Refuse what no decoding can run with."""
     import re
@@ -311,6 +342,8 @@ def _check_decoding(
     _at_least("--max-new-tokens", max_new_tokens, 1)
     if batch_size is not None:
         _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
+    if num_threads is not None:
+        _at_least("--num-threads", num_threads, 1)
     if seed is not None:
         _at_least("--seed", seed, 0)
     if not 0 < temperature <= 10:
@@ -362,6 +395,8 @@ def derive(
     _inside("--theta", theta, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
     from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
+    from calibrate.run.folder import check_name
+    from calibrate.run.lock import locked
     from calibrate.run.records import DeriveRequest
     from calibrate.terminal.progress import say
     from calibrate.terminal.tables import print_operating_points
@@ -379,10 +414,13 @@ def derive(
         draft_from_sent=draft_from_sent,
         **{key: tuple(values) for key, values in lists.items() if values},  # type: ignore[arg-type]
     )
-    note = replaced_note(run, request, name, replace)
-    if note:
-        say(note)
-    _show(derive_run(run, request, name, replace, COMMAND), as_json, print_operating_points)
+    check_name(name)
+    with locked(run):
+        note = replaced_note(run, request, name, replace)
+        if note:
+            say(note)
+        derivation = derive_run(run, request, name, replace, COMMAND)
+    _show(derivation, as_json, print_operating_points)
 
 
 def _policies(chosen: list[str] | None) -> tuple[str, ...]:
@@ -429,36 +467,45 @@ def validate(
     ] = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
+    num_threads: ThreadsOption = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured."""
-    _check_decoding(limit, batch_size=batch_size, seed=seed, device=device)
+    _check_decoding(limit, batch_size=batch_size, seed=seed, device=device, num_threads=num_threads)
     _one_of("--order", order, "random", "file")
     policies = _policies(policy) if policy else None
+    from calibrate.run.folder import check_name
+    from calibrate.run.lock import locked
     from calibrate.terminal.tables import print_validation
     from calibrate.validate.validation import prepare_validation
 
-    plan = prepare_validation(
-        run,
-        name,
-        policies=policies,
-        rules=rule,
-        points=point,
-        prompts_source=prompts,
-        order=order,  # type: ignore[arg-type]
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
-        replace=replace,
-        command=COMMAND,
-    )
-    _say_what_was_drawn(plan.prompts, limit)
-    _show(_validate(plan, device), as_json, print_validation)
+    check_name(name)
+    with locked(run):
+        plan = prepare_validation(
+            run,
+            name,
+            policies=policies,
+            rules=rule,
+            points=point,
+            prompts_source=prompts,
+            order=order,  # type: ignore[arg-type]
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            replace=replace,
+            command=COMMAND,
+        )
+        _say_what_was_drawn(plan.prompts, limit)
+        result = _validate(plan, device, num_threads=num_threads)
+    _show(result, as_json, print_validation)
 
 
 def _validate(
-    plan: ValidationPlan, device: str, pair: LoadedPair | None = None
+    plan: ValidationPlan,
+    device: str,
+    pair: LoadedPair | None = None,
+    num_threads: int | None = None,
 ) -> ValidationRecord:
     """Decode what was not rerun before, on the pair or one loaded here, and compare all."""
     from calibrate.terminal.progress import say, token_progress
@@ -469,14 +516,21 @@ def _validate(
         say(f"{plan.num_kept} of {num} points were rerun before: reused")
     if plan.missing:
         if pair is None:
-            pair = _load(plan.spec, plan.calibration.pair.dtype, device, plan.needs_attention)
+            dtype = plan.calibration.pair.dtype
+            pair = _load(plan.spec, dtype, device, plan.needs_attention, num_threads)
         try:
-            with token_progress("validating") as bar:
-                decode_missing(plan, pair, bar.advance, bar.set_total, bar.at_batch)
-        except KeyboardInterrupt:
-            raise UserError(
+            with token_progress("validating") as bar, finishing("the batch in work"):
+
+                def at_batch(number: int, total: int) -> None:
+                    safe_point()  # what came before is on disk
+                    bar.at_batch(number, total)
+
+                decode_missing(plan, pair, bar.advance, bar.set_total, at_batch)
+        except Interrupted as error:
+            raise StoppedError(
                 f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "
-                "goes on with the others"
+                "goes on with the others",
+                error,
             ) from None
     return compare_reruns(plan)
 
@@ -497,13 +551,14 @@ def guarantees(
     _at_least("--seed", seed, 0)
     _known_score(score)
     from calibrate.run.folder import read_record
+    from calibrate.run.lock import locked
     from calibrate.run.records import RunRecord
     from calibrate.terminal.progress import token_progress
     from calibrate.terminal.tables import print_guarantees
     from calibrate.validate.guarantees import RISKS, write_guarantees
 
-    read_record(run, RunRecord)
-    with token_progress("drawing", "calibrations") as bar:
+    with locked(run), token_progress("drawing", "calibrations") as bar:
+        read_record(run, RunRecord)
         bar.set_total(2 * num_draws)
         result = write_guarantees(
             run, score, risk or RISKS, num_draws, seed=seed, command=COMMAND, replace=replace,
@@ -518,19 +573,22 @@ def attenuation(
     limit: LimitOption = 48,
     max_new_tokens: LengthOption = 32,
     device: DeviceOption = "auto",
+    num_threads: ThreadsOption = None,
     replace: ReplaceStudyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """What drawing K tokens instead of summing exactly does to the fitted line, measured."""
-    _check_decoding(limit, max_new_tokens, device=device)
+    _check_decoding(limit, max_new_tokens, device=device, num_threads=num_threads)
+    from calibrate.run.lock import locked
     from calibrate.terminal.progress import token_progress
     from calibrate.terminal.tables import print_attenuation
     from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
 
-    plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND, replace)
-    pair = _load(plan.spec, plan.calibration.pair.dtype, device, False)
-    with token_progress("decoding") as bar:
-        result = write_attenuation(plan, pair, bar.advance, bar.set_total)
+    with locked(run):
+        plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND, replace)
+        pair = _load(plan.spec, plan.calibration.pair.dtype, device, False, num_threads)
+        with token_progress("decoding") as bar:
+            result = write_attenuation(plan, pair, bar.advance, bar.set_total)
     _show(result, as_json, print_attenuation)
 
 
@@ -640,15 +698,20 @@ def quality(
     _check_decoding(batch_size=batch_size, device=device)
     from calibrate.quality.encoder import ENCODER, encoder_is_cached, ensure_encoder
     from calibrate.quality.scores import prepare_quality, run_quality
+    from calibrate.run.folder import check_name
+    from calibrate.run.lock import locked
     from calibrate.terminal.progress import say, transfer_progress
     from calibrate.terminal.quality_table import print_quality
 
-    plan = prepare_quality(run, name, model, num_layers, batch_size, COMMAND)
-    if not encoder_is_cached():
-        say(f"fetching {ENCODER.label} (once)")
-        with transfer_progress() as report:
-            ensure_encoder(report)
-    _show(run_quality(plan, ensure_encoder(), device, say), as_json, print_quality)
+    check_name(name)
+    with locked(run):
+        plan = prepare_quality(run, name, model, num_layers, batch_size, COMMAND)
+        if not encoder_is_cached():
+            say(f"fetching {ENCODER.label} (once)")
+            with transfer_progress() as report:
+                ensure_encoder(report)
+        result = run_quality(plan, ensure_encoder(), device, say)
+    _show(result, as_json, print_quality)
 
 
 @app.command()
@@ -661,19 +724,25 @@ def figures(
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
+    from calibrate.run.folder import check_writable
     from calibrate.terminal.progress import say
     from paper_figs.draw import draw_run
 
-    folder = run / ("figures" if name == "default" else f"figures.{name}")
-    for path in draw_run(run, output_path or folder, name=name, on_figure=say):
+    folder = output_path or run / ("figures" if name == "default" else f"figures.{name}")
+    if run.is_dir():
+        check_writable(folder)
+    for path in draw_run(run, folder, name=name, on_figure=say):
         print(path)
 
 
 @app.command()
 def report(run: RunArgument, name: NameOption = "default") -> None:
     """One self-contained HTML page of the run: RUN/report.html."""
+    from calibrate.run.folder import check_writable
     from paper_figs.report.report import write_report
 
+    if run.is_dir():
+        check_writable(run)
     print(write_report(run, name))
 
 
@@ -706,6 +775,7 @@ def quickstart(
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
     from calibrate.derive.derivation import derive_run
+    from calibrate.run.lock import locked
     from calibrate.run.records import DeriveRequest
     from calibrate.terminal.progress import say
     from calibrate.terminal.tables import (
@@ -737,15 +807,16 @@ def quickstart(
     print_calibration(summary, output_path)
     names = policy_names()
     request = DeriveRequest(policies=names)
-    print_operating_points(derive_run(output_path, request, command=COMMAND))
-    plan = prepare_validation(
-        output_path,
-        policies=[one for one in names if policy_class(one).in_quickstart],
-        rules=("risk-averse", "risk-0.01"),
-        limit=limit,
-        command=COMMAND,
-    )
-    print_validation(_validate(plan, "auto", pair))
+    with locked(output_path):
+        print_operating_points(derive_run(output_path, request, command=COMMAND))
+        plan = prepare_validation(
+            output_path,
+            policies=[one for one in names if policy_class(one).in_quickstart],
+            rules=("risk-averse", "risk-0.01"),
+            limit=limit,
+            command=COMMAND,
+        )
+        print_validation(_validate(plan, "auto", pair))
     for path in draw_run(output_path, output_path / "figures", on_figure=say):
         print(path)
     print(f"\ndone in {time.perf_counter() - begin:.0f} s; everything is in {output_path}")

@@ -113,7 +113,7 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
     write_record(tmp_path, run_record())
     result = hlm("calibrate", "--output-path", str(tmp_path))
     assert result.returncode == 2
-    assert "another run" in result.stderr
+    assert "holds a finished run; go on with `hlm derive" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json"]
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calibrate.fit.summary import summarise
 from calibrate.run.errors import UserError
-from calibrate.run.folder import open_run, provenance, read_record, record_path, write_record
+from calibrate.run.folder import (
+    LOCK_NAME,
+    open_run,
+    provenance,
+    read_record,
+    record_path,
+    write_record,
+)
+from calibrate.run.lock import locked
 from calibrate.run.prompts import (
     Prompt,
     TokenizedPrompt,
@@ -26,7 +34,9 @@ from calibrate.run.records import (
     RunRecord,
     RunSettings,
 )
+from calibrate.run.stopping import finishing, safe_point
 from calibrate.run.traces import (
+    Shard,
     finished_prompts,
     next_shard,
     read_axes,
@@ -109,8 +119,25 @@ def prepare(request: CalibrationRequest) -> list[Prompt]:
         request.seed,
         request.order,
     )
+    if (request.run / LOCK_NAME).exists():  # of another process, or left by one that was killed
+        with locked(request.run):
+            pass
     open_run(request.run, request.settings(), request.resume)
     return prompts
+
+
+def finished(request: CalibrationRequest) -> CalibrationRecord | None:
+    """What a prepared request to resume would make, where it is there already, token for token."""
+    state = open_run(request.run, request.settings(), request.resume)
+    if state != "finished":
+        return None
+    info = read_record(request.run, RunRecord)
+    if finished_prompts(shard_paths(request.run)) != set(info.prompt_ids):
+        return None
+    try:
+        return read_record(request.run, CalibrationRecord)
+    except UserError:  # fitted anew, which takes seconds
+        return None
 
 
 def calibrate(
@@ -138,6 +165,18 @@ def calibrate(
     UserError
         If the shards of a run to be resumed are of other prompts, models or axes.
     """
+    with locked(request.run, make=True):
+        open_run(request.run, request.settings(), request.resume)
+        return _calibrate(request, prompts, pair, on_step, on_total)
+
+
+def _calibrate(
+    request: CalibrationRequest,
+    prompts: Sequence[Prompt],
+    pair: LoadedPair,
+    on_step: OnStep | None,
+    on_total: Callable[[int], None] | None,
+) -> CalibrationRecord:
     from calibrate.decode.engine import DecodingSettings
     from calibrate.decode.memory import automatic_batch_size
     from calibrate.decode.models import TransformerModel
@@ -168,27 +207,30 @@ def calibrate(
         wall_s=0.0,
         forward_s=0.0,
     )
-    if request.resume and record_path(request.run, RunRecord).is_file():
-        earlier = read_record(request.run, RunRecord)
-        _check_same_inputs(request.run, earlier, info, axes)
-        info = info.model_copy(update={"wall_s": earlier.wall_s, "forward_s": earlier.forward_s})
+    if record_path(request.run, RunRecord).is_file():
+        _check_same_inputs(request.run, read_record(request.run, RunRecord), info, axes)
     write_record(request.run, info)
-    done = finished_prompts(shard_paths(request.run)) if request.resume else set()
+    done = finished_prompts(shard_paths(request.run))
     left = [prompt for prompt in tokenized if prompt.prompt_id not in done]
     if on_total is not None:
         on_total(len(left) * request.max_new_tokens)
-    info = _decode_to_shards(request.run, slm, llm, left, settings, pair, info, on_step)
-    trace = read_trace(shard_paths(request.run))
+    _decode_to_shards(request.run, slm, llm, left, settings, pair, info, on_step)
+    paths = shard_paths(request.run)
+    trace = read_trace(paths)
     if set(trace.prompt_ids) != set(info.prompt_ids):
         raise UserError(
             f"{request.run}: its shards do not hold the {len(tokenized)} prompts of this run; "
             "name another folder"
         )
+    headers = [Shard(path).header for path in paths]
     info = info.model_copy(
         update={
-            "complete": True, "num_prompts": trace.num_prompts, "num_tokens": trace.num_tokens
+            "complete": True,
+            "num_prompts": trace.num_prompts,
+            "num_tokens": trace.num_tokens,
+            **{name: sum(header[name] for header in headers) for name in ("wall_s", "forward_s")},
         }
-    )  # fmt: skip
+    )
     summary = summarise(trace, info)
     write_record(request.run, summary)
     write_record(request.run, info)
@@ -197,11 +239,18 @@ def calibrate(
 
 def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord, axes: Axes) -> None:
     """Refuse to resume on other prompts, models or axes than the finished shards'."""
-    for key, what in (("prompt_keys", "prompts"), ("prompt_ids", "prompts"), ("pair", "models")):
-        if getattr(earlier, key) != getattr(now, key):
-            raise UserError(
-                f"--resume: the {what} are not those of the interrupted run; name another folder"
-            )
+    texts, texts_now = (
+        dict(zip(one.prompt_ids, one.prompt_keys, strict=True)) for one in (earlier, now)
+    )
+    for what, before, after in (
+        ("text of prompt ", texts, texts_now), ("", _flat(earlier.pair), _flat(now.pair))
+    ):  # fmt: skip
+        for key in before | after:
+            if before.get(key) != after.get(key):
+                raise UserError(
+                    f"--resume: {what}{key} was {before.get(key)!r} in {run}, now "
+                    f"{after.get(key)!r}; name another folder"
+                )
     for path in shard_paths(run):
         before = read_axes(path).to_dict()
         for name, value in axes.to_dict().items():
@@ -210,6 +259,17 @@ def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord, axes: Axes
                     f"--resume: {path.name} has the axis {name} = {before[name]}, this version "
                     f"writes {value}; name another folder"
                 )
+
+
+def _flat(pair: PairIdentity) -> dict[str, Any]:
+    """What a pair must have kept, by name: all but the device, which may change."""
+    content = pair.model_dump(exclude={"device"})
+    models = {
+        f"{side} {key}": value
+        for side in ("slm", "llm")
+        for key, value in content.pop(side).items()
+    }
+    return content | models
 
 
 def _decode_to_shards(
@@ -221,23 +281,22 @@ def _decode_to_shards(
     pair: LoadedPair,
     info: RunRecord,
     on_step: OnStep | None,
-) -> RunRecord:
-    """Decode prompts and write one shard a batch; run.json follows each: a stop loses nothing."""
+) -> None:
+    """Decode prompts and write one shard a batch, with the time that it took."""
     from calibrate.decode.engine import decode
     from hlmtheory.policies import calibration_policy
 
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
     policy, axes = calibration_policy(), settings.axes(pair.vocab_size)
     batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
-    for batch in batches:
-        path = next_shard(run / "traces")
-        write_shard(path, batch.columns, batch.prompt_ids, header, axes, batch.categories)
-        spent = {
-            name: getattr(info, name) + getattr(batch, name) for name in ("wall_s", "forward_s")
-        }
-        info = info.model_copy(update=spent)
-        write_record(run, info)
-    return info
+    with finishing("the shard in work"):
+        for batch in batches:
+            path = next_shard(run / "traces")
+            spent = {"wall_s": batch.wall_s, "forward_s": batch.forward_s}
+            write_shard(
+                path, batch.columns, batch.prompt_ids, header | spent, axes, batch.categories
+            )
+            safe_point()
 
 
 def pair_identity(pair: LoadedPair) -> PairIdentity:

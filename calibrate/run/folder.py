@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,31 +26,84 @@ NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # They never change a token, and a smaller batch is the way out of a full memory.
 FREE_ON_RESUME = {"batch_size", "device"}
 
+LOCK_NAME = ".lock"
+_PART = ".part"
+
+RunState: TypeAlias = Literal["new", "interrupted", "finished"]
 AnyStage = TypeVar("AnyStage", bound=StageRecord)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside `path` that takes its place only if the block succeeds.
+
+    Raises
+    ------
+    UserError
+        If the system refuses: no space, no permission. The line names `path`.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
         # mkstemp makes files private; results are as readable as the user's other files.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {system_reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def system_reason(error: OSError) -> str:
+    """What the system says, and the way out."""
+    reason = error.strerror or str(error)
+    return f"{reason}; make room there, or mend its permissions, or name another folder"
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what killed writers of records and shards left; the run must be locked."""
+    for kind in ("json", "parquet"):
+        for left in run.rglob(f".*.{kind}.*{_PART}"):
+            left.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before the work that is to fill it.
+
+    Raises
+    ------
+    UserError
+    """
+    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {system_reason(error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name of anything but letters, digits, '.', '_' and '-'.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(f"--name {name!r}: allowed are letters, digits, '.', '_' and '-'")
 
 
 def record_path(run: Path, kind: type[StageRecord], name: str = DEFAULT_NAME) -> Path:
@@ -61,8 +114,7 @@ def record_path(run: Path, kind: type[StageRecord], name: str = DEFAULT_NAME) ->
     UsageError
         If the name holds anything but letters, digits, '.', '_' and '-'.
     """
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"--name {name!r}: allowed are letters, digits, '.', '_' and '-'")
+    check_name(name)
     if name == DEFAULT_NAME:
         return run / kind.file_name
     stem, suffix = os.path.splitext(kind.file_name)
@@ -79,7 +131,7 @@ def record_names(run: Path, kind: type[StageRecord]) -> list[str]:
 
 
 def write_record(run: Path, record: StageRecord, name: str = DEFAULT_NAME) -> Path:
-    """Write a stage's result in one go, schema version and checksum first; NaN is refused."""
+    """Write a stage's result in one go."""
     path = record_path(run, type(record), name)
     write_record_file(path, record)
     return path
@@ -87,9 +139,14 @@ def write_record(run: Path, record: StageRecord, name: str = DEFAULT_NAME) -> Pa
 
 def write_record_file(path: Path, record: StageRecord) -> None:
     """Write a record where the user wants it."""
+    write_text(path, record_text(record) + "\n")
+
+
+def record_text(record: StageRecord) -> str:
+    """A record as JSON, schema version and checksum first; NaN is refused."""
     content = {"schema_version": record.schema_version, **record.model_dump(mode="json")}
     content = {"schema_version": record.schema_version, KEY: checksum(content), **content}
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return json.dumps(content, indent=1, allow_nan=False)
 
 
 def read_record(run: Path, kind: type[AnyStage], name: str = DEFAULT_NAME) -> AnyStage:
@@ -181,13 +238,13 @@ def _git(folder: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def open_run(run: Path, settings: RunSettings, resume: bool) -> bool:
-    """Prepare a run folder for calibration.
+def open_run(run: Path, settings: RunSettings, resume: bool) -> RunState:
+    """Look at a folder that is to hold a calibration; writes nothing.
 
     Parameters
     ----------
     run : Path
-        The folder; made if need be, only ever filled by one set of settings.
+        The folder; only ever filled by one set of settings.
     settings : RunSettings
         What decides the tokens; compared on resume.
     resume : bool
@@ -195,32 +252,34 @@ def open_run(run: Path, settings: RunSettings, resume: bool) -> bool:
 
     Returns
     -------
-    bool
-        Whether shards of an interrupted run are there to be used.
+    RunState
+        What it holds; with `resume`, of these settings.
 
     Raises
     ------
     UsageError
-        If the folder holds something else.
+        If the folder holds something else, or cannot be written.
     """
     if run.exists() and not run.is_dir():
         raise UsageError(f"--output-path {run}: is a file; name a folder")
-    parent = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"--output-path {run}: cannot be made there; name another folder")
+    try:
+        check_writable(run)
+    except UserError as error:
+        raise UsageError(f"--output-path {run}: {error}") from None
     marker = record_path(run, RunRecord)
     if not marker.is_file():
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and any(path.name != LOCK_NAME for path in run.iterdir()):
             raise UsageError(f"--output-path {run}: not empty, and not a run; name another folder")
-        return False
+        return "new"
     try:
         earlier = read_record(run, RunRecord)
-    except UserError:
+    except UserError as error:
+        raise UsageError(f"--output-path {run}: {error}, or name another folder") from None
+    if not resume and earlier.complete:
         raise UsageError(
-            f"--output-path {run}: its run.json is broken; name another folder"
-        ) from None
-    if earlier.complete:
-        raise UsageError(f"--output-path {run}: holds another run; name another folder")
+            f"--output-path {run}: holds a finished run; go on with `hlm derive {run}`, or name "
+            "another folder"
+        )
     if not resume:
         raise UsageError(
             f"--output-path {run}: holds an interrupted run; add --resume to go on with it, "
@@ -233,4 +292,4 @@ def open_run(run: Path, settings: RunSettings, resume: bool) -> bool:
                 f"--resume: {key} was {before[key]!r} in {run}, now {now[key]!r}; "
                 "a run keeps its settings"
             )
-    return True
+    return "finished" if earlier.complete else "interrupted"

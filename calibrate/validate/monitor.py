@@ -25,6 +25,7 @@ from calibrate.run.records import (
     OpenAnswer,
     OperatingPoint,
 )
+from calibrate.run.stopping import Interrupted
 from hlmtheory.monitoring import Tally, audited_losses, window_level
 
 CHUNK_NUM_BYTES = 1 << 20
@@ -208,7 +209,7 @@ class Watch:
         while True:
             try:
                 chunk = stream.read1(CHUNK_NUM_BYTES)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Interrupted):
                 chunk = b""
             whole, end, begun = (rest + chunk).rpartition(b"\n")
             if not chunk and not keep_open_line:

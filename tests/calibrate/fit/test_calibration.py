@@ -10,12 +10,12 @@ import pytest
 import toy_pair
 
 from calibrate.fit import calibration
-from calibrate.fit.calibration import calibrate, prepare
+from calibrate.fit.calibration import calibrate, finished, prepare
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import draw_prompts, read_prompts, text_key
 from calibrate.run.records import RunRecord
-from calibrate.run.traces import read_axes, read_trace, shard_paths
+from calibrate.run.traces import Shard, read_axes, read_trace, shard_paths
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -109,3 +109,56 @@ def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path
     assert "\n" not in str(caught.value)
     assert shard.read_bytes() == before
     assert shard_paths(tmp_path / "run") == [shard]
+
+
+def test_a_finished_run_says_so_and_a_lost_shard_is_made_again(
+    folder, pair, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    run = tmp_path / "run"
+    request = toy_pair.request(folder, run, batch_size=4, max_new_tokens=4)
+    assert finished(request) is None
+    made = calibrate(request, prepare(request), pair)
+    before = read_trace(shard_paths(run))
+    again = toy_pair.request(folder, run, batch_size=4, max_new_tokens=4, resume=True)
+    prepare(again)
+    assert finished(again) == made
+    info = read_record(run, RunRecord)
+    spent = [Shard(path).header["wall_s"] for path in shard_paths(run)]
+    assert info.wall_s == pytest.approx(sum(spent))
+    shard_paths(run)[1].unlink()
+    assert finished(again) is None
+    calibrate(again, prepare(again), pair)
+    after = read_trace(shard_paths(run))
+    assert after.prompt_ids == before.prompt_ids
+    assert (after["output_token"] == before["output_token"]).all()
+    assert finished(again) == made
+
+
+def test_what_a_kill_before_the_first_file_left_is_no_obstacle(folder, pair, tmp_path) -> None:
+    run = tmp_path / "run"
+    for resume in (False, True):
+        run.mkdir()
+        (run / ".lock").write_text("")
+        (run / ".run.json.abc.part").write_text("{")
+        request = toy_pair.request(folder, run, resume=resume)
+        prepare(request)
+        assert list(run.iterdir()) == []
+        run.rmdir()
+
+
+@pytest.mark.parametrize("what", ["prompt", "pair"])
+def test_other_inputs_are_refused_with_both_values(folder, pair, tmp_path, monkeypatch, what):
+    request = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=2)
+    interrupted(monkeypatch, request, pair)
+    again = replace(request, resume=True)
+    prompts = prepare(again)
+    if what == "prompt":
+        told = "text of prompt line-"
+        prompts = [replace(prompts[0], text="w9 w9"), *prompts[1:]]
+        values = f"was '[0-9a-f]+' in .*, now '{text_key('w9 w9')}'"
+    else:
+        told, values = "dtype", "was 'float32' in .*, now 'float64'"
+        monkeypatch.setattr(pair, "dtype", "float64")
+    with pytest.raises(UserError, match=f"--resume: {told}.* {values}; name another folder"):
+        calibrate(again, prompts, pair)

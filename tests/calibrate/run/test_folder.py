@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from calibrate.run.checksums import KEY, checksum
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import (
+    check_writable,
     open_run,
     provenance,
     read_record,
@@ -133,17 +136,39 @@ def test_a_run_is_resumed_with_its_own_settings_only(
 ) -> None:
     run = tmp_path / "run"
     record = run_record(complete=False)
-    assert open_run(run, record.settings, resume=False) is False
+    assert open_run(run, record.settings, resume=False) == "new"
     run.mkdir()
     (run / "run.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"its run\.json is broken"):
+    with pytest.raises(UsageError, match=r"run\.json: schema version None.*name another folder"):
         open_run(run, record.settings, resume=True)
     monkeypatch.setattr("calibrate.run.folder.read_record", lambda *_: record)
     with pytest.raises(UsageError, match="add --resume"):
         open_run(run, record.settings, resume=False)
-    assert open_run(run, record.settings.model_copy(update={"batch_size": 7}), resume=True)
+    smaller = record.settings.model_copy(update={"batch_size": 7})
+    assert open_run(run, smaller, resume=True) == "interrupted"
     with pytest.raises(UsageError, match=r"--resume: seed was 0 in .*, now 1"):
         open_run(run, record.settings.model_copy(update={"seed": 1}), resume=True)
     monkeypatch.setattr("calibrate.run.folder.read_record", lambda *_: run_record(complete=True))
-    with pytest.raises(UsageError, match="holds another run"):
-        open_run(run, record.settings, resume=True)
+    assert open_run(run, record.settings, resume=True) == "finished"
+    with pytest.raises(UsageError, match="holds a finished run; go on with `hlm derive"):
+        open_run(run, record.settings, resume=False)
+
+
+def test_what_the_system_refuses_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"write .*a\.txt: No space left on device; make room"):
+        write_text(tmp_path / "a.txt", "a")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for work in (
+        lambda folder: write_text(folder / "b.txt", "b"),
+        lambda folder: check_writable(folder),
+    ):
+        with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
+            work(tmp_path / "file" / "run")

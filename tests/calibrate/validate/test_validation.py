@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from calibrate.fit.calibration import calibrate, prepare
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import DerivationRecord, DeriveRequest, ValidationRecord
+from calibrate.run.stopping import Interrupted, StoppedError, listen
 from calibrate.run.traces import Shard, shards_in
-from calibrate.validate import validation
+from calibrate.validate import rerun, validation
 from calibrate.validate.rerun import rerun_identity, rerun_path
 from calibrate.validate.validation import (
     ValidationPlan,
@@ -188,11 +190,35 @@ def test_what_was_decoded_stays_when_it_is_interrupted(run, pair) -> None:
 
 def test_the_interruption_is_told_in_one_line(run, pair, monkeypatch) -> None:
     def stop(*_) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(validation, "decode_missing", stop)
-    with pytest.raises(UserError, match=r"finished batches stay in .*reruns; the same command"):
+    said = r"finished batches stay in .*reruns; the same command"
+    with pytest.raises(StoppedError, match=said) as caught:
         cli._validate(plan(run, "hlm"), "cpu", pair)
+    assert caught.value.exit_code == 143
+
+
+def test_sigterm_lets_the_batch_in_work_be_kept(run, pair, monkeypatch) -> None:
+    """It comes while the first of two batches is decoded."""
+    before = signal.getsignal(signal.SIGTERM)
+    planned = plan(run, "hlm", batch_size=4)
+    write, written = rerun.write_shard, []
+
+    def terminated(*arguments) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        written.append(write(*arguments))
+
+    monkeypatch.setattr(rerun, "write_shard", terminated)
+    listen()
+    try:
+        with pytest.raises(StoppedError) as caught:
+            cli._validate(planned, "cpu", pair)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert caught.value.exit_code == 143
+    assert len(written) == len(list((run / "reruns").rglob("*.parquet"))) == 1
 
 
 def test_points_that_decide_alike_share_a_rerun(run, pair) -> None:
