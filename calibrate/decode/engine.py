@@ -11,7 +11,7 @@ differs. Until then one row of the batch serves them all; there it forks, its ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,6 +135,7 @@ def decode_together(
     eos_token_ids: Sequence[int],
     on_step: Callable[[int, int], None] | None = None,
     observer: Observer | None = None,
+    minimal: Collection[str] = (),
 ) -> Iterator[dict[str, DecodedBatch]]:
     """Decode prompts under every policy, batch by batch, longest prompts first.
 
@@ -157,6 +158,8 @@ def decode_together(
         never need), of all policies, for progress bars.
     observer : callable, optional
         Extra columns at every step.
+    minimal : collection of str
+        Labels of policies that need no more than a minimal trace where others get a full one.
 
     Yields
     ------
@@ -166,7 +169,9 @@ def decode_together(
     for batch in batches_by_length(prompts, settings.batch_size):
         with torch.inference_mode(), domain.unchecked():
             try:
-                run = _BatchRun(slm, llm, batch, policies, settings, eos_token_ids, observer)
+                run = _BatchRun(
+                    slm, llm, batch, policies, settings, eos_token_ids, observer, minimal
+                )
                 decoded = run.to_end(on_step)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
@@ -202,14 +207,17 @@ class _Answers:
 
     Attributes
     ----------
+    full : bool
+        Whether head, truncation and attention are recorded too.
     rows : int array (A,)
         Row of the batch that each live answer is in.
     prompts : int array (A,)
         Its prompt.
     """
 
-    def __init__(self, policy: Policy, num_prompts: int, max_new_tokens: int) -> None:
+    def __init__(self, policy: Policy, full: bool, num_prompts: int, max_new_tokens: int) -> None:
         self.policy = policy
+        self.full = full
         self.memory = policy.memory()
         self.rows = np.arange(num_prompts)
         self.prompts = np.arange(num_prompts)
@@ -234,6 +242,7 @@ class _BatchRun:
         settings: DecodingSettings,
         eos_token_ids: Sequence[int],
         observer: Observer | None,
+        minimal: Collection[str],
     ) -> None:
         self.begin = time.perf_counter()
         self.settings = settings
@@ -241,9 +250,12 @@ class _BatchRun:
         self.prompt_ids = [prompt.prompt_id for prompt in batch]
         self.categories = [prompt.category for prompt in batch]
         num, length = len(batch), settings.max_new_tokens
-        self.answers = {name: _Answers(policy, num, length) for name, policy in policies.items()}
-        self.want_attention = settings.trace == "full" or any(
-            policy.needs_attention for policy in policies.values()
+        full = {name: settings.trace == "full" and name not in minimal for name in policies}
+        self.answers = {
+            name: _Answers(policy, full[name], num, length) for name, policy in policies.items()
+        }
+        self.want_attention = any(
+            full[name] or policy.needs_attention for name, policy in policies.items()
         )
         self.axes = settings.axes(slm.vocab_size)
         self.num_candidates = max(
@@ -317,7 +329,7 @@ class _BatchRun:
             "policy_log_ratio": policy.log_ratio(step)[0],
             "policy_entries": policy.drawn_entries(step),
         }
-        if self.settings.trace == "full":
+        if answers.full:
             due = (number - self.phase[answers.prompts]) % STRIDE == 0
             columns |= {name: step[name] for name in HEAD} | strided_columns(step, due)
             columns |= {name: step[name] for name in self.attention}
