@@ -232,6 +232,14 @@ def calibrate(
     trace: Annotated[
         str, typer.Option(help="full, or minimal: faster, but gated policies cannot be derived.")
     ] = "full",
+    pilot: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Prompts decoded again under a policy, so that predictions know where its own "
+            "outputs lead; 0 for none.",
+        ),
+    ] = 64,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
@@ -259,6 +267,7 @@ def calibrate(
         device=device,
         dtype=dtype,
         trace=trace,
+        pilot=pilot,
         run=output_path,
         resume=resume,
     )

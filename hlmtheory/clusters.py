@@ -60,6 +60,13 @@ class RatioEstimate:
         return self.value - half, self.value + half
 
 
+def estimate_of(value: float, influence: np.ndarray) -> RatioEstimate:
+    """An estimate whose error is the sum of its prompts' influence (P,)."""
+    error = error_terms(influence)
+    spread = error.standard_error if error.freedom else float("nan")
+    return RatioEstimate(value, spread, error.num_prompts, influence)
+
+
 def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> RatioEstimate:
     """Mean over tokens from each prompt's sum and number of tokens, (P,); none without tokens.
 
@@ -72,10 +79,7 @@ def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> RatioEstimate:
     if total <= 0:
         raise ValueError("values holds no finite entry: give at least one token")
     value = float(sums.sum() / total)
-    influence = np.where(counts > 0, (sums - value * counts) / total, np.nan)
-    error = error_terms(influence)
-    spread = error.standard_error if error.freedom else float("nan")
-    return RatioEstimate(value, spread, error.num_prompts, influence)
+    return estimate_of(value, np.where(counts > 0, (sums - value * counts) / total, np.nan))
 
 
 def mean_over_tokens(

@@ -10,10 +10,10 @@ import numpy as np
 
 from calibrate.derive.operating_points import UNGATED, Study
 from calibrate.derive.predict import (
+    Averaged,
     Economics,
     PolicyTokens,
     drawn_tokens,
-    predicted_tokens,
     throughputs,
     uplink_bits,
 )
@@ -28,7 +28,7 @@ from calibrate.run.records import (
     ThroughputCurves,
     TruncationCurves,
 )
-from hlmtheory.clusters import mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 from hlmtheory.link import AwgnLink, Link
 from hlmtheory.policies import GatedPolicy, Policy
 from hlmtheory.policies.base import TruncatingPolicy
@@ -106,16 +106,25 @@ def bandwidth_hz(link: Link) -> float:
 
 def throughput_curves(
     point: OperatingPoint,
-    tokens: PolicyTokens,
+    tokens: Averaged,
     economics: Economics,
     snr_db: Sequence[float],
     confidence: float,
 ) -> ThroughputCurves:
     """Both throughputs of a point's tokens along the SNR; docs/theory.md, (26), (28)."""
-    bits = uplink_bits(tokens, economics)
-    found = [throughputs(tokens, economics_at(economics, snr), bits) for snr in snr_db]
+
+    def at_every_snr(seen: PolicyTokens) -> dict[str, RatioEstimate]:
+        bits = uplink_bits(seen, economics)
+        return {
+            f"{name}@{snr:g}": one
+            for snr in snr_db
+            for name, one in throughputs(seen, economics_at(economics, snr), bits).items()
+        }
+
+    found = tokens.mean(at_every_snr)
     both = {
-        name: curve(snr_db, [at_snr[name] for at_snr in found], confidence) for name in THROUGHPUTS
+        name: curve(snr_db, [found[f"{name}@{snr:g}"] for snr in snr_db], confidence)
+        for name in THROUGHPUTS
     }
     return ThroughputCurves(policy=point.policy, rule=point.rule, **both)
 
@@ -134,7 +143,7 @@ def snr_sweep(study: Study, runnable: Sequence[Runnable]) -> SnrSweep | None:
         series=tuple(
             throughput_curves(
                 point,
-                predicted_tokens(study.trace, policy),
+                study.roads.prediction(policy),
                 study.economics,
                 SNR_DB,
                 study.request.confidence,

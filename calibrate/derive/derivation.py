@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,20 +156,24 @@ def _study(run: Path, request: DeriveRequest) -> Study:
     from calibrate.derive.optimum import in_double
     from calibrate.derive.predict import Economics
     from calibrate.derive.presets import load_link, load_profile
-    from calibrate.run.traces import read_calibration_trace
+    from calibrate.derive.roads import read_roads
     from hlmtheory.policies import DeriveOptions
 
     calibration = read_record(run, CalibrationRecord)
     importances = tuple(parse_importance(text) for text in request.importances)
     link, profile = load_link(request.link), load_profile(request.profile, calibration.timings)
-    trace = read_calibration_trace(run, calibration)
+    roads = read_roads(run, calibration)
+    trace = roads.server
     if "head_prob" not in trace:
         raise UserError(
             f"RUN {run}: minimal traces lack the candidates that predictions need; calibrate with "
             "--trace full"
         )
+    if trace.num_tokens <= MAX_IN_DOUBLE:
+        pilot = None if roads.pilot is None else in_double(roads.pilot)
+        roads = replace(roads, server=in_double(trace), pilot=pilot)
     return Study(
-        in_double(trace) if trace.num_tokens <= MAX_IN_DOUBLE else trace,
+        roads,
         calibration,
         request,
         Economics(link, profile, calibration.pair.vocab_size, request.accounting),

@@ -16,9 +16,9 @@ from calibrate.derive.predict import (
     is_bounded,
     metrics,
     policy_atoms,
-    predicted_tokens,
     source_sha256,
 )
+from calibrate.derive.roads import Roads
 from calibrate.fit.thresholds import DerivedThreshold, derive_thresholds
 from calibrate.run.errors import UsageError
 from calibrate.run.figure import as_figure
@@ -74,20 +74,25 @@ class Study:
 
     Attributes
     ----------
-    trace : Trace
-        The calibration's.
+    roads : Roads
+        The calibration's contexts, and a pilot's.
     calibration : CalibrationRecord
     request : DeriveRequest
     economics : Economics
     options : DeriveOptions
     """
 
-    trace: Trace
+    roads: Roads
     calibration: CalibrationRecord
     request: DeriveRequest
     economics: Economics
     options: DeriveOptions
     _gates: dict[str, Gate] = field(default_factory=dict)
+
+    @property
+    def trace(self) -> Trace:
+        """The calibration's, along the server's outputs."""
+        return self.roads.server
 
     @property
     def score(self) -> Score:
@@ -142,12 +147,12 @@ class Study:
 
         And which of them are upper bounds.
         """
-        tokens = predicted_tokens(self.trace, policy)
-        found = metrics(tokens, self.economics)
+        prediction = self.roads.prediction(policy)
+        found = prediction.mean(lambda tokens: metrics(tokens, self.economics))
         figures = {
             name: as_figure(found[name], UNITS[name], self.request.confidence) for name in METRICS
         }
-        return figures, ("answer_divergence",) if is_bounded(tokens) else ()
+        return figures, ("answer_divergence",) if is_bounded(prediction.server) else ()
 
 
 def _same(first: SkipAtoms, second: SkipAtoms) -> bool:

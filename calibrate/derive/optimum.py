@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
 
 from calibrate.derive.operating_points import Study
-from calibrate.derive.predict import Economics, mean_bias, predicted_tokens, uplink_bits
+from calibrate.derive.predict import Economics, PolicyTokens, path_means
+from calibrate.derive.roads import Roads
 from calibrate.run.records import Optimum, PolicyPath
 from calibrate.run.traces import Trace
+from hlmtheory.clusters import RatioEstimate
 from hlmtheory.optimise import Choice, Objective, PolicyCurve, best_choice
 from hlmtheory.policies import GatedPolicy, Policy
 
@@ -63,12 +65,7 @@ class Path:
 def thin_prompts(trace: Trace, most: int = MAX_TOKENS) -> Trace:
     """Every m-th prompt, whole, so that about at most so many tokens are left."""
     step = -(-trace.num_tokens // most)
-    if step <= 1:
-        return trace
-    kept = trace.prompt_index % step == 0
-    columns = {name: values[kept] for name, values in trace.columns.items()}
-    columns["prompt_index"] = columns["prompt_index"] // step
-    return Trace(columns, trace.prompt_ids[::step], trace.axes, trace.categories[::step])
+    return trace if step <= 1 else trace.of_prompts(trace.prompt_ids[::step])
 
 
 def in_double(trace: Trace) -> Trace:
@@ -88,32 +85,35 @@ def path_thresholds(study: Study, policy: GatedPolicy) -> np.ndarray:
     return np.unique(np.clip(both, policy.score.low, policy.score.high))
 
 
-def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: np.ndarray) -> Path:
+def policy_path(roads: Roads, economics: Economics, policy: Policy, thresholds: np.ndarray) -> Path:
     """A policy along these thresholds of its gate; as it is, if it has none."""
     moved: list[Policy] = [policy]
     if isinstance(policy, GatedPolicy):
         moved = [policy.with_threshold(threshold) for threshold in thresholds]
+
+    def means(tokens: PolicyTokens) -> dict[str, RatioEstimate]:
+        return path_means(tokens, economics)
+
     rows = []
     for one in moved:
-        tokens = predicted_tokens(trace, one)
-        bits = uplink_bits(tokens, economics)
-        means = [float(np.mean(part)) for part in (tokens.skip, tokens.risk, bits)]
-        rows.append([*means, mean_bias(tokens).value])
+        found = roads.prediction(one).mean(means)
+        rows.append([estimate.value for estimate in found.values()])
     return Path(policy, thresholds, *np.array(rows).T)
 
 
 def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:
     """Paths of the first setting of every policy, and those with another fixed size."""
-    trace = in_double(thin_prompts(study.trace))
+    trace = in_double(thin_prompts(study.roads.server))
+    roads = replace(study.roads, server=trace)
     first, resized = [], []
     for offers in study.offers.values():
         for offer in offers[:1]:
             policy, thresholds = offer.policy, np.zeros(1)
             if isinstance(policy, GatedPolicy):
                 thresholds = path_thresholds(study, policy)
-            first.append(policy_path(trace, study.economics, policy, thresholds))
+            first.append(policy_path(roads, study.economics, policy, thresholds))
             resized += [
-                policy_path(trace, study.economics, other, thresholds)
+                policy_path(roads, study.economics, other, thresholds)
                 for other in _other_sizes(policy, trace)
             ]
     return first, resized

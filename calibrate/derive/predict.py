@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from calibrate.derive.presets import link_from_dict, profile_from_dict
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
 from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
-from hlmtheory.clusters import RatioEstimate, error_terms, mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, estimate_of, mean_over_tokens
+from hlmtheory.context_shift import along_answers
 from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
 from hlmtheory.link import Link
 from hlmtheory.policies import GatedPolicy, Outcome, Policy, policy_from_settings
@@ -44,6 +45,9 @@ SOURCES: dict[str, Literal["counted", "implied"]] = {
     for metric in METRICS
 }
 """Counted token by token in a rerun, or implied by what was counted and by given times."""
+
+OF_SERVER_ANSWERS = ("answer_divergence",)
+"""Metrics that are means over the server's own answers, whatever road a policy takes."""
 
 CHUNK = 8192
 """Steps looked at together: the head of these fits the cache."""
@@ -82,6 +86,32 @@ class PolicyTokens:
     log_ratio: np.ndarray
     prompt_index: np.ndarray
     num_prompts: int
+
+    def mean(self, means: Means) -> dict[str, RatioEstimate]:
+        """Means over these tokens."""
+        return means(self)
+
+    def of_prompts(self, place: np.ndarray) -> PolicyTokens:
+        """The tokens of some prompts, (N,) in rising order, numbered anew."""
+        kept = np.isin(self.prompt_index, place)
+        columns = {
+            name: getattr(self, name)[kept] for name in ("skip", "risk", "bias", "entries", "rho")
+        }
+        index = np.searchsorted(place, self.prompt_index[kept])
+        ratio = self.log_ratio[:, kept]
+        return replace(self, **columns, log_ratio=ratio, prompt_index=index, num_prompts=len(place))
+
+
+Means: TypeAlias = Callable[[PolicyTokens], dict[str, RatioEstimate]]
+"""Means over tokens, of whatever tokens it is given."""
+
+
+class Averaged(Protocol):
+    """Something that means are taken over: a rerun's tokens, or a prediction."""
+
+    def mean(self, means: Means) -> dict[str, RatioEstimate]:
+        """The means with their errors."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -174,9 +204,8 @@ def _tokens(trace: Trace, policy: Policy, look: Callable[[Step], Outcome]) -> Po
 def predicted_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
     """What the policy is expected to do at the contexts of a calibration trace.
 
-    Averaged over the draft wherever the recorded head decides. Valid when the contexts that the
-    policy's own outputs lead to resemble those of the calibration policy; how far they do not is
-    what a rerun measures.
+    Averaged over the draft wherever the recorded head decides. Its own outputs lead a policy to
+    other contexts: calibrate/derive/roads.py takes that in.
     """
     return _tokens(trace, policy, policy.outcome)
 
@@ -227,10 +256,7 @@ def unsent_before(skip: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
     between if drafts are drawn independently along the recorded contexts.
     """
     out = np.zeros(len(skip))
-    starts = np.flatnonzero(np.diff(prompt_index, prepend=-1) != 0)
-    lengths = np.diff(np.append(starts, len(skip)))
-    for step in range(1, int(lengths.max(initial=0))):
-        rows = starts[lengths > step] + step
+    for rows in along_answers(prompt_index):
         out[rows] = skip[rows - 1] * (1.0 + out[rows - 1])
     return out
 
@@ -281,6 +307,16 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
         ),
     }
     return {name: found[name] for name in METRICS}
+
+
+def path_means(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstimate]:
+    """The means that a policy's path along its thresholds is made of."""
+    return {
+        "skip_rate": _mean(tokens, tokens.skip),
+        "rejection_risk": _mean(tokens, tokens.risk),
+        "uplink_bits_per_token": _mean(tokens, uplink_bits(tokens, economics)),
+        "tv_bias": mean_bias(tokens),
+    }
 
 
 def throughputs(
@@ -368,8 +404,4 @@ def mean_bias(tokens: PolicyTokens) -> RatioEstimate:
     if np.isfinite(tokens.bias).all():
         return mean_over_tokens(tokens.bias, *of)
     first, rest = mean_over_tokens(tokens.rho, *of), mean_over_tokens(tokens.bias - tokens.rho, *of)
-    influence = first.influence + np.nan_to_num(rest.influence)
-    error = error_terms(influence)
-    return RatioEstimate(
-        first.value + rest.value, error.standard_error, error.num_prompts, influence
-    )
+    return estimate_of(first.value + rest.value, first.influence + np.nan_to_num(rest.influence))

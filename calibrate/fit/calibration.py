@@ -1,12 +1,13 @@
-"""`hlm calibrate`: decode the calibration prompts losslessly, write traces, fit."""
+"""`hlm calibrate`: decode the calibration prompts losslessly, write traces, fit, run a pilot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from calibrate.fit.pilot import DEFAULT_PROMPTS, plan_pilot, policy_of
 from calibrate.fit.summary import summarise
 from calibrate.run.errors import UserError
 from calibrate.run.folder import (
@@ -20,7 +21,6 @@ from calibrate.run.folder import (
 from calibrate.run.lock import locked
 from calibrate.run.prompts import (
     Prompt,
-    TokenizedPrompt,
     draw_prompts,
     read_prompts,
     text_key,
@@ -39,14 +39,16 @@ from calibrate.run.traces import (
     Shard,
     finished_prompts,
     next_shard,
+    pilot_paths,
     read_axes,
     read_trace,
     shard_paths,
+    shards_in,
     write_shard,
 )
+from hlmtheory.policies import Policy, calibration_policy
 
 if TYPE_CHECKING:
-    from calibrate.decode.engine import DecodingSettings
     from calibrate.pairs.registry import LoadedPair, PairSpec
     from hlmtheory.steps import Axes
 
@@ -70,6 +72,9 @@ class CalibrationRequest:
     temperature : float
     device, dtype : str
     trace : {"full", "minimal"}
+    pilot : int
+        Prompts to decode again under a policy, so that predictions know what its own road is like;
+        0 for none.
     run : Path
     given : GivenModels
     resume : bool
@@ -89,8 +94,13 @@ class CalibrationRequest:
     trace: Literal["full", "minimal"]
     run: Path
     given: GivenModels
+    pilot: int = DEFAULT_PROMPTS
     resume: bool = False
     command: tuple[str, ...] = ()
+
+    def num_pilot(self, prompts: Sequence[Prompt]) -> int:
+        """Prompts of the pilot; none for a minimal trace, of which nothing is predicted."""
+        return min(self.pilot, len(prompts)) if self.trace == "full" else 0
 
     def settings(self) -> RunSettings:
         """What decides the tokens of the trace, as it is stored in run.json."""
@@ -177,7 +187,7 @@ def _calibrate(
     on_step: OnStep | None,
     on_total: Callable[[int], None] | None,
 ) -> CalibrationRecord:
-    from calibrate.decode.engine import DecodingSettings
+    from calibrate.decode.engine import DecodingSettings, decode
     from calibrate.decode.memory import automatic_batch_size
     from calibrate.decode.models import TransformerModel
     from calibrate.decode.timing import measure_timings
@@ -210,12 +220,25 @@ def _calibrate(
     if record_path(request.run, RunRecord).is_file():
         _check_same_inputs(request.run, read_record(request.run, RunRecord), info, axes)
     write_record(request.run, info)
-    done = finished_prompts(shard_paths(request.run))
-    left = [prompt for prompt in tokenized if prompt.prompt_id not in done]
+    header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
+
+    def decode_to_shards(folder: Path, policy: Policy, wanted: Collection[str]) -> list[Path]:
+        """Decode what a folder lacks and write one shard a batch, with the time that it took."""
+        done = finished_prompts(shards_in(folder))
+        left = [p for p in tokenized if p.prompt_id in wanted and p.prompt_id not in done]
+        batches = decode(slm, llm, left, policy, settings, pair.eos_token_ids, on_step)
+        with finishing("the shard in work"):
+            for batch in batches:
+                spent = {"wall_s": batch.wall_s, "forward_s": batch.forward_s}
+                of_batch = (batch.columns, batch.prompt_ids, header | spent, axes)
+                write_shard(next_shard(folder), *of_batch, batch.categories)
+                safe_point()
+        return shards_in(folder)
+
     if on_total is not None:
-        on_total(len(left) * request.max_new_tokens)
-    _decode_to_shards(request.run, slm, llm, left, settings, pair, info, on_step)
-    paths = shard_paths(request.run)
+        num = sum(len(finished_prompts(part(request.run))) for part in (shard_paths, pilot_paths))
+        on_total((len(tokenized) + request.num_pilot(prompts) - num) * request.max_new_tokens)
+    paths = decode_to_shards(request.run / "traces", calibration_policy(), info.prompt_ids)
     trace = read_trace(paths)
     if set(trace.prompt_ids) != set(info.prompt_ids):
         raise UserError(
@@ -225,12 +248,20 @@ def _calibrate(
     headers = [Shard(path).header for path in paths]
     info = info.model_copy(
         update={
-            "complete": True,
             "num_prompts": trace.num_prompts,
             "num_tokens": trace.num_tokens,
             **{name: sum(header[name] for header in headers) for name in ("wall_s", "forward_s")},
         }
     )
+    pilot = plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
+    if pilot is not None:
+        paths = decode_to_shards(request.run / "pilot", policy_of(pilot), pilot.prompt_ids)
+        spent = {
+            "num_tokens": read_trace(paths).num_tokens,
+            "wall_s": sum(Shard(path).header["wall_s"] for path in paths),
+        }
+        pilot = pilot.model_copy(update=spent)
+    info = info.model_copy(update={"complete": True, "pilot": pilot})
     summary = summarise(trace, info)
     write_record(request.run, summary)
     write_record(request.run, info)
@@ -270,33 +301,6 @@ def _flat(pair: PairIdentity) -> dict[str, Any]:
         for key, value in content.pop(side).items()
     }
     return content | models
-
-
-def _decode_to_shards(
-    run: Path,
-    slm: Any,
-    llm: Any,
-    prompts: Sequence[TokenizedPrompt],
-    settings: DecodingSettings,
-    pair: LoadedPair,
-    info: RunRecord,
-    on_step: OnStep | None,
-) -> None:
-    """Decode prompts and write one shard a batch, with the time that it took."""
-    from calibrate.decode.engine import decode
-    from hlmtheory.policies import calibration_policy
-
-    header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
-    policy, axes = calibration_policy(), settings.axes(pair.vocab_size)
-    batches = decode(slm, llm, prompts, policy, settings, pair.eos_token_ids, on_step)
-    with finishing("the shard in work"):
-        for batch in batches:
-            path = next_shard(run / "traces")
-            spent = {"wall_s": batch.wall_s, "forward_s": batch.forward_s}
-            write_shard(
-                path, batch.columns, batch.prompt_ids, header | spent, axes, batch.categories
-            )
-            safe_point()
 
 
 def pair_identity(pair: LoadedPair) -> PairIdentity:

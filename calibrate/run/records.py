@@ -99,6 +99,8 @@ class RunSettings(Record):
     dtype: str
     device: str
     trace: Literal["full", "minimal"]
+    pilot: int = 0
+    """Prompts that are decoded again on a policy's own road."""
 
 
 class Timings(Record):
@@ -107,6 +109,19 @@ class Timings(Record):
     t_slm_ms: Figure
     t_llm_ms: Figure
     t_uncertainty_ms: Figure
+
+
+class Pilot(Record):
+    """A policy that was run on its own road, so that predictions know what that does."""
+
+    policy: str
+    threshold: float
+    """On the uncertainty."""
+    risk: float
+    """Rejection risk that the threshold has on the calibration's traces."""
+    prompt_ids: tuple[str, ...]
+    num_tokens: int
+    wall_s: float
 
 
 class RunRecord(StageRecord):
@@ -130,6 +145,8 @@ class RunRecord(StageRecord):
     """Decoding, without loading."""
     forward_s: float
     """The part of it inside the two models' forwards."""
+    pilot: Pilot | None = None
+    """Null where none was asked for, or nothing can be skipped at its risk."""
 
 
 class LineFit(Record):

@@ -148,6 +148,11 @@ def shard_paths(run: Path) -> list[Path]:
     return shards_in(run / "traces")
 
 
+def pilot_paths(run: Path) -> list[Path]:
+    """Finished shards of its pilot, in order."""
+    return shards_in(run / "pilot")
+
+
 def shards_in(folder: Path) -> list[Path]:
     """Finished shards of a folder, in order."""
     return sorted(folder.glob("*.parquet"))
@@ -204,6 +209,15 @@ class Trace:
 
     def __contains__(self, name: str) -> bool:
         return name in self.columns
+
+    def of_prompts(self, prompt_ids: Sequence[str]) -> Trace:
+        """The tokens of some of its prompts, given by id in rising order."""
+        place = np.searchsorted(self.prompt_ids, prompt_ids)
+        kept = np.isin(self.prompt_index, place)
+        columns = {name: values[kept] for name, values in self.columns.items()}
+        columns["prompt_index"] = np.searchsorted(place, columns["prompt_index"])
+        categories = [self.categories[i] for i in place] if self.categories else []
+        return Trace(columns, list(prompt_ids), self.axes, categories)
 
     @property
     def prompt_index(self) -> np.ndarray:

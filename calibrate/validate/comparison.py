@@ -13,12 +13,13 @@ from calibrate.derive.predict import (
     METRICS,
     SOURCES,
     UNITS,
+    Averaged,
     Economics,
     drawn_tokens,
     measured_tokens,
     metrics,
-    predicted_tokens,
 )
+from calibrate.derive.roads import Roads
 from calibrate.run.figure import as_figure, figure, share_figure
 from calibrate.run.records import (
     Cell,
@@ -115,7 +116,7 @@ def _room(value: float) -> float:
 def compare(
     point: OperatingPoint,
     policy: Policy,
-    calibration: Trace,
+    roads: Roads,
     rerun: Trace,
     economics: Economics,
     confidence: float,
@@ -128,24 +129,24 @@ def compare(
         Its predictions are what is held against the rerun.
     policy : Policy
         The point's.
-    calibration : Trace
+    roads : Roads
         That the predictions were made from: their sampling error is taken from it, and with that
-        of the drafts it drew the rerun's.
+        of the drafts that the calibration drew the rerun's.
     rerun : Trace
         Of the rerun under that point.
     economics : Economics
         The one the predictions were made with.
     confidence : float
     """
-    averaged, drawn, measured = (
-        metrics(tokens, economics)
-        for tokens in (
-            predicted_tokens(calibration, policy),
-            drawn_tokens(calibration, policy),
-            measured_tokens(rerun, policy),
-        )
+    seen: tuple[Averaged, ...] = (
+        roads.prediction(policy),
+        drawn_tokens(roads.server, policy),
+        measured_tokens(rerun, policy),
     )
-    strata = common_strata(calibration.categories, rerun.categories)
+    averaged, drawn, measured = (
+        one.mean(lambda tokens: metrics(tokens, economics)) for one in seen
+    )
+    strata = common_strata(roads.server.categories, rerun.categories)
     out = []
     for metric in METRICS:
         predicted, found = point.predicted[metric], measured[metric]

@@ -331,12 +331,14 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     Decodes nothing.
     """
     from calibrate.derive.predict import economics_of, measured_tokens
+    from calibrate.derive.roads import read_roads
     from calibrate.validate.comparison import Comparison, common_strata, compare, coverage
     from calibrate.validate.context_shift import context_shift, is_reference
 
     derivation, confidence = plan.derivation, plan.derivation.confidence
     economics = economics_of(derivation)
-    calibration = read_trace(shard_paths(plan.run))
+    roads = read_roads(plan.run, plan.calibration)
+    calibration = roads.server
     compared: list[Comparison] = []
     reruns, shifts = [], []
     follows = [point for point in plan.points if is_reference(plan.policies[point.key])]
@@ -344,7 +346,7 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     for point in plan.points:
         policy = plan.policies[point.key]
         trace = plan.trace(point)
-        compared += compare(point, policy, calibration, trace, economics, confidence)
+        compared += compare(point, policy, roads, trace, economics, confidence)
         if reference is not None:
             shift = context_shift(point, policy, calibration, trace, reference, confidence)
             shifts += [] if shift is None else [shift]

@@ -136,6 +136,12 @@ def calibration_policy() -> Policy:
     return next(one for one in server_policies() if one.role == "both")()
 
 
+def pilot_policy(threshold: float) -> Policy:
+    """The policy that pilots run: the first gate of a paper, with full verification."""
+    kind = next(one for one in _registered().values() if one.gated and one.paper)
+    return policy_from_settings(kind.name, {}, threshold)
+
+
 def server_policies() -> tuple[type[Policy], ...]:
     """Policies whose outputs have the server's law in every context."""
     return tuple(one for one in _registered().values() if one.follows_server)
@@ -151,6 +157,7 @@ __all__ = [
     "Outcome",
     "Policy",
     "calibration_policy",
+    "pilot_policy",
     "policy_class",
     "policy_from_settings",
     "policy_names",

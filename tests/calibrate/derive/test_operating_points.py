@@ -243,7 +243,8 @@ def edited(run: Path, tmp_path: Path) -> Callable[..., Path]:
         found["row"] = trace.prompt_index
         folder = tmp_path / "edited"
         write_shard(folder / "traces" / "a.parquet", found, trace.prompt_ids, {}, trace.axes)
-        write_record(folder, read_record(run, CalibrationRecord))
+        for kind in (RunRecord, CalibrationRecord):
+            write_record(folder, read_record(run, kind))
         return folder
 
     return edit

@@ -1,0 +1,125 @@
+"""Predictions on a policy's own road: the server's contexts, moved as a pilot was; (50)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from calibrate.derive.predict import OF_SERVER_ANSWERS, Means, PolicyTokens, predicted_tokens
+from calibrate.fit.pilot import policy_of
+from calibrate.run.folder import read_record
+from calibrate.run.records import CalibrationRecord, RunRecord
+from calibrate.run.traces import Trace, pilot_paths, read_calibration_trace, read_trace
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens
+from hlmtheory.context_shift import on_own_road, parted_before
+from hlmtheory.policies import Policy
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a policy is expected to do on its own road; docs/theory.md, (50).
+
+    Attributes
+    ----------
+    server : PolicyTokens
+        At the contexts of the calibration, which follow the server.
+    pilot : PolicyTokens or None
+        The same policy at the contexts that a pilot led itself to.
+    parted, pilot_parted : RatioEstimate or None
+        Share of tokens after the parting, of the policy and of the pilot.
+    place : int array (N,)
+        Of each pilot prompt among the calibration's.
+    """
+
+    server: PolicyTokens
+    pilot: PolicyTokens | None = None
+    parted: RatioEstimate | None = None
+    pilot_parted: RatioEstimate | None = None
+    place: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def mean(self, means: Means) -> dict[str, RatioEstimate]:
+        """Means at the server's contexts, moved as the pilot was."""
+        found = means(self.server)
+        if self.pilot is None or self.parted is None or self.pilot_parted is None:
+            return found
+        own, paired = means(self.pilot), means(self.server.of_prompts(self.place))
+        parted = (self.parted, self.pilot_parted, self.place)
+        moved = {
+            name: on_own_road(one, own[name], paired[name], *parted)
+            for name, one in found.items()
+            if name not in OF_SERVER_ANSWERS
+        }
+        return found | moved
+
+
+@dataclass(frozen=True)
+class Roads:
+    """The contexts that predictions are made at.
+
+    Attributes
+    ----------
+    server : Trace
+        The calibration's.
+    pilot : Trace or None
+        A policy's own, on some of its prompts; others are left out.
+    pilot_policy : Policy or None
+        That policy.
+    """
+
+    server: Trace
+    pilot: Trace | None = None
+    pilot_policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if self.pilot is None:
+            return
+        common = sorted(set(self.pilot.prompt_ids) & set(self.server.prompt_ids))
+        object.__setattr__(self, "pilot", self.pilot.of_prompts(common) if common else None)
+
+    @cached_property
+    def _place(self) -> np.ndarray:
+        assert self.pilot is not None
+        return np.searchsorted(self.server.prompt_ids, self.pilot.prompt_ids)
+
+    @cached_property
+    def _pilot_parted(self) -> RatioEstimate:
+        assert self.pilot_policy is not None
+        tokens = predicted_tokens(self.server, self.pilot_policy).of_prompts(self._place)
+        return parted_share(tokens)
+
+    def prediction(self, policy: Policy) -> Prediction:
+        """What the policy is expected to do."""
+        server = predicted_tokens(self.server, policy)
+        if self.pilot is None or policy.follows_server:
+            return Prediction(server)
+        pilot = predicted_tokens(self.pilot, policy)
+        return Prediction(server, pilot, parted_share(server), self._pilot_parted, self._place)
+
+
+def parted_share(tokens: PolicyTokens) -> RatioEstimate:
+    """Share of tokens that come after the answer has left the server's, at its contexts."""
+    gap = tokens.bias - tokens.rho
+    known = np.isfinite(gap)
+    rest = float(gap[known].mean()) if known.any() else 0.0
+    bias = np.where(known, tokens.bias, tokens.rho + rest)
+    return mean_over_tokens(
+        parted_before(bias, tokens.prompt_index), tokens.prompt_index, tokens.num_prompts
+    )
+
+
+def read_roads(run: Path, calibration: CalibrationRecord) -> Roads:
+    """The contexts that a run recorded.
+
+    Raises
+    ------
+    UserError
+        If a trace is missing, broken, or not of this calibration.
+    """
+    server = read_calibration_trace(run, calibration)
+    info = read_record(run, RunRecord).pilot
+    if info is None:
+        return Roads(server)
+    return Roads(server, read_trace(pilot_paths(run)), policy_of(info))
