@@ -46,7 +46,7 @@ SOURCES: dict[str, Literal["counted", "implied"]] = {
 }
 """Counted token by token in a rerun, or implied by what was counted and by given times."""
 
-OF_SERVER_ANSWERS = ("answer_divergence",)
+OF_SERVER_ANSWERS = ("answer_divergence", "tokens_in_agreement")
 """Metrics that are means over the server's own answers, whatever road a policy takes."""
 
 CHUNK = 8192

@@ -19,6 +19,7 @@ from calibrate.run.records import (
     DeriveRequest,
     Figure,
     OperatingPoint,
+    RunRecord,
 )
 from calibrate.run.traces import read_trace, shard_paths, write_shard
 from hlmtheory.policies import policy_class, policy_names

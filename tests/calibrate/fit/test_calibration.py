@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import paper_records
 import pytest
 import toy_pair
@@ -15,7 +16,7 @@ from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import draw_prompts, read_prompts, text_key
 from calibrate.run.records import RunRecord
-from calibrate.run.traces import Shard, read_axes, read_trace, shard_paths
+from calibrate.run.traces import Shard, pilot_paths, read_axes, read_trace, shard_paths
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -90,6 +91,65 @@ def test_a_resumed_run_has_the_tokens_of_one_that_was_not(folder, pair, tmp_path
     first, second = (read_trace(shard_paths(tmp_path / name)) for name in ("run", "whole"))
     assert first.prompt_ids == second.prompt_ids
     assert (first["output_token"] == second["output_token"]).all()
+
+
+def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected(
+    folder, pair, tmp_path, monkeypatch
+):
+    """Common random numbers: the same steps up to there, other contexts behind."""
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    request = toy_pair.request(folder, tmp_path / "run", limit=16, max_new_tokens=12, pilot=10)
+    steps = []
+    calibrate(request, prepare(request), pair, lambda *two: steps.append(sum(two)))
+    assert sum(steps) == (16 + 10) * 12
+    run = tmp_path / "run"
+    info = read_record(run, RunRecord)
+    server, pilot = (read_trace(paths(run)) for paths in (shard_paths, pilot_paths))
+    assert info.pilot is not None
+    assert pilot.prompt_ids == sorted(info.pilot.prompt_ids)
+    assert info.pilot.num_tokens == pilot.num_tokens
+    assert set(pilot.prompt_ids) < set(server.prompt_ids)
+    below = server["uncertainty"] <= info.pilot.threshold
+    risk = float(np.mean(below * server["rejection_prob"]))
+    assert risk == pytest.approx(info.pilot.risk)
+    assert 0 < risk <= 0.02
+    paired, parted = server.of_prompts(pilot.prompt_ids), 0
+    for i in range(pilot.num_prompts):
+        mine, theirs = (one["output_token"][one.prompt_index == i] for one in (pilot, paired))
+        rows = paired.prompt_index == i
+        leaves = (paired["uncertainty"] <= info.pilot.threshold) & ~paired["accepted"].astype(bool)
+        first = np.append(np.flatnonzero(leaves[rows]), len(theirs))[0]
+        assert (mine[:first] == theirs[:first]).all()
+        parted += first < len(theirs)
+        assert first == len(theirs) or mine[first] != theirs[first]
+    assert parted > 0
+
+
+def test_an_interrupted_pilot_goes_on(folder, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    settings = {"batch_size": 4, "max_new_tokens": 4}
+    request = toy_pair.request(folder, tmp_path / "run", **settings)
+    written = []
+    write = calibration.write_shard
+
+    def some_shards(*arguments) -> None:
+        if len(written) == 4:
+            raise Stop
+        written.append(write(*arguments))
+
+    monkeypatch.setattr(calibration, "write_shard", some_shards)
+    with pytest.raises(Stop):
+        calibrate(request, prepare(request), pair)
+    monkeypatch.setattr(calibration, "write_shard", write)
+    kept = {path: path.read_bytes() for path in pilot_paths(tmp_path / "run")}
+    assert len(kept) == 1
+    again = toy_pair.request(folder, tmp_path / "run", resume=True, **settings)
+    calibrate(again, prepare(again), pair)
+    whole = toy_pair.request(folder, tmp_path / "whole", **settings)
+    calibrate(whole, prepare(whole), pair)
+    first, second = (read_trace(pilot_paths(tmp_path / name)) for name in ("run", "whole"))
+    assert (first["output_token"] == second["output_token"]).all()
+    assert all(path.read_bytes() == content for path, content in kept.items())
 
 
 def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path, monkeypatch):
