@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from hlmtheory import domain
+from hlmtheory.order import largest
+from hlmtheory.steps import HEAD_SIZE, Axes
 from hlmtheory.truncation import (
     online_bound_denominator,
     online_truncation_size,
@@ -27,7 +29,7 @@ from hlmtheory.truncation import (
     tail_deviation_at,
     truncated_distribution,
 )
-from hlmtheory.truncation_bias import truncation_bias_at
+from hlmtheory.truncation_bias import truncation_table
 
 VOCAB_SIZE = 151_936
 BATCH_SIZE = 32
@@ -35,8 +37,7 @@ SMALL_VOCAB_SIZE = 200
 NUM_SMALL = 300
 THETA = 0.1
 NUM_REPEATS = 9
-SIZES = (1, 4, 8, 16, 30, 64, 128, 256, 512, 832)
-BIAS_SIZES = (1, 4, 16, 30, 64, 256, 1024, 4096)
+SIZES = Axes(VOCAB_SIZE).truncation_sizes
 TARGET_MS = 3.0
 
 
@@ -100,6 +101,7 @@ def measure() -> dict[str, Any]:
     y = contexts(rng, BATCH_SIZE, VOCAB_SIZE).astype(np.float32)
     draft, beta = rng.uniform(size=(2, BATCH_SIZE)).astype(np.float32)
     x_torch, y_torch, draft_torch, beta_torch = map(torch.from_numpy, (x, y, draft, beta))
+    head = largest(x_torch, HEAD_SIZE)[1]
     # The engine has checked its distributions once and runs unchecked, like this.
     with domain.unchecked():
         sizes = online_truncation_size(x, draft, beta, THETA)
@@ -115,8 +117,8 @@ def measure() -> dict[str, Any]:
             f"N(k) at {len(SIZES)} sizes, torch": median_ms(
                 lambda: tail_deviation_at(x_torch, SIZES)
             ),
-            f"exact bias at {len(BIAS_SIZES)} sizes, torch": median_ms(
-                lambda: truncation_bias_at(x_torch, y_torch, BIAS_SIZES)
+            f"bias table of {len(SIZES)} sizes, torch": median_ms(
+                lambda: truncation_table(x_torch, y_torch, head, SIZES)
             ),
         }
     return {

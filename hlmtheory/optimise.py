@@ -83,8 +83,8 @@ class PolicyCurve:
 class Choice:
     """One point of a curve with what it costs, or why no point is allowed.
 
-    Where infeasible, names are empty and numbers NaN. `total_bias` is risk plus truncation bias,
-    what the budget limits: an upper bound on the bias of the output where the two do not cancel.
+    Where infeasible, names are empty and numbers NaN. `total_bias` is the risk and what
+    the bias exceeds it by: what the budget limits.
     `uplink_bits_per_token` is over all tokens, skipped ones included. `reason` says why infeasible,
     or what is degenerate, and is empty otherwise.
     """

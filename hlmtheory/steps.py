@@ -25,7 +25,7 @@ from hlmtheory.coupling import coupling_columns
 from hlmtheory.domain import Array, check_positive
 from hlmtheory.order import largest, put_along_last_axis
 from hlmtheory.truncation import tail_deviation_at
-from hlmtheory.truncation_bias import truncation_bias_at
+from hlmtheory.truncation_bias import ENTRIES, truncation_table
 from hlmtheory.uncertainty import (
     Temperatures,
     entropy,
@@ -53,8 +53,8 @@ class Axes:
         Of both sampled laws.
     thetas : tuple of float
         Perturbation temperatures of the uncertainty.
-    truncation_sizes, truncation_bias_sizes : tuple of int
-        k of the columns `tail_deviation` and `truncation_bias`, at most V.
+    truncation_sizes : tuple of int
+        k of the columns `tail_deviation` and `truncation_table`, at most V.
     attention_sizes : tuple of int
         k of the column `topk_attention`.
     """
@@ -65,16 +65,19 @@ class Axes:
     truncation_sizes: tuple[int, ...] = (
         1, 2, 3, 4, 6, 8, 12, 16, 24, 30, 48, 64, 96, 128, 256, 512, 832, 1024, 2048, 4096, 8192,
     )  # fmt: skip
-    truncation_bias_sizes: tuple[int, ...] = (1, 4, 16, 30, 64, 256, 1024, 4096)
     attention_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
 
     def __post_init__(self) -> None:
         check_positive(float(self.temperature), "temperature")
-        for name in ("thetas", "truncation_sizes", "truncation_bias_sizes", "attention_sizes"):
+        for name in ("thetas", "truncation_sizes", "attention_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("truncation_sizes", "truncation_bias_sizes"):
-            cut = (min(size, self.vocab_size) for size in getattr(self, name))
-            object.__setattr__(self, name, tuple(dict.fromkeys(cut)))
+        cut = (min(size, self.vocab_size) for size in self.truncation_sizes)
+        object.__setattr__(self, "truncation_sizes", tuple(dict.fromkeys(cut)))
+
+    @property
+    def truncation_entries(self) -> tuple[tuple[int, str], ...]:
+        """What stands along `truncation_table`: k, and one of hlmtheory.truncation_bias.ENTRIES."""
+        return tuple((size, entry) for size in self.truncation_sizes for entry in ENTRIES)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of these axes."""
@@ -140,6 +143,15 @@ class Step:
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns
+
+    def recorded(self, name: str) -> Array:
+        """Bool (B,): in which contexts a column that is kept at some steps only was kept."""
+        return np.isfinite(self._columns[name][self._rows][:, 0])
+
+    def rows(self, index: Array) -> Step:
+        """Some of its contexts."""
+        num = len(next(iter(self._columns.values())))
+        return Step(self.axes, self._columns, np.arange(num)[self._rows][index])
 
     def with_columns(self, columns: Mapping[str, Array]) -> Step:
         """The same step with further columns, (B, ...) each."""
@@ -358,10 +370,13 @@ COLUMNS: dict[str, Column] = {
         "truncation_sizes",
         lambda step: tail_deviation_at(step.x, step.axes.truncation_sizes),
     ),
-    "truncation_bias": Column(
-        "exact bias of verifying against the truncation; NaN where not recorded",
-        "truncation_bias_sizes",
-        lambda step: truncation_bias_at(step.x, step.y, step.axes.truncation_bias_sizes),
+    "truncation_table": Column(
+        "for each k what gives the bias of truncation and any gate together: rejected and residual "
+        "mass, and the part beyond the head at 17 gates; NaN where not recorded",
+        "truncation_entries",
+        lambda step: truncation_table(
+            step.x, step.y, step["candidate_token"][:, :HEAD_SIZE], step.axes.truncation_sizes
+        ),
     ),
     "attention_sink": Column("attention on the first position"),
     "attention_entropy": Column("entropy of the attention row without its sink (nat)"),
@@ -489,6 +504,11 @@ class Skip:
             self.undecided & contexts,
             self.of_draft * kept,
         )
+
+    def rows(self, index: Array) -> Skip:
+        """The same of some contexts."""
+        parts = (self.candidates, self.whole, self.undecided, self.of_draft)
+        return Skip(*(part[index] for part in parts))
 
     @property
     def zeros(self) -> Array:

@@ -118,7 +118,7 @@ def synthetic_columns(
     for name, column in COLUMNS.items():
         if column.text and name not in columns and name not in OF_THE_ENGINE:
             columns[name] = np.array(step[name])
-    for name in ("truncation_bias", "head_agreement", "head_race"):
+    for name in ("truncation_table", "head_agreement", "head_race"):
         columns[name][(steps + row) % STRIDE != 0] = np.nan
     return columns
 

@@ -110,6 +110,6 @@ def stored(step: LawStep, due: np.ndarray | None = None) -> Step:
         if column.text and name in step
     }
     if due is not None:
-        for name in ("truncation_bias", "head_agreement", "head_race"):
+        for name in ("truncation_table", "head_agreement", "head_race"):
             columns[name][~due] = np.nan
     return Step(step.axes, columns)

@@ -15,7 +15,7 @@ from hlmtheory.importance import (
     normalised_attention,
     topk_attention,
 )
-from hlmtheory.steps import LawStep
+from hlmtheory.steps import COLUMNS, LawStep
 
 Columns: TypeAlias = dict[str, np.ndarray]
 
@@ -29,7 +29,7 @@ SCALARS = (
 HEAD = ("head_prob", "head_target_prob", "head_uncertainty", "log_partitions", "tail_deviation")
 """Columns of a full trace beside them."""
 
-STRIDED = ("truncation_bias", "head_agreement", "head_race")
+STRIDED = ("truncation_table", "head_agreement", "head_race")
 """Columns that cost a pass over the vocabulary, recorded every STRIDE-th step of a prompt."""
 
 STRIDE = 4
@@ -53,11 +53,8 @@ def strided_columns(step: LawStep, due: np.ndarray) -> dict[str, torch.Tensor]:
     out = {}
     for name in STRIDED:
         found = part[name].to(torch.float32) if len(rows) else None
-        width = (
-            len(step.axes.truncation_bias_sizes)
-            if name == "truncation_bias"
-            else step["head_prob"].shape[1]
-        )
+        axis = COLUMNS[name].axis
+        width = step["head_prob"].shape[1] if axis == "head" else len(getattr(step.axes, axis))
         values = torch.full((len(due), width), float("nan"), device=step.x.device)
         if found is not None:
             values[rows] = found

@@ -31,9 +31,10 @@ from calibrate.run.records import (
 from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 from hlmtheory.link import AwgnLink, Link
 from hlmtheory.policies import GatedPolicy, Policy
-from hlmtheory.policies.base import TruncatingPolicy
+from hlmtheory.policies.base import TruncatingPolicy, recorded_bias
 from hlmtheory.relation import linear_rejection
 from hlmtheory.risk import skip_risk_sums
+from hlmtheory.steps import no_skip
 from hlmtheory.truncation import truncation_bias_bound, truncation_bound_soft
 
 Runnable: TypeAlias = tuple[OperatingPoint, Policy]
@@ -173,12 +174,17 @@ def truncation_curves(study: Study, runnable: Sequence[Runnable]) -> TruncationC
     """
     trace, fit = study.trace, study.calibration.fit
     step = trace.step()
-    if "tail_deviation" not in step or "truncation_bias" not in step:
+    if not TruncatingPolicy.recorded(step):
         return None
-    deviation, exact = step["tail_deviation"], step["truncation_bias"]
-    recorded, sampled = (np.isfinite(values).all(axis=1) for values in (deviation, exact))
+    deviation, sampled = step["tail_deviation"], step.recorded("truncation_table")
+    recorded = np.isfinite(deviation).all(axis=1)
     if not (recorded.any() and sampled.any()):
         return None
+    kept = step.rows(np.flatnonzero(sampled))
+    exact = np.full(deviation.shape, np.nan)
+    for column, size in enumerate(trace.axes.truncation_sizes):
+        sizes = np.full(int(sampled.sum()), size)
+        exact[sampled, column] = recorded_bias(kept, no_skip(kept), sizes)
     beta = linear_rejection(step["uncertainty"], fit.slope.value or 0.0, fit.intercept.value or 0.0)
     soft = truncation_bound_soft(
         deviation, step["draft_prob"][:, None], beta[:, None], study.request.eta
@@ -191,7 +197,7 @@ def truncation_curves(study: Study, runnable: Sequence[Runnable]) -> TruncationC
         sharp_bound=_column_means(
             study, trace.axes.truncation_sizes, truncation_bias_bound(deviation)
         ),
-        exact=_column_means(study, trace.axes.truncation_bias_sizes, exact),
+        exact=_column_means(study, trace.axes.truncation_sizes, exact),
         num_tokens=int(recorded.sum()),
         num_exact=int(sampled.sum()),
         chosen_size=next((size for size in fixed if size is not None), None),

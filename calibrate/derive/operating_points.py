@@ -206,7 +206,7 @@ def operating_points(study: Study) -> list[tuple[OperatingPoint, Policy | None]]
     points: list[tuple[OperatingPoint, Policy | None]] = []
     for source, offers in study.offers.items():
         if not offers:
-            reason = "the trace lacks the columns that it needs; calibrate with --trace full"
+            reason = "the trace lacks columns that it needs; calibrate again with --trace full"
             points.append((_infeasible(policy_class(source).name, reason), None))
         for offer in offers:
             policy = offer.policy

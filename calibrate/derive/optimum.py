@@ -123,7 +123,7 @@ def _other_sizes(policy: Policy, trace: Trace) -> Iterator[Policy]:
     """The policy with every k whose bias was recorded, if it has a k of its own."""
     own = policy.fixed_size
     if own is not None:
-        for size in trace.axes.truncation_bias_sizes:
+        for size in trace.axes.truncation_sizes:
             if size not in (own, trace.axes.vocab_size):
                 yield policy.with_size(size)
 

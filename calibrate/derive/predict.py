@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 
 from calibrate.derive.presets import link_from_dict, profile_from_dict
+from calibrate.run.errors import UserError
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
 from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
@@ -399,8 +400,18 @@ def mean_bias(tokens: PolicyTokens) -> RatioEstimate:
 
     with the first mean over all tokens and the second over those whose bias is known: rho, known
     everywhere, takes most of the sampling of the others out.
+
+    Raises
+    ------
+    UserError
+        If it is known at no token.
     """
     of = (tokens.prompt_index, tokens.num_prompts)
+    if not np.isfinite(tokens.bias).any():
+        raise UserError(
+            f"policy {tokens.policy.name}: the trace does not hold what its bias follows from; "
+            "calibrate again"
+        )
     if np.isfinite(tokens.bias).all():
         return mean_over_tokens(tokens.bias, *of)
     first, rest = mean_over_tokens(tokens.rho, *of), mean_over_tokens(tokens.bias - tokens.rho, *of)

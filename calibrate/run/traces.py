@@ -19,7 +19,9 @@ from calibrate.run.records import CalibrationRecord
 from hlmtheory.steps import COLUMNS, Axes, Step
 
 HEADER_KEY = b"hlmtheory"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+EARLIER_VERSION = 2
+"""Read as well: its `truncation_bias` knew no gate, and is left out."""
 FLOAT_DTYPE = np.float32
 
 
@@ -113,9 +115,11 @@ class Shard:
             )
         self._file = pq.ParquetFile(pa.BufferReader(data))
         schema = self._file.schema_arrow
-        self.names: list[str] = schema.names
+        self.names: list[str] = [name for name in schema.names if name != "truncation_bias"]
         self.header: dict[str, Any] = json.loads((schema.metadata or {}).get(HEADER_KEY, b"{}"))
-        if self.header.get("schema_version") != SCHEMA_VERSION:
+        if self.header.get("schema_version") == EARLIER_VERSION:
+            self.header["axes"].pop("truncation_bias_sizes", None)
+        elif self.header.get("schema_version") != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema version {self.header.get('schema_version')}, this is "
                 f"{SCHEMA_VERSION}; calibrate again"
@@ -135,7 +139,7 @@ class Shard:
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """These columns, all by default."""
-        return self._file.read(None if columns is None else list(columns))
+        return self._file.read(self.names if columns is None else list(columns))
 
 
 def read_axes(path: Path) -> Axes:

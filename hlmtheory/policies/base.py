@@ -19,7 +19,8 @@ from hlmtheory.answer_cap import cap_fraction, may_skip
 from hlmtheory.domain import Array
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.scores import Atoms, ExactUncertainty, Score
-from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, no_skip
+from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, candidates, no_skip
+from hlmtheory.truncation_bias import ENTRIES, bias_from_table
 from hlmtheory.verification import FullDistribution, output_bias, output_law
 
 OUTPUT = ("output_prob", "output_target_prob")
@@ -515,35 +516,55 @@ class GatedPolicy(Policy):
 
 
 class TruncatingPolicy(GatedPolicy):
-    """A gated policy that sends a truncation of x; its bias is exact live and predicted recorded.
+    """A gated policy that sends a truncation of x; live its bias is that of its exact law.
 
-    Recorded, it is min(rho + tau, 1), tau the truncation's bias at the policy's size: an upper
-    bound where that size is on the recorded grid and the same for every draft, and nearly the
-    value; docs/theory.md, "Gate and truncation together".
+    Recorded it comes from the step's truncation table: exact at a recorded size, up to the chords
+    of the table, and linear in log k between two. Where the head does not decide, what is skipped
+    beyond it is read off the draft and added: on average an upper bound. NaN where the table was
+    not recorded.
     """
 
-    def truncation_bias(self, step: Step, size: Array | int) -> Array:
-        """Bias of truncation alone: exact at recorded sizes, linear in log k between them."""
-        grid = np.log(np.array(step.axes.truncation_bias_sizes, dtype=float))
-        values = step["truncation_bias"]
-        if len(grid) == 1:
-            return values[:, 0]
-        target = np.log(np.clip(np.broadcast_to(size, values.shape[:1]), 1, None))
-        upper = np.clip(np.searchsorted(grid, target), 1, len(grid) - 1)
-        weight = np.clip((target - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
-        rows = np.arange(len(values))
-        return (1 - weight) * values[rows, upper - 1] + weight * values[rows, upper]
+    @classmethod
+    def recorded(cls, step: Step) -> bool:
+        """Whether sizes and biases can be told from a recorded step."""
+        return "tail_deviation" in step and "truncation_table" in step
 
     def bias(self, step: Step, skip: Skip) -> Array:
         """Of gate and truncation together; TV(x, y) where everything is skipped."""
         size = self.size(step)
         if isinstance(step, LawStep):
             return output_bias(self.rule, step.x, step.y, skip.over_vocabulary(step), size)
-        rho = skip.risk(step)
-        if self.rule.drafts_from_sent or size is None:
-            return rho
-        if self.skips_all:
-            return rho
-        both = np.minimum(rho + self.truncation_bias(step, size), 1.0)
-        # Unknown stays unknown where all is skipped: a mean over what is known must not choose.
-        return np.where(skip.whole & ~np.isnan(both), rho, both)
+        out = skip.risk(step)
+        if self.rule.drafts_from_sent or size is None or self.skips_all:
+            return out
+        out = np.full(out.shape, np.nan)
+        if self.recorded(step):
+            rows = np.flatnonzero(step.recorded("truncation_table"))
+            sizes = np.broadcast_to(size, out.shape)[rows]
+            out[rows] = recorded_bias(step.rows(rows), skip.rows(rows), sizes)
+        return out
+
+
+def recorded_bias(step: Step, skip: Skip, size: Array) -> Array:
+    """Bias (B,) of a gate and a truncation to k entries (B,), from recorded tables."""
+    sizes = np.array(step.axes.truncation_sizes)
+    table = step["truncation_table"].reshape(-1, len(sizes), len(ENTRIES))
+    x, y, _ = candidates(step)
+    sigma = np.zeros_like(x)
+    sigma[:, : skip.width] = skip.candidates
+
+    def at(place: Array) -> Array:
+        of = table[np.arange(len(table)), place]
+        return bias_from_table(of, x, y, sigma, sizes[place], step.axes.vocab_size)
+
+    size = np.clip(size, sizes[0], sizes[-1])
+    upper = np.searchsorted(sizes, size)
+    lower = upper - (sizes[upper] > size)
+    bias = at(lower)
+    if np.any(lower < upper):
+        span = np.log(sizes[upper] / sizes[lower])
+        weight = np.log(size / sizes[lower]) / np.where(span > 0, span, 1.0)
+        bias += weight * (at(upper) - bias)
+    drafts = skip.undecided & (step["draft_rank"] < 0)
+    bias = np.minimum(bias + drafts * skip.of_draft * step["rejection_prob"], 1.0)
+    return np.where(skip.whole, step["tv_distance"], bias)

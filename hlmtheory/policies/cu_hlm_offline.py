@@ -79,7 +79,7 @@ class FixedTruncation(TruncatingPolicy):
     def variants(cls, fitted: Fitted, options: DeriveOptions) -> list[tuple[str, dict[str, Any]]]:
         """The smallest size of each tolerance; drafts from the sent law for the first of them."""
         step = fitted.step
-        if "tail_deviation" not in step:
+        if not cls.recorded(step):
             return []
         beta = linear_rejection(step["uncertainty"], fitted.slope, fitted.intercept)
         bound = online_bound_denominator(step["draft_prob"], beta, options.eta)

@@ -60,7 +60,7 @@ class OnlineTruncation(TruncatingPolicy):
     def variants(cls, fitted: Fitted, options: DeriveOptions) -> list[tuple[str, dict[str, Any]]]:
         """One of each tolerance."""
         line = {"eta": options.eta, "slope": fitted.slope, "intercept": fitted.intercept}
-        if "tail_deviation" not in fitted.step:
+        if not cls.recorded(fitted.step):
             return []
         return [
             (f"@theta-{theta:g}" if number else "", {"theta": theta, **line})

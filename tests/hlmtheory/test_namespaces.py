@@ -193,8 +193,10 @@ FUNCTIONS: dict[str, Call] = {
     "total_variation": lambda a: F.total_variation(a["x"], a["y"]),
     "truncated_distribution": lambda a: F.truncated_distribution(a["x"], a["size"]),
     "truncation_bias": lambda a: F.truncation_bias(a["x"], a["y"], a["size"]),
-    "truncation_bias_at": lambda a: F.truncation_bias_at(a["x"], a["y"], [1, 30, VOCAB]),
     "truncation_bias_bound": lambda a: F.truncation_bias_bound(a["deviation"]),
+    "truncation_table": lambda a: F.truncation_table(
+        a["x"], a["y"], F.largest(a["x"], 8)[1], [1, 30, VOCAB]
+    ),
     "truncation_bound_soft": lambda a: F.truncation_bound_soft(
         a["deviation"], a["draft_prob"], a["u"]
     ),

@@ -24,6 +24,7 @@ from hlmtheory.uncertainty import exact_uncertainty, perturbed_probabilities, te
 from hlmtheory.verification import output_law
 
 EXACT = 1e-9
+CHORD = 1 / 64  # tests/hlmtheory/test_truncation_bias.py
 THETAS = temperatures()
 LEARNED = {
     "features": ("uncertainty", "draft_prob", "entropy", "max_logit"),
@@ -160,9 +161,10 @@ def test_head_and_live_step_say_what_the_vocabulary_says(rng, name, vocab, num_t
         np.testing.assert_allclose(outcome_table(policy, step), exact, rtol=EXACT, atol=EXACT)
         assert decided_rows(recorded, float(threshold)).all()
         head = outcome_table(policy, recorded)
-        if name == "cu-hlm-offline":  # recorded, the bias of k on the grid is a bound: (23)
+        if name == "cu-hlm-offline":  # exact up to the chords of its table
             assert (head[:, 2] >= exact[:, 2] - EXACT).all()
-        if truncates:
+            assert (head[:, 2] <= exact[:, 2] + CHORD).all()
+        if truncates:  # with a size of its own, linear between recorded ones
             head[:, 2] = exact[:, 2]
         if policy.entries_vary:
             head[:, 3] = exact[:, 3]
@@ -374,8 +376,10 @@ def test_every_column_of_a_text_is_live_or_decided_by_the_engine():
 
 
 def test_axes_survive_json_and_refuse_other_keys():
-    axes = Axes(300, 0.7, (0.0, 1.0), (1, 5, 700), (4, 400), (2,))
-    assert (axes.truncation_sizes, axes.truncation_bias_sizes) == ((1, 5, 300), (4, 300))
+    axes = Axes(300, 0.7, (0.0, 1.0), (1, 5, 700), (2,))
+    assert axes.truncation_sizes == (1, 5, 300)
+    assert axes.truncation_entries[:2] == ((1, "rejected"), (1, "residual"))
+    assert len(axes.truncation_entries) == 3 * 19
     entry = axes.to_dict()
     assert Axes.from_dict(json.loads(json.dumps(entry))) == axes
     with pytest.raises(ValueError, match=r"^axes: grid is unknown$"):

@@ -31,7 +31,6 @@ from hlmtheory.truncation import (
     truncation_bias_bound,
     truncation_bound_soft,
 )
-from hlmtheory.truncation_bias import truncation_bias_at
 from hlmtheory.verification import DraftFromSent, TruncatedDistribution, output_bias, output_law
 
 WORST = 1e-12
@@ -255,37 +254,6 @@ def test_truncation_bias_monte_carlo():
     assert abs(share - y[larger].sum() - exact) < 4 * error
 
 
-@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
-def test_bias_at_many_sizes_is_the_bias(make):
-    """One pass for all k against one (21) for each; rows without ties, where k is unambiguous."""
-    rng = np.random.default_rng(9)
-    for x, y, _ in random_pairs(rng):
-        vocab = x.shape[-1]
-        sizes = sorted({1, 2, max(1, vocab // 3), vocab - 1, vocab})
-        found = np.asarray(truncation_bias_at(make(x), make(y), sizes))
-        expected = np.stack([truncation_bias(x, y, k) for k in sizes], axis=-1)
-        np.testing.assert_allclose(found, expected, atol=WORST)
-
-
-def test_bias_at_many_sizes_without_tail_mass():
-    """Zeros in x, in y and in both; a tail that carries nothing; laws without overlap."""
-    x = np.array([[0.5, 0.3, 0.2, 0, 0, 0], [0.7, 0.2, 0.06, 0.04, 0, 0], [0.6, 0.4, 0, 0, 0, 0]])
-    y = np.array([[0.2, 0, 0.1, 0.7, 0, 0], [0, 0, 0, 0, 0.5, 0.5], [0.4, 0.6, 0, 0, 0, 0]])
-    sizes = (1, 2, 3, 6)
-    expected = np.stack([truncation_bias(x, y, k) for k in sizes], axis=-1)
-    np.testing.assert_allclose(truncation_bias_at(x, y, sizes), expected, atol=WORST)
-
-
-def test_bias_at_many_sizes_in_single_precision():
-    """float32 sums over 5,000 tokens of total 1 lose at most about 1e-5."""
-    rng = np.random.default_rng(10)
-    x, y = random_rows(rng, 6, 5_000), random_rows(rng, 6, 5_000)
-    sizes = (1, 30, 700)
-    narrow = truncation_bias_at(x.astype(np.float32), y.astype(np.float32), sizes)
-    assert narrow.dtype == np.float32
-    np.testing.assert_allclose(narrow, truncation_bias_at(x, y, sizes), atol=1e-5)
-
-
 def test_gate_and_truncation_add_at_most():
     """TV of gate and truncation together <= risk of the gate against xhat + bias of truncation.
 
@@ -362,7 +330,6 @@ HALF = np.array([0.5])
         (lambda: tail_deviation(np.log(X)), "x has an entry"),
         (lambda: tail_deviation_at(X, (1, 4)), "size = 4"),
         (lambda: truncation_bias(X, X[:, :2] / 0.8, 1), r"y has .*\(vocabulary\) must agree"),
-        (lambda: truncation_bias_at(X, X, (0,)), "size = 0"),
         (lambda: online_truncation_size(X, HALF, HALF, theta=0.0), "theta = 0: allowed is"),
         (lambda: online_truncation_size(X, HALF, HALF, eta=-1.0), "eta = -1: allowed is"),
         (lambda: online_truncation_size(X, HALF * 3, HALF), "draft_prob = 1.5: allowed is"),

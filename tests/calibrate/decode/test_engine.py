@@ -443,8 +443,8 @@ def test_categories_stay_with_their_prompts_through_the_trace(tmp_path):
 
 def test_costly_columns_are_sampled_at_every_step_alike_and_nan_elsewhere(tmp_path):
     trace = full_trace(tmp_path, make("hlm"), prompts(400), eos=())
-    recorded = np.isfinite(trace["truncation_bias"]).all(1)
-    for name in ("truncation_bias", "head_agreement", "head_race"):
+    recorded = np.isfinite(trace["truncation_table"]).all(1)
+    for name in ("truncation_table", "head_agreement", "head_race"):
         known = np.isfinite(trace[name])
         np.testing.assert_array_equal(known, np.broadcast_to(recorded[:, None], known.shape))
     shares = np.array([recorded[trace["step"] == step].mean() for step in range(20)])

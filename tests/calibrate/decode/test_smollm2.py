@@ -172,6 +172,8 @@ def test_trace_identities_hold_on_real_tokens(run: Path) -> None:
     from calibrate.run.traces import read_trace, shard_paths
     from hlmtheory.clusters import mean_over_tokens
     from hlmtheory.policies import policy_from_settings
+    from hlmtheory.policies.base import recorded_bias
+    from hlmtheory.steps import no_skip
 
     trace = read_trace(shard_paths(run))
 
@@ -194,11 +196,10 @@ def test_trace_identities_hold_on_real_tokens(run: Path) -> None:
     assert z_score(drawn.skip - expected.skip) < 4
     # (22): exact truncation bias within N(k)/2, where both are recorded.
     sizes = trace.axes.truncation_sizes
-    for i, k in enumerate(trace.axes.truncation_bias_sizes):
-        bias, bound = trace["truncation_bias"][:, i], trace["tail_deviation"][:, sizes.index(k)]
-        known = np.isfinite(bias)
-        assert known.any()
-        assert (bias[known] <= bound[known] / 2 + 1e-5).all()
+    kept = trace.step(np.flatnonzero(trace.step().recorded("truncation_table")))
+    for i, k in enumerate(sizes):
+        bias = recorded_bias(kept, no_skip(kept), np.full(len(kept["step"]), k))
+        assert (bias <= kept["tail_deviation"][:, i] / 2 + 1e-5).all()
 
 
 def test_derived_points_follow_the_contract(run: Path) -> None:

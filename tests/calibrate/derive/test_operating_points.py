@@ -265,7 +265,7 @@ def test_without_attention_what_needs_it_is_infeasible(edited: Callable[..., Pat
     found = derive_run(folder, DeriveRequest(policies=("u-hlm", "ui-hlm"), risks=RISKS))
     (point,) = points_of(found, "ui-hlm").values()
     assert (point.feasible, point.rule) == (False, "none")
-    assert point.reason.endswith("calibrate with --trace full")
+    assert point.reason.endswith("calibrate again with --trace full")
     assert (found.importance_plane, found.importance_example) == (None, None)
 
 

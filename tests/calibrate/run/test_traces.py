@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy_models import law_step, random_logits, stored
 
-from calibrate.derive.predict import predicted_tokens
+from calibrate.derive.predict import mean_bias, predicted_tokens
 from calibrate.run.errors import UserError
 from calibrate.run.traces import (
     HEADER_KEY,
@@ -24,11 +25,11 @@ from calibrate.run.traces import (
     write_shard,
     write_table,
 )
-from hlmtheory.policies import policy_from_settings
+from hlmtheory.policies import DeriveOptions, Fitted, policy_class, policy_from_settings
 from hlmtheory.steps import Axes
 
 VOCAB, NUM = 90, 24
-AXES = Axes(VOCAB, 0.8, (0.0, 0.5, 1.0, 2.0), (1, 5, 20, 90), (2, 20), (1, 3))
+AXES = Axes(VOCAB, 0.8, (0.0, 0.5, 1.0, 2.0), (1, 5, 20, 90), (1, 3))
 SETTINGS = {
     "u-hlm": {},
     "r-hlm": {},
@@ -136,7 +137,6 @@ def test_grids_changed_in_the_code_do_not_change_what_an_old_trace_says(tmp_path
         "temperature": 1.3,
         "thetas": (0.1, 0.2, 0.3),
         "truncation_sizes": (2, 3, 4, 64),
-        "truncation_bias_sizes": (8, 9, 10),
         "attention_sizes": (3, 1),
     }
     defaults = list(Axes.__init__.__defaults__)
@@ -159,7 +159,6 @@ def test_the_same_columns_read_under_other_axes_say_something_else(tmp_path, rng
     def change(header):
         header["axes"] |= {
             "truncation_sizes": [1, 10, 40, 80],
-            "truncation_bias_sizes": [3, 60],
             "attention_sizes": [3, 1],
         }
 
@@ -169,6 +168,32 @@ def test_the_same_columns_read_under_other_axes_say_something_else(tmp_path, rng
         assert np.abs(after[name] - before[name]).max() > 1e-3
     for name in ("u-hlm", "r-hlm", "coupled", "ask-llm"):
         np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_a_trace_of_the_version_before_says_all_but_the_bias_of_truncation(tmp_path, rng):
+    path = write(tmp_path / "old.parquet", rng)
+    before = prediction(path)
+    table = pq.read_table(path).drop_columns(["truncation_table"])
+    flat = pa.array(np.zeros(2 * NUM, dtype=np.float32))
+    table = table.append_column("truncation_bias", pa.FixedSizeListArray.from_arrays(flat, 2))
+    header = json.loads(pq.read_schema(path).metadata[HEADER_KEY])
+    header["schema_version"] = 2
+    header["axes"]["truncation_bias_sizes"] = [1, 30]
+    write_table(path, table.replace_schema_metadata({HEADER_KEY: json.dumps(header)}))
+    after = prediction(path)
+    for name, values in after.items():
+        if name.startswith("cu-hlm"):
+            assert np.isnan(values[2]).all()
+            values = np.delete(values, 2, axis=0)
+            before[name] = np.delete(before[name], 2, axis=0)
+        np.testing.assert_array_equal(values, before[name])
+    trace = read_trace([path])
+    assert "truncation_bias" not in trace
+    kind = policy_class("cu-hlm-offline")
+    assert kind.variants(Fitted(0.5, 0.0, trace.step()), DeriveOptions()) == []
+    tokens = predicted_tokens(trace, policy_from_settings("cu-hlm-offline", {"num_entries": 4}, 0))
+    with pytest.raises(UserError, match="calibrate again"):
+        mean_bias(tokens)
 
 
 # --- what does not match is refused --------------------------------------------------------------
@@ -204,12 +229,11 @@ def test_other_headers_are_refused_in_one_line(tmp_path, rng, change, says):
 @pytest.mark.parametrize(
     "other",
     [
-        Axes(VOCAB, 0.9, AXES.thetas, (1, 5, 20, 90), (2, 20), (1, 3)),
-        Axes(VOCAB, 0.8, (0.0, 0.5, 1.0, 2.5), (1, 5, 20, 90), (2, 20), (1, 3)),
-        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 80), (2, 20), (1, 3)),
-        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 90), (2, 30), (1, 3)),
-        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 90), (2, 20), (1, 2)),
-        Axes(VOCAB + 1, 0.8, AXES.thetas, (1, 5, 20, 90), (2, 20), (1, 3)),
+        Axes(VOCAB, 0.9, AXES.thetas, (1, 5, 20, 90), (1, 3)),
+        Axes(VOCAB, 0.8, (0.0, 0.5, 1.0, 2.5), (1, 5, 20, 90), (1, 3)),
+        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 80), (1, 3)),
+        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 90), (1, 2)),
+        Axes(VOCAB + 1, 0.8, AXES.thetas, (1, 5, 20, 90), (1, 3)),
     ],
 )
 def test_shards_of_different_axes_in_one_run_are_refused(tmp_path, rng, other):
