@@ -83,10 +83,7 @@ def _by_definition(x: Array, y: Array, head: Array, size: int) -> Array:
     beyond = put_along_last_axis(xp.ones_like(x), head, 0 * of_head)
     out = [rejected, total]
     for node in range(NUM_NODES):
-        left = rejected - most * (node / (NUM_NODES - 1))
-        share = xp.where(
-            total > 0, left / xp.where(total > 0, total, xp.ones_like(total)), 0 * left
-        )
+        share = (rejected - most * (node / (NUM_NODES - 1))) / divisor
         excess = xp.clip(x - refused - y + share[:, None] * residual, 0.0, None)
         out.append(xp.sum(beyond * excess, axis=-1))
     return xp.stack(out, axis=-1)
