@@ -85,6 +85,13 @@ PolicyOption = Annotated[
 RiskOption = Annotated[
     list[float] | None, typer.Option("--risk", help="Rejection-risk budget; repeatable.")
 ]
+CertifyOption = Annotated[
+    str,
+    typer.Option(
+        help="What certified budgets are about: the mean over prompts, the risk over tokens, or "
+        "the share of answers that differ from the server's."
+    ),
+]
 ScoreOption = Annotated[str, typer.Option(help="What gates compare with their threshold.")]
 LimitOption = Annotated[int, typer.Option(help="Prompts to use.")]
 LengthOption = Annotated[int, typer.Option(help="Tokens a prompt, at most.")]
@@ -372,6 +379,14 @@ def derive(
     policy: PolicyOption = None,
     score: ScoreOption = "uncertainty",
     risk: RiskOption = None,
+    certify: CertifyOption = "prompts",
+    answer_cap: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also certify gates that skip at most this share of an answer, like 0.4, or auto; "
+            "repeatable, and then caps share what 1 - confidence leaves."
+        ),
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Of intervals and guarantees.")] = 0.95,
     link: Annotated[str, typer.Option(help="Link preset or JSON file.")] = "wifi",
     profile: Annotated[
@@ -403,6 +418,8 @@ def derive(
     _inside("--confidence", [confidence], 0, 1)
     _inside("--theta", theta, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
+    _one_of("--certify", certify, "prompts", "tokens", "answers")
+    from calibrate.derive.certify import parse_cap
     from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
     from calibrate.run.folder import check_name
     from calibrate.run.lock import locked
@@ -412,7 +429,11 @@ def derive(
 
     for text in importance or ():
         parse_importance(text)
-    lists = {"risks": risk, "thetas": theta, "importances": importance}
+    for text in answer_cap or ():
+        parse_cap(text)
+    lists = {
+        "risks": risk, "thetas": theta, "importances": importance, "answer_caps": answer_cap,
+    }  # fmt: skip
     request = DeriveRequest(
         policies=policies,
         score=score,
@@ -421,6 +442,7 @@ def derive(
         profile=profile,
         accounting=accounting,  # type: ignore[arg-type]
         draft_from_sent=draft_from_sent,
+        certify=certify,  # type: ignore[arg-type]
         **{key: tuple(values) for key, values in lists.items() if values},  # type: ignore[arg-type]
     )
     check_name(name)
@@ -574,6 +596,44 @@ def guarantees(
             on_draw=lambda num: bar.advance(num, 0),
         )  # fmt: skip
     _show(result, as_json, print_guarantees)
+
+
+@app.command()
+def plan(
+    run: RunArgument,
+    risk: RiskOption = None,
+    certify: CertifyOption = "prompts",
+    confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
+    power: Annotated[float, typer.Option(help="Chance of getting the certificate.")] = 0.8,
+    skip_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="That the certified threshold is to have.",
+            show_default="that at which the run's prompts spend half the budget",
+        ),
+    ] = None,
+    width: Annotated[float, typer.Option(help="Of the skip rate's interval, end to end.")] = 0.05,
+    score: ScoreOption = "uncertainty",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """How many prompts a budget or an interval needs, and how long they take here."""
+    _inside("--risk", risk, 0, 1)
+    _inside("--confidence", [confidence], 0, 1)
+    _inside("--power", [power], 0, 1)
+    _inside("--skip-rate", [skip_rate] if skip_rate is not None else None, 0, 1)
+    _inside("--width", [width], 0, 1)
+    _one_of("--certify", certify, "prompts", "tokens", "answers")
+    _at_least("--seed", seed, 0)
+    _known_score(score)
+    from calibrate.derive.plan import plan_run
+    from calibrate.terminal.tables import print_plan
+
+    result = plan_run(
+        run, risk or [0.01], confidence, power, certify,  # type: ignore[arg-type]
+        skip_rate, width, score, seed,
+    )  # fmt: skip
+    _show(result, as_json, print_plan)
 
 
 @app.command()

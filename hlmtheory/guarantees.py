@@ -10,6 +10,10 @@ with u; docs/theory.md, (33):
   is at most alpha exactly when sum of beta over skipped tokens <= alpha x number of tokens, both in
   expectation: the ``tokens`` weighting, the risk of (10) and (11).
 
+Under an answer cap kappa (hlmtheory.answer_cap) both lie in [0, kappa], and kappa takes the place
+of the largest loss: L/kappa is tested at alpha/kappa. With `answers` the loss is the probability
+that the answer differs from the server's at all; docs/theory.md, (50), (52).
+
 Where beta_t 1{s_t <= u} is averaged over the draft (:class:`hlmtheory.risk.SkipAtoms`) rho_t(u)
 takes its place, in [0, 1] and rising as well: (33) to (35) hold word for word with R(u) the mean of
 these losses. The sum of rho over an answer has the mean of the sum of beta over its skipped tokens.
@@ -22,25 +26,86 @@ rising order until the first failure and bisection give the same answer, and can
 from the calibration scores themselves. For the error of the answer is one event at one fixed
 threshold: let u+ be the infimum of thresholds with risk above alpha. If the answer lies above u+
 (or at it, where the risk jumps there), then u+ passes too, and that has probability at most delta.
+
+Under a cap losses do not rise with u, and :func:`fixed_sequence_threshold` is the rule: a grid
+fixed before calibration is tested from below until the first failure. If its answer breaks the
+budget, the first threshold of the grid with a risk above alpha was rejected: again one event.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from hlmtheory.risk import SkipAtoms
+from hlmtheory.risk import SkipAtoms, SkipRiskSums
 from hlmtheory.risk_tests import (
+    MONOTONE,
     TestMethod,
-    betting_p_value,
     check_level,
     conformal_bound,
-    hoeffding_bentkus_p_value,
+    p_value,
     prompts_needed,
     risk_upper_bound,
 )
-from hlmtheory.thresholds import Threshold, largest_passing
+from hlmtheory.thresholds import Certified, Threshold, largest_passing
+
+
+def prompt_losses(
+    rejected: np.ndarray,
+    num_tokens: np.ndarray,
+    alpha: float,
+    certified: Certified = "prompts",
+    max_tokens: int | None = None,
+    cap: float | None = None,
+) -> tuple[np.ndarray, float]:
+    r"""Losses in [0, 1] whose mean is at most the level exactly if the budget alpha is kept.
+
+    .. math:: \frac{A_i}{\kappa T_i}, \qquad
+              \frac{A_i + \alpha (T_{max} - T_i)}{\kappa T_{max}}, \qquad A_i
+
+    for prompts, tokens and answers, each at level alpha/kappa; kappa = 1 without a cap, and for
+    answers, whose loss a cap does not bound.
+
+    Parameters
+    ----------
+    rejected : float array (P, ...)
+        A_i: sum of beta over the skipped tokens of each prompt; for answers the probability that
+        one of them is rejected.
+    num_tokens : float array (P,)
+    alpha : float
+    certified : {"prompts", "tokens", "answers"}
+    max_tokens : int, optional
+        T_max, for tokens.
+    cap : float, optional
+        kappa.
+
+    Returns
+    -------
+    losses : float array (P, ...)
+    level : float
+        Where it is 1 or more the cap alone keeps the budget.
+
+    Raises
+    ------
+    ValueError
+        If a prompt has more than max_tokens tokens, or that is missing.
+    """
+    lengths = num_tokens.reshape(-1, *[1] * (rejected.ndim - 1))
+    if certified == "answers":
+        return np.minimum(rejected, 1.0), alpha
+    bound = 1.0 if cap is None else cap
+    if certified == "prompts":
+        values = rejected / np.maximum(lengths, 1.0)
+    else:
+        if max_tokens is None or lengths.max() > max_tokens:
+            raise ValueError(
+                f"max_tokens = {max_tokens}: a prompt has {int(lengths.max())} tokens; give the "
+                "cap that the calibration ran under"
+            )
+        values = (rejected + alpha * (max_tokens - lengths)) / max_tokens
+    return np.minimum(values / bound, 1.0), alpha / bound
 
 
 def conformal_threshold(
@@ -98,9 +163,7 @@ def conformal_threshold(
         max_tokens,
         lambda losses: bound(losses) <= alpha,
         bound,
-        f"{num_prompts} prompts: the bound (n R + 1)/(n + 1) is above {alpha:g} for every "
-        f"threshold; a budget of {alpha:g} needs at least "
-        f"{int(np.ceil(1 / alpha - 1 - 1e-9))} prompts",
+        _too_few_for_conformal(num_prompts, alpha),
     )
 
 
@@ -127,8 +190,9 @@ def learn_then_test_threshold(
     delta : float
         Probability, in (0, 1), of a calibration whose threshold breaks the budget.
     method : {"betting", "hoeffding-bentkus"}
-        Chosen beforehand, not by the result. Betting is much the stronger one for losses that are
-        means over many tokens, Hoeffding-Bentkus for losses near 0 and 1.
+        A test that rises with every loss, chosen beforehand, not by the result. Betting is much the
+        stronger one for losses that are means over many tokens, Hoeffding-Bentkus for losses near 0
+        and 1.
 
     Returns
     -------
@@ -145,16 +209,9 @@ def learn_then_test_threshold(
     """
     check_level(alpha, "alpha")
     check_level(delta, "delta")
-    if method not in ("betting", "hoeffding-bentkus"):
-        raise ValueError(f"method = {method!r}: allowed are 'betting', 'hoeffding-bentkus'")
+    if method not in MONOTONE:
+        raise ValueError(f"method = {method!r}: allowed are {', '.join(MONOTONE)}")
     num_prompts = atoms.num_prompts
-
-    def passes(losses: np.ndarray) -> bool:
-        if method == "betting":
-            return bool(betting_p_value(losses, alpha) <= delta)
-        mean = np.asarray(losses.mean())
-        return bool(hoeffding_bentkus_p_value(mean, num_prompts, alpha) <= delta)
-
     return _certify(
         "ltt",
         atoms,
@@ -162,12 +219,132 @@ def learn_then_test_threshold(
         highest,
         thresholds,
         max_tokens,
-        passes,
+        lambda losses: bool(p_value(losses, alpha, delta, method) <= delta),
         lambda losses: float(risk_upper_bound(losses, delta, method)),
-        f"{num_prompts} prompts certify no threshold at risk {alpha:g} with confidence "
-        f"{1 - delta:g}; even without any loss it takes {prompts_needed(alpha, delta, method)} "
-        "prompts",
+        _too_few(num_prompts, alpha, alpha, delta, method),
         1 - delta,
+    )
+
+
+def _too_few(num_prompts: int, alpha: float, level: float, delta: float, method: TestMethod) -> str:
+    return (
+        f"{num_prompts} prompts certify no threshold at risk {alpha:g} with confidence "
+        f"{1 - delta:g}; even without any loss it takes {prompts_needed(level, delta, method)} "
+        "prompts"
+    )
+
+
+@dataclass(frozen=True)
+class GridLosses:
+    """What every threshold of a grid does to each prompt; the grid was fixed beforehand.
+
+    Attributes
+    ----------
+    sums : SkipRiskSums
+        Over the tokens of each prompt; for answers `rejected` holds the loss itself.
+    certified : {"prompts", "tokens", "answers"}
+    max_tokens : int or None
+    cap : float or None
+    """
+
+    sums: SkipRiskSums
+    certified: Certified = "prompts"
+    max_tokens: int | None = None
+    cap: float | None = None
+
+    def losses(self, alpha: float) -> tuple[np.ndarray, float]:
+        """Losses (P, G) and their level; see :func:`prompt_losses`."""
+        sums, most = self.sums, self.max_tokens
+        return prompt_losses(
+            sums.rejected, sums.num_tokens, alpha, self.certified, most, self.cap
+        )  # fmt: skip
+
+
+def num_passing(passed: np.ndarray) -> np.ndarray:
+    """Length of the first run of truths along the last axis."""
+    return np.asarray(np.cumprod(passed, axis=-1).sum(axis=-1))
+
+
+def fixed_sequence_threshold(
+    grid: GridLosses, alpha: float, delta: float = 0.05, method: TestMethod = "betting"
+) -> Threshold:
+    r"""Learn-then-Test on a grid fixed beforehand, for losses that need not rise with it.
+
+    docs/theory.md, (50). Thresholds are tested in rising order, each at level delta, until the
+    first that is not rejected. No bisection, no thresholds from the scores seen.
+
+    Parameters
+    ----------
+    grid : GridLosses
+    alpha, delta : float
+    method : {"betting", "hoeffding-bentkus", "wsr", "t"}
+        With "t", which is asymptotic, nothing is guaranteed.
+
+    Returns
+    -------
+    Threshold
+
+    Source: fixed-sequence testing, as in Angelopoulos et al. 2021.
+    """
+    check_level(alpha, "alpha")
+    check_level(delta, "delta")
+    losses, level = grid.losses(alpha)
+    sums = grid.sums
+    num, bound, why_not = len(sums.thresholds), None, ""
+    if level < 1:
+        rejected = p_value(losses.T, level, delta, method) <= delta
+        num = int(num_passing(rejected))
+        place = max(num - 1, 0)
+        bound = alpha / level * float(risk_upper_bound(losses[:, place], delta, method))
+        why_not = _too_few(len(losses), alpha, level, delta, method)
+    family, label = ("asymptotic", "t") if method == "t" else ("ltt", "ltt")
+    everything = num == len(sums.thresholds) and grid.cap is None
+    reason = "certified even when every token is skipped" if everything else ""
+    return Threshold(
+        f"{label}-{alpha:g}",
+        family,
+        float(sums.thresholds[num - 1]) if num else float("nan"),
+        num > 0,
+        reason if num else why_not,
+        alpha,
+        grid.certified,
+        1 - delta,
+        bound,
+    )
+
+
+def conformal_on_grid(grid: GridLosses, alpha: float) -> Threshold:
+    """Conformal risk control on a grid, for losses that rise with it: no answer cap; (34).
+
+    Raises
+    ------
+    ValueError
+        If the grid's losses are under a cap.
+    """
+    check_level(alpha, "alpha")
+    if grid.cap is not None:
+        raise ValueError(f"cap = {grid.cap}: losses under a cap do not rise with the threshold")
+    losses, _ = grid.losses(alpha)
+    bounds = conformal_bound(losses.mean(axis=0), len(losses))
+    num = int(num_passing(bounds <= alpha))
+    return Threshold(
+        f"conformal-{alpha:g}",
+        "conformal",
+        float(grid.sums.thresholds[num - 1]) if num else float("nan"),
+        num > 0,
+        "" if num else _too_few_for_conformal(len(losses), alpha),
+        alpha,
+        grid.certified,
+        None,
+        float(bounds[max(num - 1, 0)]),
+    )
+
+
+def _too_few_for_conformal(num_prompts: int, alpha: float) -> str:
+    return (
+        f"{num_prompts} prompts: the bound (n R + 1)/(n + 1) is above {alpha:g} for every "
+        f"threshold; a budget of {alpha:g} needs at least "
+        f"{int(np.ceil(1 / alpha - 1 - 1e-9))} prompts"
     )
 
 
@@ -184,19 +361,10 @@ def _certify(
     confidence: float | None = None,
 ) -> Threshold:
     """The largest threshold whose prompts' losses pass; the rule must be monotone in them."""
-    lengths = atoms.num_tokens
-    if max_tokens is not None and lengths.max() > max_tokens:
-        raise ValueError(
-            f"max_tokens = {max_tokens}: a prompt has {int(lengths.max())} tokens; give the cap "
-            "that the calibration ran under"
-        )
+    certified: Certified = "prompts" if max_tokens is None else "tokens"
 
     def losses(rejected: np.ndarray) -> np.ndarray:
-        if max_tokens is None:
-            values = rejected / np.maximum(lengths, 1.0)
-        else:
-            values = (rejected + alpha * (max_tokens - lengths)) / max_tokens
-        return np.asarray(np.minimum(values, 1.0))
+        return prompt_losses(rejected, atoms.num_tokens, alpha, certified, max_tokens)[0]
 
     found = largest_passing(atoms, lambda sums: passes(losses(sums)), highest, thresholds)
     feasible = not np.isnan(found.threshold)
@@ -208,7 +376,7 @@ def _certify(
         feasible,
         reason if feasible else why_not,
         alpha,
-        "prompts" if max_tokens is None else "tokens",
+        certified,
         confidence,
         bound(losses(found.rejected)),
     )

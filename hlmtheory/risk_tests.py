@@ -1,24 +1,28 @@
 """Tests of a risk from the losses of finitely many prompts: p-values and confidence bounds.
 
-Losses lie in [0, 1], one for each independent prompt; docs/theory.md, (33) to (35).
+Losses lie in [0, 1], one for each independent prompt; docs/theory.md, (33) to (35), (51).
+Beside the tests that hold at every number of prompts stands the asymptotic one, which does not.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from scipy import stats
 
 from hlmtheory.domain import check_unit_interval
 
-TestMethod = Literal["betting", "hoeffding-bentkus"]
+TestMethod = Literal["betting", "hoeffding-bentkus", "wsr", "t"]
 
 BETS = np.append(np.arange(1, 16) / 16, 1.0)
 """Shares of the largest stake that the betting test spreads its capital over."""
 
 BET_WEIGHTS = np.append(np.full(15, 0.25 / 15), 0.75)
 """Most of the capital on the largest stake: losses that are small means over tokens favour it."""
+
+MONOTONE: tuple[TestMethod, ...] = ("betting", "hoeffding-bentkus")
+"""Tests whose p-value rises with every loss and does not look at the order of prompts."""
 
 
 def check_level(value: float, name: str) -> None:
@@ -72,6 +76,26 @@ def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: fl
     return np.asarray(np.minimum(1.0, np.minimum(hoeffding, bentkus)))
 
 
+def growth(losses: np.ndarray, alpha: np.ndarray | float) -> np.ndarray:
+    r"""What each prompt adds to the log of each stake's capital, (J, ...).
+
+    .. math:: \ln\Big(1 + q_j \frac{\alpha - L}{1 - \alpha}\Big)
+
+    Minus infinity where the largest stake meets a loss of 1.
+    """
+    edge = (alpha - np.asarray(losses)) / (1.0 - alpha)
+    with np.errstate(divide="ignore"):
+        return np.stack([np.log1p(share * edge) for share in BETS])
+
+
+def betting_p_value_of(total: np.ndarray) -> np.ndarray:
+    """The betting p-value (...) from each stake's growth over all prompts, (J, ...)."""
+    logs = total + np.log(BET_WEIGHTS).reshape(-1, *[1] * (total.ndim - 1))
+    peak = np.max(logs, axis=0)
+    capital = peak + np.log(np.sum(np.exp(logs - peak), axis=0))
+    return np.asarray(np.exp(-np.maximum(capital, 0.0)))
+
+
 def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
     r"""P-value of "the risk is at least alpha" from a bet against it, for losses in [0, 1].
 
@@ -79,8 +103,9 @@ def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
               W = \sum_j w_j \prod_{i=1}^{n} \Big(1 + q_j \frac{\alpha - L_i}{1 - \alpha}\Big)
 
     If E[L] >= alpha every factor has mean at most one, so E[W] <= 1 and P(W >= 1/delta) <= delta.
-    Fixed stakes q_j keep W falling in each loss and free of the order of prompts. docs/theory.md,
-    (35).
+    Fixed stakes q_j keep W falling in each loss and free of the order of prompts, and the test
+    valid where independent prompts have different laws, as with a fixed number a category.
+    docs/theory.md, (35), (51).
 
     Parameters
     ----------
@@ -99,18 +124,83 @@ def betting_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
     check_level(alpha, "alpha")
     values = np.asarray(losses, dtype=float)
     check_unit_interval(values, "losses")
-    return np.asarray(np.minimum(1.0, np.exp(-_log_capital(values, np.asarray(alpha)))))
+    return betting_p_value_of(growth(values, alpha).sum(axis=-1))
 
 
-def _log_capital(losses: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """ln W for losses (..., n) and alpha (...)."""
-    edge = (alpha[..., None] - losses) / (1.0 - alpha[..., None])
-    logs = np.empty((len(BETS), *edge.shape[:-1]))
-    with np.errstate(divide="ignore"):
-        for j, share in enumerate(BETS):
-            logs[j] = np.sum(np.log1p(share * edge), axis=-1) + np.log(BET_WEIGHTS[j])
-    peak = np.max(logs, axis=0)
-    return np.asarray(peak + np.log(np.sum(np.exp(logs - peak), axis=0)))
+def wsr_p_value(losses: np.ndarray, alpha: float, delta: float) -> np.ndarray:
+    r"""P-value of "the risk is at least alpha" from a bet that learns its stake as it goes.
+
+    .. math:: p = \min_t 1/W_t, \quad W_t = \prod_{i \le t} \big(1 + \lambda_i (\alpha - L_i)\big),
+              \quad \lambda_i = \min\Big(1, \sqrt{\frac{2 \ln(1/\delta)}{n \hat\sigma^2_{i-1}}}\Big)
+
+    with the variance of the losses before, begun at 1/4. W is a supermartingale if every loss has
+    mean at least alpha given those before, so P(sup W >= 1/delta) <= delta at every level, that of
+    the stake or another. It depends on the order of prompts, needs them to be draws of *one* law,
+    and does not rise with every loss: docs/theory.md, (51).
+
+    Parameters
+    ----------
+    losses : float array (..., n)
+        In an order that has nothing to do with them.
+    alpha : float
+    delta : float
+        The level that stakes are meant for.
+
+    Source: predictable plug-in of Waudby-Smith and Ramdas 2024, one-sided.
+    """
+    check_level(alpha, "alpha")
+    check_level(delta, "delta")
+    values = np.asarray(losses, dtype=float)
+    check_unit_interval(values, "losses")
+    num = values.shape[-1]
+    place = np.arange(1, num + 1)
+    mean = (0.5 + np.cumsum(values, axis=-1)) / (place + 1)
+    variance = (0.25 + np.cumsum((values - mean) ** 2, axis=-1)) / (place + 1)
+    before = np.concatenate([np.full_like(variance[..., :1], 0.25), variance[..., :-1]], axis=-1)
+    stake = np.minimum(1.0, np.sqrt(2 * np.log(1 / delta) / (num * before)))
+    capital = np.cumsum(np.log1p(stake * (alpha - values)), axis=-1)
+    return np.asarray(np.exp(-np.maximum(capital.max(axis=-1), 0.0)))
+
+
+def asymptotic_p_value(losses: np.ndarray, alpha: float) -> np.ndarray:
+    r"""P-value of Student's t for "the risk is at least alpha": asymptotic, **no guarantee**.
+
+    .. math:: P(t_{n-1} \le (\bar L - \alpha) / \mathrm{se})
+
+    Its level holds only as far as the mean of n losses is normal. Losses that are mostly 0 and
+    rarely large, which are those of small budgets, are the case where it is not.
+    """
+    check_level(alpha, "alpha")
+    values = np.asarray(losses, dtype=float)
+    num = values.shape[-1]
+    if num < 2:
+        return np.ones(values.shape[:-1])
+    error = values.std(axis=-1, ddof=1) / np.sqrt(num)
+    return asymptotic_p_value_of(values.mean(axis=-1), error, num, alpha)
+
+
+def asymptotic_p_value_of(
+    mean: np.ndarray, error: np.ndarray, num_prompts: int, alpha: float
+) -> np.ndarray:
+    """The same from mean and standard error; without a spread the mean is taken for certain."""
+    known = error > 0
+    score = np.where(known, (mean - alpha) / np.where(known, error, 1.0), 0.0)
+    certain = (mean >= alpha).astype(float)
+    return np.asarray(np.where(known, stats.t.cdf(score, max(num_prompts - 1, 1)), certain))
+
+
+def p_value(losses: np.ndarray, alpha: float, delta: float, method: TestMethod) -> np.ndarray:
+    """P-value (...) of "the risk is at least alpha" by a named test, from losses (..., n)."""
+    if method == "betting":
+        return betting_p_value(losses, alpha)
+    if method == "hoeffding-bentkus":
+        values = np.asarray(losses)
+        return hoeffding_bentkus_p_value(values.mean(axis=-1), values.shape[-1], alpha)
+    if method == "wsr":
+        return wsr_p_value(losses, alpha, delta)
+    if method == "t":
+        return asymptotic_p_value(losses, alpha)
+    raise ValueError(f"method = {method!r}: allowed are {', '.join(get_args(TestMethod))}")
 
 
 def risk_upper_bound(
@@ -118,48 +208,42 @@ def risk_upper_bound(
 ) -> np.ndarray:
     """Upper confidence bound on the risk: the largest alpha that the test at level delta keeps.
 
-    P(risk > bound) <= delta for a threshold fixed beforehand; docs/theory.md, (35).
+    P(risk > bound) <= delta for a threshold fixed beforehand; docs/theory.md, (35). Every p-value
+    here falls with alpha, so bisection finds it.
 
     Parameters
     ----------
-    losses : float array (..., n)
-        Losses of n independent prompts on the last axis, in [0, 1].
+    losses : float array (n,)
+        Losses of n independent prompts, in [0, 1].
     delta : float
         In (0, 1).
-    method : {"betting", "hoeffding-bentkus"}
+    method : {"betting", "hoeffding-bentkus", "wsr", "t"}
 
     Returns
     -------
-    float array (...)
+    float array ()
         In [mean loss, 1], to 2^-40.
     """
     check_level(delta, "delta")
     values = np.asarray(losses, dtype=float)
     check_unit_interval(values, "losses")
-    mean = values.mean(axis=-1)
-    low, high = np.array(mean), np.ones_like(mean)
+    low, high = float(values.mean()), 1.0
     for _ in range(40):
-        middle = np.clip((low + high) / 2, 1e-15, 1 - 1e-15)
-        if method == "betting":
-            p_value = np.exp(-np.maximum(_log_capital(values, middle), 0.0))
+        middle = float(np.clip((low + high) / 2, 1e-15, 1 - 1e-15))
+        if p_value(values, middle, delta, method) > delta:
+            low = middle
         else:
-            p_value = np.vectorize(hoeffding_bentkus_p_value)(mean, values.shape[-1], middle)
-        kept = p_value > delta
-        low, high = np.where(kept, middle, low), np.where(kept, high, middle)
+            high = middle
     return np.asarray(high)
 
 
 def prompts_needed(alpha: float, delta: float = 0.05, method: TestMethod = "betting") -> int:
-    """Fewest prompts with which Learn-then-Test can certify anything: all of them without loss."""
+    """Fewest prompts with which a test can reject anything: all of them without loss."""
     check_level(alpha, "alpha")
     check_level(delta, "delta")
 
     def certifies(num_prompts: int) -> bool:
-        if method == "betting":
-            gains = num_prompts * np.log1p(BETS * alpha / (1 - alpha))
-            return bool(np.sum(BET_WEIGHTS * np.exp(gains)) >= 1 / delta)
-        zero = np.zeros(())
-        return bool(hoeffding_bentkus_p_value(zero, num_prompts, alpha) <= delta)
+        return bool(p_value(np.zeros(num_prompts), alpha, delta, method) <= delta)
 
     high = 1
     while not certifies(high):

@@ -21,6 +21,8 @@ Atoms = tuple[Array, Array, Array]
 """(score, mass, rejection), (B, J) each: pieces of a draft's probability, and mass x beta."""
 
 SAMPLED_SLACK = 1e-6
+GRID = 200
+"""Steps of a grid of thresholds that is fixed beforehand."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,28 @@ class Score:
     def num_candidates(self, threshold: float, vocab_size: int) -> int:
         """How many of the likeliest tokens a live step must look at."""
         return HEAD_SIZE
+
+    def upper(self, vocab_size: int) -> float:
+        """A bound of the score that no trace is needed for."""
+        return self.high
+
+    def fixed_grid(self, vocab_size: int) -> np.ndarray:
+        """Thresholds that no trace was looked at for, rising from `low` to the upper bound.
+
+        Squares of evenly spaced numbers: closer where less is skipped. docs/theory.md, (50).
+
+        Raises
+        ------
+        ValueError
+            If the score has no bounds.
+        """
+        high = self.upper(vocab_size)
+        if not (np.isfinite(self.low) and np.isfinite(high)):
+            raise ValueError(
+                f"score {self.name} has no bounds, so its thresholds cannot be fixed beforehand: "
+                "give another --score"
+            )
+        return np.asarray(self.low + (high - self.low) * (np.arange(GRID + 1) / GRID) ** 2)
 
 
 def with_beyond(step: Step) -> tuple[Array, Array]:
@@ -210,6 +234,10 @@ class Entropy(ContextScore):
     def of_draft(self, step: Step) -> Array:
         """H(x)."""
         return step["entropy"]
+
+    def upper(self, vocab_size: int) -> float:
+        """ln V."""
+        return float(np.log(vocab_size))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from hlmtheory.domain import check_unit_interval
-from hlmtheory.risk import SkipAtoms, Weighting
+from hlmtheory.risk import SkipAtoms
+
+Certified = Literal["prompts", "tokens", "answers"]
+"""What a budget is about: the mean over prompts of each prompt's mean risk, the risk over tokens,
+or the share of answers that differ from the server's; docs/theory.md, (33), (52)."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Threshold:
         Empty, or what is degenerate or missing.
     budget : float or None
         alpha, of rules that have one.
-    weighting : {"tokens", "prompts"} or None
-        The mean that the budget is about.
+    weighting : {"tokens", "prompts", "answers"} or None
+        What the budget is about.
     confidence : float or None
         1 - delta, where the budget holds with that probability.
     bound : float or None
@@ -48,7 +53,7 @@ class Threshold:
     feasible: bool
     reason: str
     budget: float | None = None
-    weighting: Weighting | None = None
+    weighting: Certified | None = None
     confidence: float | None = None
     bound: float | None = None
 

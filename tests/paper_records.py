@@ -385,15 +385,18 @@ def guarantees_record() -> GuaranteesRecord:
     """Plug-in breaks its budget every other time, the certified one hardly ever."""
     rows = []
     for source in ("all-prompts", "halves"):
-        for family, weighting, share in (
-            ("risk", "tokens", 0.5), ("conformal", "prompts", 0.3), ("ltt", "prompts", 0.02)
+        for rule, weighting, share in (
+            ("risk", "tokens", 0.5), ("conformal", "prompts", 0.3), ("ltt", "prompts", 0.02),
+            ("ltt@cap", "prompts", 0.01), ("asymptotic (t)", "prompts", 0.1),
         ):  # fmt: skip
             for budget in (0.005, 0.01, 0.02, 0.05):
-                infeasible = {("ltt", 0.005): 1.0, ("ltt", 0.01): 0.4}.get((family, budget), 0.0)
+                infeasible = {("ltt", 0.005): 1.0, ("ltt", 0.01): 0.4}.get((rule, budget), 0.0)
                 rate = (3 * budget) ** (1 / 3) * (1 - infeasible)
                 rows.append(
                     GuaranteeRow(
-                        family=family, budget=budget, source=source, weighting=weighting,
+                        rule=rule, family=rule.removesuffix("@cap"), budget=budget, source=source,
+                        test="betting" if rule.startswith("ltt") else None,
+                        cap=0.4 if rule.endswith("@cap") else None, weighting=weighting,
                         num_draws=500, num_calibration_prompts=12 if source != "halves" else 6,
                         violation_share=fig(share * (1 - infeasible)),
                         infeasible_share=fig(infeasible), skip_rate=fig(rate),
@@ -402,7 +405,7 @@ def guarantees_record() -> GuaranteesRecord:
                 )  # fmt: skip
     return GuaranteesRecord(
         score="uncertainty", num_draws=500, num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS,
-        confidence=CONFIDENCE, seed=0, provenance=PROVENANCE, rows=tuple(rows),
+        confidence=CONFIDENCE, seed=0, provenance=PROVENANCE, certificates=(), rows=tuple(rows),
     )  # fmt: skip
 
 

@@ -107,6 +107,7 @@ def tidy(request: DeriveRequest) -> DeriveRequest:
             "risks": tuple({f"{risk:g}": risk for risk in request.risks}.values()),
             "thetas": tuple({f"{theta:g}": theta for theta in request.thetas}.values()),
             "importances": tuple(dict.fromkeys(request.importances)),
+            "answer_caps": tuple(dict.fromkeys(request.answer_caps)),
         }
     )
 
@@ -141,6 +142,7 @@ def _derived(
         policies=infos,
         operating_points=tuple(point for point, _ in points),
         optima=tuple(optima(study, paths + resized)),
+        certificates=study.certificates(),
         thresholds=curves.threshold_curves(study),
         paths=tuple(path.record() for path in paths if path.policy.gated),
         snr=curves.snr_sweep(study, runnable),

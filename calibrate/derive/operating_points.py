@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from calibrate.derive.certify import caps_at, certificates, certified_thresholds
 from calibrate.derive.predict import (
     METRICS,
     UNITS,
@@ -24,6 +25,7 @@ from calibrate.run.errors import UsageError
 from calibrate.run.figure import as_figure
 from calibrate.run.records import (
     CalibrationRecord,
+    Certificate,
     DeriveRequest,
     Figure,
     LearnedModel,
@@ -41,6 +43,7 @@ from hlmtheory.policies import (
 )
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import Score, score_named
+from hlmtheory.thresholds import Threshold
 
 UNGATED = "none"
 """Rule of a policy without a threshold."""
@@ -87,7 +90,7 @@ class Study:
     request: DeriveRequest
     economics: Economics
     options: DeriveOptions
-    _gates: dict[str, Gate] = field(default_factory=dict)
+    _gates: dict[str, tuple[Gate, float | None]] = field(default_factory=dict)
 
     @property
     def trace(self) -> Trace:
@@ -124,23 +127,77 @@ class Study:
                 Offer(label, settings, policy_from_settings(source, settings, start, self.score))
                 for label, settings in policy_class(source).variants(fitted, self.options)
             ]
+            offers += [
+                Offer(
+                    f"{offer.label}@cap-{cap:g}",
+                    offer.settings | {"cap": cap},
+                    replace(offer.policy, cap=cap),
+                )
+                for offer in offers
+                if isinstance(offer.policy, GatedPolicy)
+                for cap in self.caps()
+            ]
             for offer in offers:  # what it remembers may not be recorded at these settings
                 offer.policy.memory().update(self.trace.step(slice(0, 1)))
         except ValueError as error:
             raise UsageError(_refusal(source, error)) from None
         return offers
 
+    def caps(self, alpha: float | None = None) -> list[float]:
+        """Answer caps asked for, at one budget or at any, rising."""
+        budgets = self.request.risks if alpha is None else (alpha,)
+        delta, num, texts = 1 - self.request.confidence, self.trace.num_prompts, self.request
+        return sorted({c for a in budgets for c in caps_at(texts.answer_caps, a, delta, num)})
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that an answer could have, fixed before the calibration."""
+        return self.calibration.settings.max_new_tokens
+
     def gate(self, policy: GatedPolicy) -> Gate:
         """What a policy's gate sees, and its thresholds; policies that skip alike share them."""
         key = repr(policy)
         if key not in self._gates:
-            atoms = policy_atoms(self.trace, policy)
-            alike = (known for known in self._gates.values() if _same(known[0], atoms))
-            self._gates[key] = next(alike, None) or (
-                atoms,
-                derive_thresholds(atoms, self.score, self.trace, self.calibration, self.request),
+            atoms = policy_atoms(self.trace, replace(policy, cap=None))
+            alike = (
+                known
+                for known, cap in self._gates.values()
+                if cap == policy.cap and _same(known[0], atoms)
             )
-        return self._gates[key]
+            found = next(alike, None) or (atoms, self._thresholds(policy, atoms))
+            self._gates[key] = found, policy.cap
+        return self._gates[key][0]
+
+    def _thresholds(self, policy: GatedPolicy, atoms: SkipAtoms) -> list[DerivedThreshold]:
+        """Of every rule; under a cap the certified ones alone, at the budgets that ask for it."""
+
+        def certified(alpha: float) -> list[Threshold]:
+            share = 1 if policy.cap is None else len(self.caps(alpha))
+            return certified_thresholds(
+                self.trace, policy, atoms, alpha, (1 - self.request.confidence) / share,
+                self.request.certify, self.max_tokens,
+            )  # fmt: skip
+
+        if policy.cap is None:
+            return derive_thresholds(
+                atoms, self.score, self.trace, self.calibration, self.request, certified
+            )
+        budgets = [alpha for alpha in self.request.risks if policy.cap in self.caps(alpha)]
+        return [DerivedThreshold(one) for alpha in budgets for one in certified(alpha)]
+
+    def certificates(self) -> tuple[Certificate, ...]:
+        """What every test certifies for the first gate that sees its score and nothing else."""
+        plain = (
+            one for one in self.policies if isinstance(one, GatedPolicy) and not one.needs_attention
+        )
+        first = next(plain, None)
+        if first is None or not np.isfinite(first.score.low):
+            return ()
+        request = self.request
+        return certificates(
+            self.trace, first, request.risks, request.confidence, (request.certify,),
+            request.answer_caps, self.max_tokens,
+        )  # fmt: skip
 
     def predict(self, policy: Policy) -> tuple[dict[str, Figure], tuple[str, ...]]:
         """Predicted metrics with intervals for the calibration's sampling of prompts.

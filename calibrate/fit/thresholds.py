@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,6 @@ from hlmtheory.clusters import (
     resample_prompts,
     sum_by_prompt,
 )
-from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
 from hlmtheory.relation import line_moments, line_of_totals
 from hlmtheory.risk import SkipAtoms, skip_risk_sums
 from hlmtheory.scores import ExactUncertainty, Score
@@ -49,6 +49,7 @@ def derive_thresholds(
     trace: Trace,
     calibration: CalibrationRecord,
     request: DeriveRequest,
+    certified: Callable[[float], Sequence[Threshold]],
 ) -> list[DerivedThreshold]:
     """Every rule's threshold with its cluster-bootstrap interval.
 
@@ -64,6 +65,8 @@ def derive_thresholds(
     calibration : CalibrationRecord
     request : DeriveRequest
         Its budgets and confidence.
+    certified : callable
+        The certified thresholds of a budget.
     """
     counts = resample_prompts(atoms.num_prompts, NUM_RESAMPLES, np.random.default_rng(0))
 
@@ -97,10 +100,7 @@ def derive_thresholds(
             DerivedThreshold(
                 risk_budget_threshold(atoms, alpha, score.high), interval(edges[inside - 1])
             ),
-            DerivedThreshold(conformal_threshold(atoms, alpha, score.high)),
-            DerivedThreshold(
-                learn_then_test_threshold(atoms, alpha, 1 - request.confidence, score.high)
-            ),
+            *map(DerivedThreshold, certified(alpha)),
         ]
     return out
 

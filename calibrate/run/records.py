@@ -10,6 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hlmtheory.risk_tests import TestMethod
+from hlmtheory.thresholds import Certified
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -281,8 +284,8 @@ class OperatingPoint(Record):
     score: str | None
     """What the gate compares with its threshold; null for a policy without a gate."""
     budget: float | None
-    weighting: Literal["tokens", "prompts"] | None
-    """The mean that the budget is about."""
+    weighting: Certified | None
+    """What the budget is about."""
     confidence: float | None
     """1 - delta of a certified threshold; null where nothing is certified with confidence."""
     bound: float | None
@@ -319,6 +322,33 @@ class DeriveRequest(Record):
     eta: float = 1.0
     importances: tuple[str, ...] = ("topk:16:1",)
     draft_from_sent: bool = False
+    certify: Certified = "prompts"
+    """What certified budgets are about."""
+    answer_caps: tuple[str, ...] = ()
+    """Caps of gated policies beside no cap: shares, or auto."""
+
+
+class Certificate(Record):
+    """The largest threshold that one test certifies for one budget, for the score's plain gate."""
+
+    rule: str
+    """The test, and the cap it is under."""
+    test: TestMethod
+    certified: Certified
+    """What the budget is about."""
+    guaranteed: bool
+    """Whether the test holds at any number of prompts; if not, it is asymptotic."""
+    cap: float | None
+    """Largest share of an answer's drafts that is skipped."""
+    budget: float
+    confidence: float
+    feasible: bool
+    reason: str
+    threshold: float | None
+    skip_rate: Figure
+    """Predicted share of tokens."""
+    bound: float | None
+    """Upper confidence bound on the risk at the threshold, or at the lowest one if none passes."""
 
 
 class Optimum(Record):
@@ -453,6 +483,7 @@ class DerivationRecord(StageRecord):
     policies: tuple[PolicyInfo, ...]
     operating_points: tuple[OperatingPoint, ...]
     optima: tuple[Optimum, ...]
+    certificates: tuple[Certificate, ...] = ()
     thresholds: ThresholdCurves | None
     paths: tuple[PolicyPath, ...]
     snr: SnrSweep | None
@@ -571,10 +602,17 @@ class ValidationRecord(StageRecord):
 class GuaranteeRow(Record):
     """How one rule at one budget did over many redrawn calibrations."""
 
+    rule: str
+    """Unique at its source and budget: family, or test and cap where it is not the usual one."""
     family: str
+    test: TestMethod | None
+    """Of Learn-then-Test; t is asymptotic and guarantees nothing."""
     budget: float
+    cap: float | None
+    """Answer cap, chosen from budget, confidence and number of prompts alone."""
     source: Literal["all-prompts", "halves"]
-    weighting: Literal["tokens", "prompts"]
+    weighting: Certified
+    """What the budget is about."""
     num_draws: int
     num_calibration_prompts: int
     violation_share: Figure
@@ -596,7 +634,60 @@ class GuaranteesRecord(StageRecord):
     confidence: float
     seed: int
     provenance: Provenance
+    certificates: tuple[Certificate, ...]
+    """What each test certifies from the run's own prompts."""
     rows: tuple[GuaranteeRow, ...]
+
+
+class PlanRow(Record):
+    """Prompts that one rule needs for one budget."""
+
+    budget: float
+    rule: str
+    test: TestMethod | None
+    """Null for the conformal rule."""
+    guaranteed: bool
+    """Whether the rule promises its confidence: not the asymptotic t, and not conformal, which
+    promises a mean."""
+    cap: float | None
+    """Answer cap at that number of prompts."""
+    goal_skip_rate: float
+    """Share of tokens that the certified threshold is to skip at least."""
+    without_loss: int
+    """Prompts below which nothing can be certified."""
+    num_prompts: int | None
+    """Prompts that certify the goal with the wanted power; null if `most` do not."""
+    wall_s: float | None
+    """Decoding of so many prompts, by the run's own clock."""
+
+
+class PlanInterval(Record):
+    """Prompts at which a figure's interval is so wide from end to end."""
+
+    metric: str
+    budget: float
+    """The figure is that of the threshold that the rows' goal stands for."""
+    width: float
+    num_prompts: int
+    wall_s: float
+
+
+class PlanRecord(StageRecord):
+    """What `hlm plan --json` prints; it is kept in no file."""
+
+    num_prompts: int
+    """Of the pilot."""
+    num_tokens: int
+    score: str
+    certified: Certified
+    confidence: float
+    power: float
+    """Chance of getting the certificate."""
+    most: int
+    """Prompts beyond which nothing was tried."""
+    ms_per_prompt: float
+    rows: tuple[PlanRow, ...]
+    intervals: tuple[PlanInterval, ...]
 
 
 class AttenuationRow(Record):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from calibrate.run.figure import number_text
 from calibrate.run.records import ValidationRecord
 
@@ -36,3 +38,25 @@ def coverage_text(validation: ValidationRecord) -> str:
 
 def _percent(share: float | None) -> str:
     return number_text(None if share is None else 100 * share, decimals=0)
+
+
+PROMISES = {
+    "prompts": "prompts: the mean over prompts of a prompt's mean risk, in contexts that lossless "
+    "decoding leads to; a policy's own outputs lead elsewhere",
+    "tokens": "tokens: the risk over tokens, sum by sum, in contexts that lossless decoding leads "
+    "to; a policy's own outputs lead elsewhere",
+    "answers": "answers: the share of answers that differ at all from lossless decoding with the "
+    "same random numbers, on the policy's own road; no score in [0, 1] of an answer moves by more",
+}
+COMMON_PROMISES = (
+    "all: about the gate with accept/resample on what is sent (u-hlm, and r-hlm's bias token by "
+    "token); cu-hlm, coupled and ask-llm add biases of their own, which are not certified",
+    "all: each certificate alone. Whoever looks at n of them and takes one has n times the chance "
+    "of a broken budget, but among caps asked for together, which share it. betting stands for "
+    "prompts stratified by category too; wsr and conformal need draws of one population",
+)
+
+
+def promise_texts(certified: Sequence[str]) -> list[str]:
+    """What a certified budget says, and what it does not."""
+    return [*(PROMISES[one] for one in certified), *COMMON_PROMISES]

@@ -13,12 +13,14 @@ from calibrate.run.figure import excludes_zero, number_text, scaled
 from calibrate.run.records import (
     AttenuationRecord,
     CalibrationRecord,
+    Certificate,
     DerivationRecord,
     GuaranteesRecord,
     MonitorRecord,
+    PlanRecord,
     ValidationRecord,
 )
-from calibrate.run.wording import coverage_text
+from calibrate.run.wording import coverage_text, promise_texts
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import ModelDescription, PairDescription
@@ -42,6 +44,7 @@ FIT = {
     "mean_rejection": "mean rejection probability = mean TV(x, y)",
     "delta": "share of drafts that can be rejected at all, P(y_d < x_d)",
 }
+WEAKER = {"t": "asymptotic, no guarantee", "conformal": "a promise on average"}
 WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
 
 
@@ -196,6 +199,7 @@ def print_operating_points(result: DerivationRecord) -> None:
             for point in points
         ),
     )  # fmt: skip
+    _certificates(page, result.certificates)
     for best in result.optima:
         found = best.reason
         if best.feasible:
@@ -270,14 +274,60 @@ def print_guarantees(result: GuaranteesRecord) -> None:
         f"{result.confidence:.0%} intervals)"
     )
     page.table(
-        ("rule", ">budget", "calibrated on", "mean over", ">above budget", ">infeasible",
+        ("rule", ">budget", "calibrated on", "about", ">above budget", ">infeasible",
          ">skip rate", ">risk"),
         (
-            (row.family, row.budget, row.source, row.weighting, row.violation_share,
-             row.infeasible_share, row.skip_rate, row.risk)
+            (row.rule + (f" {row.cap:g}" if row.cap else ""), row.budget, row.source,
+             row.weighting, row.violation_share, row.infeasible_share, row.skip_rate, row.risk)
             for row in result.rows
         ),
     )  # fmt: skip
+    _certificates(page, result.certificates)
+
+
+def _certificates(page: Page, certificates: Sequence[Certificate]) -> None:
+    """What each test certifies, and what that says."""
+    if not certificates:
+        return
+    page.say("what the run's own prompts certify")
+    page.table(
+        ("test", "about", ">budget", ">confidence", ">threshold", ">skip rate", ">bound"),
+        (
+            (one.rule + ("" if one.guaranteed else ": asymptotic, no guarantee"), one.certified,
+             one.budget, f"{one.confidence:.3g}", one.threshold, one.skip_rate, one.bound)
+            for one in certificates
+        ),
+    )  # fmt: skip
+    for text in promise_texts(sorted({one.certified for one in certificates})):
+        page.say(f"  {text}")
+
+
+def print_plan(result: PlanRecord) -> None:
+    """`hlm plan`: prompts for a certificate, for an interval, and their time."""
+    page = Page()
+    page.say(
+        f"prompts that certify a budget with confidence {result.confidence:g} in "
+        f"{result.power:.0%} of calibrations (about {result.certified}; score {result.score}), if "
+        f"prompts are like the run's {result.num_prompts}; {result.ms_per_prompt / 1e3:.2g} s each"
+    )
+    page.table(
+        (">budget", "rule", ">answer cap", ">skip rate", ">without any loss", ">prompts",
+         ">minutes"),
+        (
+            (one.budget, one.rule + ("" if one.guaranteed else ": " + WEAKER[one.rule]), one.cap,
+             one.goal_skip_rate, str(one.without_loss),
+             f"over {result.most:,}" if one.num_prompts is None else f"{one.num_prompts:,}",
+             None if one.wall_s is None else one.wall_s / 60)
+            for one in result.rows
+        ),
+    )  # fmt: skip
+    page.table(
+        (">budget", "interval of", ">width", ">prompts", ">minutes"),
+        (
+            (one.budget, one.metric, one.width, f"{one.num_prompts:,}", one.wall_s / 60)
+            for one in result.intervals
+        ),
+    )
 
 
 def print_attenuation(result: AttenuationRecord) -> None:

@@ -11,28 +11,45 @@ A guarantee speaks of many calibrations, and there is one trace. Two ways to mak
   independent, which is all that (34) and (35) ask for. What it says is about this population.
 
 Candidates are one fixed grid of thresholds, so that sums by prompt are worked out once for all
-calibrations: quantiles of the mass, the last of which skips everything.
+calibrations: quantiles of the mass, the last of which skips everything; for the rules that need a
+grid which no calibration was looked at for, the score's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from calibrate.derive.certify import AUTO, certificates, grid_losses
 from calibrate.derive.operating_points import score_of
-from calibrate.derive.predict import CHUNK
+from calibrate.derive.predict import policy_atoms
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
 from calibrate.run.folder import provenance, read_record, write_record
-from calibrate.run.records import CalibrationRecord, GuaranteeRow, GuaranteesRecord
+from calibrate.run.records import CalibrationRecord, GuaranteeRow, GuaranteesRecord, RunRecord
 from calibrate.run.traces import read_trace, shard_paths
-from hlmtheory.risk import SkipAtoms, SkipRiskSums, Weighting, skip_risk_sums
-from hlmtheory.risk_tests import betting_p_value, check_level, conformal_bound
+from hlmtheory.answer_cap import suggested_cap
+from hlmtheory.guarantees import GridLosses, num_passing
+from hlmtheory.policies import GatedPolicy
+from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
+from hlmtheory.risk_tests import (
+    TestMethod,
+    asymptotic_p_value_of,
+    betting_p_value,
+    betting_p_value_of,
+    check_level,
+    conformal_bound,
+    growth,
+    hoeffding_bentkus_p_value,
+    wsr_p_value,
+)
 from hlmtheory.scores import LearnedScore
+from hlmtheory.thresholds import Certified
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
 NUM_DRAWS = 500
@@ -44,8 +61,49 @@ MAX_DRAWN = 2**20
 
 Source = Literal["all-prompts", "halves"]
 SOURCES: tuple[Source, ...] = ("all-prompts", "halves")
-FAMILIES: dict[str, Weighting] = {"risk": "tokens", "conformal": "prompts", "ltt": "prompts"}
-"""Rules as operating points name them, with the mean that each of them is about: (10), (33)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of the study.
+
+    Attributes
+    ----------
+    name, family : str
+        As rows carry them.
+    certified : {"prompts", "tokens", "answers"}
+        What its budget is about: (10), (33), (52).
+    test : str or None
+        Of Learn-then-Test.
+    capped : bool
+        Under the answer cap suggested for budget, confidence and number of prompts.
+    on_grid : bool
+        Whether its candidates are the score's fixed grid, tested in order.
+    """
+
+    name: str
+    family: str
+    certified: Certified
+    test: TestMethod | None = None
+    capped: bool = False
+    on_grid: bool = True
+
+
+RULES = (
+    Rule("risk", "risk", "tokens", on_grid=False),
+    Rule("conformal", "conformal", "prompts", on_grid=False),
+    Rule("ltt", "ltt", "prompts", "betting", on_grid=False),
+    Rule("ltt-wsr", "ltt", "prompts", "wsr"),
+    Rule("ltt-tokens", "ltt", "tokens", "betting"),
+    Rule("ltt-answers", "ltt", "answers", "betting"),
+    Rule("ltt@cap", "ltt", "prompts", "betting", True),
+    Rule("ltt-wsr@cap", "ltt", "prompts", "wsr", True),
+    Rule("ltt-tokens@cap", "ltt", "tokens", "betting", True),
+    Rule("asymptotic (t)", "asymptotic", "prompts", "t"),
+)
+CERTIFIED: tuple[Certified, ...] = ("prompts", "tokens", "answers")
+Grids = Callable[[Certified, float | None], GridLosses]
+"""Losses on the score's grid by what is certified and answer cap."""
 
 OnDraw = Callable[[int], None]
 
@@ -57,6 +115,7 @@ def study_guarantees(
     confidence: float = 0.95,
     rng: np.random.Generator | None = None,
     on_draw: OnDraw | None = None,
+    grids: Grids | None = None,
 ) -> tuple[GuaranteeRow, ...]:
     """Derive every rule at every budget from many calibrations and look its risk up.
 
@@ -78,11 +137,13 @@ def study_guarantees(
         Seeded with 0 unless given.
     on_draw : callable, optional
         Told after each block how many calibrations more are done, of 2 x num_draws.
+    grids : callable, optional
+        For the rules that need them, which are left out otherwise; called once for each argument.
 
     Returns
     -------
     tuple of GuaranteeRow
-        By source, family and budget.
+        By source, rule and budget; without those under a cap where a budget needs none.
 
     Raises
     ------
@@ -101,22 +162,33 @@ def study_guarantees(
     rng = np.random.default_rng(0) if rng is None else rng
     most = max(2, min(NUM_CANDIDATES, MAX_SUMS // atoms.num_prompts))
     sums = skip_risk_sums(atoms, atoms.quantiles(most))
+    rules = RULES if grids is not None else [rule for rule in RULES if not rule.on_grid]
+    grids = cache(grids) if grids is not None else grids
     rows: list[GuaranteeRow] = []
     for source in SOURCES:
-        found: dict[tuple[str, float], list[Outcomes]] = {
-            (family, alpha): [] for family in FAMILIES for alpha in risks
+        num = atoms.num_prompts if source == "all-prompts" else atoms.num_prompts // 2
+        caps = {alpha: suggested_cap(alpha, 1 - confidence, num) for alpha in risks}
+        found: dict[tuple[Rule, float], list[Outcomes]] = {
+            (rule, alpha): []
+            for rule in rules
+            for alpha in risks
+            if not rule.capped or (caps[alpha] or 0.0) > alpha
         }
-        num_calibration = 0
         for drawn, others in _draws(source, atoms.num_prompts, num_draws, rng):
-            num_calibration = drawn.shape[1]
-            for family, alpha in found:
-                last = last_passing(sums, family, alpha, 1 - confidence, drawn)
-                found[family, alpha].append(outcomes(sums, FAMILIES[family], last, others))
+            for rule, alpha in found:
+                if rule.on_grid and grids is not None:
+                    grid = grids(rule.certified, caps[alpha] if rule.capped else None)
+                    last = last_in_sequence(grid, alpha, 1 - confidence, rule.test, drawn)
+                    held = grid.sums
+                else:
+                    last = last_passing(sums, rule.family, alpha, 1 - confidence, drawn)
+                    held = sums
+                found[rule, alpha].append(outcomes(held, rule.certified, last, others))
             if on_draw is not None:
                 on_draw(len(drawn))
         rows += [
-            _row(family, alpha, source, blocks, num_calibration, confidence)
-            for (family, alpha), blocks in found.items()
+            _row(rule, alpha, caps[alpha], source, blocks, num, confidence)
+            for (rule, alpha), blocks in found.items()
         ]
     return tuple(rows)
 
@@ -151,13 +223,20 @@ def write_guarantees(
         learned = read_record(run, CalibrationRecord).learned
     score = score_of(score_name, learned)
     trace = read_trace(shard_paths(run))
-    blocks = [slice(begin, begin + CHUNK) for begin in range(0, trace.num_tokens, CHUNK)]
+
+    def gate(cap: float | None) -> GatedPolicy:
+        return GatedPolicy(threshold=max(score.low, 0.0), score=score, cap=cap)
+
     try:
-        pieces = [score.atoms(trace.step(rows)) for rows in blocks]
+        atoms = policy_atoms(trace, gate(None))
     except ValueError as error:
         raise UserError(f"RUN {run}: {error}; calibrate with --trace full") from None
-    found, mass, rejection = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    atoms = SkipAtoms.of_candidates(found, mass, rejection, trace.prompt_index, trace.num_prompts)
+    most = read_record(run, RunRecord).settings.max_new_tokens
+
+    def grids(certified: Certified, cap: float | None) -> GridLosses:
+        return grid_losses(trace, gate(cap), certified, most)
+
+    bounded = bool(np.isfinite(score.low))
     rng = np.random.default_rng(seed)
     record = GuaranteesRecord(
         score=score.name,
@@ -167,7 +246,12 @@ def write_guarantees(
         confidence=confidence,
         seed=seed,
         provenance=provenance(command),
-        rows=study_guarantees(atoms, risks, num_draws, confidence, rng, on_draw),
+        certificates=certificates(trace, gate(None), risks, confidence, CERTIFIED, (AUTO,), most)
+        if bounded
+        else (),
+        rows=study_guarantees(
+            atoms, risks, num_draws, confidence, rng, on_draw, grids if bounded else None
+        ),
     )
     write_record(run, record)
     return record
@@ -218,8 +302,7 @@ def last_passing(
     ----------
     sums : SkipRiskSums
         Of all prompts.
-    family : str
-        One of FAMILIES.
+    family : {"risk", "conformal", "ltt"}
     alpha, delta : float
     drawn : int array (D, n)
         Prompts of each calibration; one may occur several times.
@@ -248,6 +331,45 @@ def last_passing(
     return low
 
 
+def last_in_sequence(
+    grid: GridLosses, alpha: float, delta: float, test: TestMethod | None, drawn: np.ndarray
+) -> np.ndarray:
+    """The last threshold before the first that a test does not reject, (D,); -1 for none.
+
+    :func:`hlmtheory.guarantees.fixed_sequence_threshold` for many calibrations at once; a test
+    holds the two together. A draw is its counts of prompts wherever their order does not matter.
+
+    Parameters
+    ----------
+    grid : GridLosses
+        Of all prompts.
+    alpha, delta : float
+    test : str
+    drawn : int array (D, n)
+    """
+    losses, level = grid.losses(alpha)  # (P, G)
+    if level >= 1:
+        return np.full(len(drawn), losses.shape[1] - 1)
+    num = drawn.shape[1]
+    if test == "wsr":
+        found = np.stack([wsr_p_value(losses[one].T, level, delta) for one in drawn])
+    else:
+        counts = np.stack([np.bincount(one, minlength=len(losses)) for one in drawn]).astype(float)
+        mean = counts @ losses / num
+        if test == "betting":
+            # A stake lost whole stays lost: its growth is minus infinity, which 0 counts of cannot
+            # multiply.
+            grown = np.maximum(growth(losses, level), -1e4)
+            found = betting_p_value_of(counts @ grown)
+        elif test == "t":
+            square = np.maximum(counts @ losses**2 / num - mean**2, 0.0)
+            spread = np.where(square > 1e-15, square, 0.0)
+            found = asymptotic_p_value_of(mean, np.sqrt(spread / max(num - 1, 1)), num, level)
+        else:
+            found = hoeffding_bentkus_p_value(mean, num, level)
+    return num_passing(found <= delta) - 1
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """A block of calibrations: whether there is a threshold, and what it does, (D,) each."""
@@ -258,35 +380,38 @@ class Outcomes:
 
 
 def outcomes(
-    sums: SkipRiskSums, weighting: Weighting, last: np.ndarray, others: np.ndarray | None
+    sums: SkipRiskSums, certified: Certified, last: np.ndarray, others: np.ndarray | None
 ) -> Outcomes:
-    """Risk of each calibration's threshold under a weighting, and its skip rate over tokens.
+    """Risk of each calibration's threshold as it is certified, and its skip rate over tokens.
 
     Parameters
     ----------
     sums : SkipRiskSums
-    weighting : {"tokens", "prompts"}
+    certified : {"tokens", "prompts", "answers"}
     last : int array (D,)
-        Of :func:`last_passing`.
+        Of :func:`last_passing` or :func:`last_in_sequence`.
     others : int array (D, m) or None
         Prompts that both are taken over; all of them where None.
     """
     feasible, place = last >= 0, np.maximum(last, 0)
     if others is None:
-        skip_rate, risk = sums.curve()[0][place], sums.curve(weighting)[1][place]
-    else:
-        lengths = sums.num_tokens[others]
-        skipped, rejected = (part[others, place[:, None]] for part in (sums.skipped, sums.rejected))
-        skip_rate = skipped.sum(axis=1) / lengths.sum(axis=1)
+        others = np.arange(len(sums.num_tokens))[None, :]
+    lengths = sums.num_tokens[others]
+    skipped, rejected = (part[others, place[:, None]] for part in (sums.skipped, sums.rejected))
+    skip_rate = skipped.sum(axis=1) / lengths.sum(axis=1)
+    if certified == "tokens":
         risk = rejected.sum(axis=1) / lengths.sum(axis=1)
-        if weighting == "prompts":
-            risk = (rejected / np.maximum(lengths, 1.0)).mean(axis=1)
+    elif certified == "prompts":
+        risk = (rejected / np.maximum(lengths, 1.0)).mean(axis=1)
+    else:
+        risk = rejected.mean(axis=1)
     return Outcomes(feasible, np.where(feasible, risk, 0.0), np.where(feasible, skip_rate, 0.0))
 
 
 def _row(
-    family: str,
+    rule: Rule,
     alpha: float,
+    cap: float | None,
     source: Source,
     blocks: Sequence[Outcomes],
     num_calibration: int,
@@ -299,10 +424,13 @@ def _row(
     # A risk that equals its budget may come out a rounding error above it.
     violations = int(np.sum(risk > alpha * (1 + 1e-12)))
     return GuaranteeRow(
-        family=family,
+        rule=rule.name,
+        family=rule.family,
+        test=rule.test,
         budget=alpha,
+        cap=cap if rule.capped else None,
         source=source,
-        weighting=FAMILIES[family],
+        weighting=rule.certified,
         num_draws=len(risk),
         num_calibration_prompts=num_calibration,
         violation_share=share_figure(violations, len(risk), confidence),

@@ -26,6 +26,10 @@ RULES: dict[str, tuple[str, style.SeriesStyle]] = {
         "Learn-then-Test: breaks it at most in δ",
         style.SeriesStyle(style.GREEN, (0, (1, 1.4)), "D"),
     ),
+    "ltt@cap": (
+        "the same under an answer cap",
+        style.SeriesStyle(style.BLACK, (0, (4, 2, 1, 2)), "^"),
+    ),
 }
 """Rules with a label and a look; a rule that is not among them is not drawn."""
 
@@ -34,7 +38,7 @@ ROW_SPACING = 0.22
 
 def rows_of(record: GuaranteesRecord, source: str, rule: str) -> list[GuaranteeRow]:
     """Stored rows of one rule, by rising budget."""
-    found = [row for row in record.rows if (row.source, row.family) == (source, rule)]
+    found = [row for row in record.rows if (row.source, row.rule) == (source, rule)]
     return sorted(found, key=lambda row: row.budget)
 
 
@@ -112,7 +116,13 @@ def _caption(loaded: LoadedRun, record: GuaranteesRecord) -> str:
     num, prompts = record.num_draws, record.num_prompts
     halves = [row.num_calibration_prompts for row in record.rows if row.source == "halves"]
     weightings = ", ".join(
-        dict.fromkeys(f"{row.family} over {row.weighting}" for row in record.rows)
+        dict.fromkeys(
+            f"{row.rule} over {row.weighting}" for row in record.rows if row.rule in RULES
+        )
+    )
+    caps = ", ".join(
+        f"{row.cap:g} at {100 * row.budget:g} %"
+        for row in rows_of(record, "all-prompts", "ltt@cap")
     )
     text = (
         f"{loaded.sample} Gate on {loaded.score_label(record.score)}. Bars: "
@@ -125,7 +135,8 @@ def _caption(loaded: LoadedRun, record: GuaranteesRecord) -> str:
         "an estimate that errs opposite to the calibration, so shares may lie above δ though the "
         "promise holds. Conformal promises a mean risk within budget, not a share; in (a) its mean "
         f"risk, in % by budget, is {conformal_risks(record)}. Budgets are about means: "
-        f"{weightings}. Hollow: infeasible in every calibration, nothing is skipped."
+        f"{weightings}. Answer caps in (a, c), from budget, confidence and number of prompts: "
+        f"{caps or 'none'}. Hollow: infeasible in every calibration, nothing is skipped."
     )
     for letter, source in zip("ab", SOURCES, strict=True):
         partly = partly_infeasible(record, source)

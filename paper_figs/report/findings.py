@@ -212,13 +212,21 @@ def _at_one_percent(rows: dict[tuple[str, float], GuaranteeRow]) -> str:
     return f"At 1 % it certifies a threshold in {share:.3g} % of them. "
 
 
+def _capped(rows: dict[tuple[str, float], GuaranteeRow]) -> str:
+    """What an answer cap makes of small budgets."""
+    found = [
+        f"{_percent(row.skip_rate)} at {100 * alpha:g} % (at most {row.cap:.0%} of an answer)"
+        for alpha in (0.01, 0.02)
+        if (row := rows.get(("ltt@cap", alpha))) is not None and row.cap is not None
+    ]
+    return f"Under an answer cap it certifies {' and '.join(found)}. " if found else ""
+
+
 def _guarantees(loaded: LoadedRun) -> str:
     if loaded.guarantees is None:
         return ""
     rows = {
-        (row.family, row.budget): row
-        for row in loaded.guarantees.rows
-        if row.source == "all-prompts"
+        (row.rule, row.budget): row for row in loaded.guarantees.rows if row.source == "all-prompts"
     }
     plug_in, certified = rows["risk", 0.05], rows["ltt", 0.05]
     return (
@@ -230,8 +238,8 @@ def _guarantees(loaded: LoadedRun) -> str:
         f"({loaded.guarantees.confidence:.0%}, a mean over {certified.weighting}) in "
         f"{_percent(certified.violation_share)}, skipping "
         f"{_percent(certified.skip_rate)} of the tokens instead of "
-        f"{_percent(plug_in.skip_rate)}. {_at_one_percent(rows)}Intervals here are over the "
-        "redrawn calibrations.\n\n" + _figure("guarantees", "how often each rule breaks its budget")
+        f"{_percent(plug_in.skip_rate)}. {_at_one_percent(rows)}{_capped(rows)}Intervals here are "
+        "over the redrawn calibrations.\n\n" + _figure("guarantees", "how often each rule breaks its budget")
     )
 
 

@@ -202,8 +202,8 @@ def test_p_values_rise_with_every_loss(losses, alpha, position, larger):
 def test_upper_bound_inverts_the_test(method):
     rng = np.random.default_rng(3)
     losses = rng.beta(0.5, 6, size=(5, 80))
-    bound = risk_upper_bound(losses, 0.05, method)
-    for row, value in zip(losses, bound, strict=True):
+    for row in losses:
+        value = risk_upper_bound(row, 0.05, method)
 
         def p_value(alpha: float, row: np.ndarray = row) -> float:
             if method == "betting":

@@ -166,6 +166,9 @@ FUNCTIONS: dict[str, Call] = {
     "output_law": lambda a: [
         F.output_law(rule, a["x"], a["y"], a["sigma"], a["size"]) for rule in RULES
     ],
+    "parting_probability": lambda a: F.parting_probability(
+        a["x"][:, :3], a["u"], a["draft_prob"], a["target_prob"]
+    ),
     "payload_bits": lambda a: F.payload_bits(a["size"], VOCAB, accounting="full"),
     "perturbed_probabilities": lambda a: F.perturbed_probabilities(
         a["logits"], a["tokens"], THETAS

@@ -1,0 +1,242 @@
+"""`hlm plan`: how many prompts a budget or an interval needs, from the prompts that a run has.
+
+The run's prompts are the population: calibrations of any size are drawn from them with replacement,
+and the least size is taken at which the test passes often enough. What these prompts have not seen,
+the plan does not know: after a pilot without a single loss it is an optimist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from calibrate.derive.certify import TESTS, grid_losses
+from calibrate.derive.operating_points import score_of
+from calibrate.run.errors import UserError
+from calibrate.run.folder import read_record
+from calibrate.run.records import (
+    CalibrationRecord,
+    PlanInterval,
+    PlanRecord,
+    PlanRow,
+    RunRecord,
+)
+from calibrate.run.traces import read_trace, shard_paths
+from hlmtheory.answer_cap import suggested_cap
+from hlmtheory.clusters import ratio_of_sums
+from hlmtheory.guarantees import GridLosses
+from hlmtheory.policies import GatedPolicy
+from hlmtheory.risk_tests import (
+    TestMethod,
+    asymptotic_p_value_of,
+    betting_p_value_of,
+    conformal_bound,
+    growth,
+    hoeffding_bentkus_p_value,
+    prompts_needed,
+    wsr_p_value,
+)
+from hlmtheory.thresholds import Certified
+
+NUM_DRAWS = 200
+MOST = 30_000
+"""Prompts beyond which a plan gives up."""
+SIZES = np.unique(np.ceil(np.geomspace(10, MOST, 100)).astype(int))
+"""Sizes that are tried, 8 % apart."""
+GOAL = 0.5
+"""Share of the budget that the pilot's threshold spends, unless a skip rate is asked for."""
+
+
+def plan_run(
+    run: Path,
+    budgets: Sequence[float],
+    confidence: float = 0.95,
+    power: float = 0.8,
+    certified: Certified = "prompts",
+    skip_rate: float | None = None,
+    width: float = 0.05,
+    score_name: str = "uncertainty",
+    seed: int = 0,
+) -> PlanRecord:
+    """Prompts for certificates and intervals, and what they take on this machine.
+
+    docs/theory.md, (53).
+
+    Parameters
+    ----------
+    run : Path
+        A calibrated run, the pilot.
+    budgets : sequence of float
+    confidence, power : float
+        That of the certificate, and the chance of getting it.
+    certified : {"prompts", "tokens", "answers"}
+    skip_rate : float, optional
+        That the certified threshold is to have at least; by default that of the threshold at which
+        the pilot spends half the budget.
+    width : float
+        Of the interval of the skip rate, from end to end.
+    score_name : str
+    seed : int
+
+    Raises
+    ------
+    UsageError, UserError
+        If the run, the score or the skip rate do not allow it.
+    """
+    info = read_record(run, RunRecord)
+    trace = read_trace(shard_paths(run))
+    learned = read_record(run, CalibrationRecord).learned if score_name == "learned" else None
+    score = score_of(score_name, learned)
+    policy = GatedPolicy(threshold=max(score.low, 0.0), score=score)
+    most = info.settings.max_new_tokens
+    if trace.num_prompts < 2:
+        raise UserError(f"{trace.num_prompts} prompt: a plan needs at least two; raise --limit")
+
+    @cache
+    def grid(cap: float | None) -> GridLosses:
+        return grid_losses(trace, replace(policy, cap=cap), certified, most)
+
+    plain = grid(None).sums
+    rates = plain.skipped.sum(axis=0) / plain.num_tokens.sum()
+    ms_per_prompt = 1e3 * info.wall_s / trace.num_prompts
+    rows, intervals = [], []
+    delta = 1 - confidence
+    for alpha in budgets:
+        losses, level = grid(None).losses(alpha)
+        spent = losses.mean(axis=0) * alpha / level
+        place = max(int(np.searchsorted(spent, GOAL * alpha, side="right")) - 1, 0)
+        goal = float(rates[place]) if skip_rate is None else skip_rate
+        for name, test, capped in (
+            *((one, one, False) for one in TESTS),
+            *((f"{one}@cap", one, True) for one in ("betting", "wsr")),
+            ("conformal", None, False),
+        ):
+            found = None
+            if not (capped and certified == "answers"):
+                found = _least(grid, alpha, delta, power, test, capped, goal, seed)
+            num, cap = found or (None, None)
+            rows.append(
+                PlanRow(
+                    budget=alpha,
+                    rule=name,
+                    test=test,
+                    guaranteed=test not in ("t", None),
+                    cap=cap,
+                    goal_skip_rate=goal,
+                    without_loss=_without_loss(alpha, delta, test, capped),
+                    num_prompts=num,
+                    wall_s=None if num is None else num * ms_per_prompt / 1e3,
+                )
+            )
+        for metric, sums, wide in (
+            ("skip_rate", plain.skipped, width),
+            ("rejection_risk", plain.rejected, alpha),
+        ):
+            if metric == "rejection_risk" and certified == "answers":
+                continue
+            error = ratio_of_sums(sums[:, place], plain.num_tokens).standard_error
+            num = _for_width(error, trace.num_prompts, wide, confidence)
+            intervals.append(
+                PlanInterval(
+                    metric=metric,
+                    budget=alpha,
+                    width=wide,
+                    num_prompts=num,
+                    wall_s=num * ms_per_prompt / 1e3,
+                )
+            )
+    return PlanRecord(
+        num_prompts=trace.num_prompts,
+        num_tokens=trace.num_tokens,
+        score=score.name,
+        certified=certified,
+        confidence=confidence,
+        power=power,
+        most=MOST,
+        ms_per_prompt=ms_per_prompt,
+        rows=tuple(rows),
+        intervals=tuple(intervals),
+    )
+
+
+def _least(
+    grid: Callable[[float | None], GridLosses],
+    alpha: float,
+    delta: float,
+    power: float,
+    test: TestMethod | None,
+    capped: bool,
+    goal: float,
+    seed: int,
+) -> tuple[int, float | None] | None:
+    """The least of SIZES that certifies the goal with this power, and its cap; None beyond MOST."""
+    for num in SIZES.tolist():
+        cap = suggested_cap(alpha, delta, num) if capped else None
+        held = grid(cap if cap is None or cap > alpha else None)
+        losses, level = held.losses(alpha)
+        rates = held.sums.skipped.sum(axis=0) / held.sums.num_tokens.sum()
+        reach = np.flatnonzero(rates >= goal)
+        if (
+            len(reach)
+            and passing_share(losses[:, reach[0]], level, delta, test, num, seed) >= power
+        ):
+            return num, held.cap
+    return None
+
+
+def passing_share(
+    losses: np.ndarray,
+    level: float,
+    delta: float,
+    test: TestMethod | None,
+    num_prompts: int,
+    seed: int = 0,
+) -> float:
+    """Share of calibrations of so many prompts, drawn from these losses (P,), that pass.
+
+    `test` None is the conformal rule, whose alpha is the level.
+    """
+    rng = np.random.default_rng(seed)
+    if level >= 1:
+        return 1.0
+    if test == "wsr":
+        drawn = losses[rng.integers(len(losses), size=(NUM_DRAWS, num_prompts))]
+        return float(np.mean(wsr_p_value(drawn, level, delta) <= delta))
+    counts = rng.multinomial(num_prompts, np.full(len(losses), 1 / len(losses)), size=NUM_DRAWS)
+    mean = counts @ losses / num_prompts
+    if test is None:
+        return float(np.mean(conformal_bound(mean, num_prompts) <= level))
+    if test == "betting":
+        total = np.maximum(growth(losses, level), -1e4) @ counts.T
+        found = betting_p_value_of(total)
+    elif test == "t":
+        spread = np.maximum(counts @ losses**2 / num_prompts - mean**2, 0.0)
+        error = np.sqrt(spread / (num_prompts - 1))
+        found = asymptotic_p_value_of(mean, error, num_prompts, level)
+    else:
+        found = hoeffding_bentkus_p_value(mean, num_prompts, level)
+    return float(np.mean(found <= delta))
+
+
+def _without_loss(alpha: float, delta: float, test: TestMethod | None, capped: bool) -> int:
+    """Prompts of which not one may lose anything; under the largest cap that is suggested for."""
+    if test is None:
+        return int(np.ceil(1 / alpha - 1 - 1e-9))
+    if not capped:
+        return prompts_needed(alpha, delta, test)
+    for num in SIZES.tolist():
+        cap = suggested_cap(alpha, delta, num)
+        if cap is None or (cap > alpha and prompts_needed(alpha / cap, delta, test) <= num):
+            return int(num)
+    return MOST
+
+
+def _for_width(error: float, num_prompts: int, width: float, confidence: float) -> int:
+    """Prompts at which the interval is this wide, its spread that of the pilot."""
+    quantile = float(stats.norm.ppf(0.5 + confidence / 2))
+    return max(2, int(np.ceil(num_prompts * (2 * quantile * error / width) ** 2)))
