@@ -239,7 +239,8 @@ def _guarantees(loaded: LoadedRun) -> str:
         f"{_percent(certified.violation_share)}, skipping "
         f"{_percent(certified.skip_rate)} of the tokens instead of "
         f"{_percent(plug_in.skip_rate)}. {_at_one_percent(rows)}{_capped(rows)}Intervals here are "
-        "over the redrawn calibrations.\n\n" + _figure("guarantees", "how often each rule breaks its budget")
+        "over the redrawn calibrations.\n\n"
+        + _figure("guarantees", "how often each rule breaks its budget")
     )
 
 

@@ -6,23 +6,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paper_records import run_record
 from scipy import stats
 
 from calibrate.run.errors import UsageError, UserError
-from calibrate.run.folder import read_record
+from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import GuaranteesRecord
 from calibrate.run.traces import write_shard
 from calibrate.validate import guarantees as study
 from calibrate.validate.guarantees import (
-    FAMILIES,
+    RULES,
     SOURCES,
+    last_in_sequence,
     last_passing,
     outcomes,
     study_guarantees,
     write_guarantees,
 )
-from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
-from hlmtheory.risk import SkipAtoms, skip_risk_sums
+from hlmtheory.guarantees import (
+    GridLosses,
+    conformal_threshold,
+    fixed_sequence_threshold,
+    learn_then_test_threshold,
+)
+from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
 from hlmtheory.steps import Axes
 from hlmtheory.thresholds import risk_budget_threshold
 
@@ -56,7 +63,10 @@ def drawn_atoms(atoms: SkipAtoms, drawn: np.ndarray) -> SkipAtoms:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+CLASSIC = [rule for rule in RULES if not rule.on_grid]
+
+
+@pytest.mark.parametrize("family", [rule.family for rule in CLASSIC])
 @pytest.mark.parametrize("alpha", [0.002, 0.03, 0.2, 0.9])
 def test_thresholds_are_those_of_the_rules(
     rng: np.random.Generator, family: str, alpha: float
@@ -79,6 +89,35 @@ def test_thresholds_are_those_of_the_rules(
             assert (last >= 0) == expected.feasible
             if expected.feasible:
                 assert sums.thresholds[last] == expected.value
+
+
+@pytest.mark.parametrize("test", ["betting", "wsr", "hoeffding-bentkus", "t"])
+@pytest.mark.parametrize("certified", ["tokens", "prompts", "answers"])
+@pytest.mark.parametrize("cap", [None, 0.4])
+def test_sequences_are_those_of_the_rule(rng: np.random.Generator, test, certified, cap) -> None:
+    """Many calibrations at once against one at a time, with losses that rise and fall."""
+    lengths = rng.integers(5, 13, size=40).astype(float)
+    most = 1.0 if certified == "answers" else (cap or 1.0) * lengths[:, None]
+    sparse = rng.uniform(size=(40, 25)) < np.linspace(0, 0.6, 25)
+    rejected = most * rng.beta(0.3, 3, size=(40, 25)) * sparse
+    rejected[3, 20] = np.max(most)  # a stake lost whole
+    sums = SkipRiskSums(np.linspace(0, 1, 25), rejected, rejected, lengths)
+    grid = GridLosses(sums, certified, 12, cap)
+    drawn = rng.integers(40, size=(12, 50))
+    places = set()
+    for alpha in (0.02, 0.1, 0.3, 0.5):
+        found = last_in_sequence(grid, alpha, 0.05, test, drawn)
+        for prompts, last in zip(drawn, found, strict=True):
+            part = SkipRiskSums(
+                sums.thresholds, rejected[prompts], rejected[prompts], lengths[prompts]
+            )
+            one = GridLosses(part, certified, 12, cap)
+            expected = fixed_sequence_threshold(one, alpha, 0.05, test)
+            assert (last >= 0) == expected.feasible
+            if expected.feasible:
+                assert sums.thresholds[last] == expected.value
+        places |= set(found.tolist())
+    assert len(places) >= 2
 
 
 @pytest.mark.parametrize("weighting", ["tokens", "prompts"])
@@ -112,7 +151,7 @@ def test_plug_in_breaks_its_budget_every_second_time_and_the_others_keep_their_w
     """On a known population: the plug-in is the negative control, it must fail."""
     num = 400
     rows = study_guarantees(synthetic_atoms(rng), (ALPHA,), num, 0.95, rng)
-    known = {row.family: row for row in rows if row.source == "all-prompts"}
+    known = {row.rule: row for row in rows if row.source == "all-prompts"}
     plug_in = known["risk"].violation_share
     # About one half; the population's own skewness moves it by less than a tenth here.
     assert 0.4 < float(plug_in.value or 0) < 0.6
@@ -160,8 +199,8 @@ def test_rows_are_complete_and_repeat_with_the_seed(
     assert sum(told) == 2 * 2 * 12
     monkeypatch.setattr(study, "MAX_DRAWN", 20 * 5)
     assert [row.num_draws for row in study_guarantees(atoms, (0.1,), 12, rng=rng)] == [12] * 6
-    keys = [(row.source, row.family, row.budget) for row in first]
-    assert keys == [(s, r, a) for s in SOURCES for r in FAMILIES for a in (0.02, 0.1)]
+    keys = [(row.source, row.rule, row.budget) for row in first]
+    assert keys == [(s, r.name, a) for s in SOURCES for r in CLASSIC for a in (0.02, 0.1)]
     for row in first:
         assert row.num_calibration_prompts == (20 if row.source == "all-prompts" else 10)
         share = row.violation_share
@@ -193,18 +232,29 @@ def test_arguments_are_checked(rng: np.random.Generator) -> None:
 def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> None:
     """A score of the context, whose pieces are whole contexts with their total variation."""
     rows = np.repeat(np.arange(12), 6)
+    tv = rng.uniform(size=72)
     columns = {
         "row": rows,
         "step": np.tile(np.arange(6), 12),
         "entropy": rng.uniform(0, 3, size=72),
-        "tv_distance": rng.uniform(size=72),
+        "tv_distance": tv,
+        "output_prob": rng.uniform(size=72),
+        "output_target_prob": rng.uniform(size=72),
+        "rejection_prob": tv,
+        "accepted": rng.uniform(size=72) < 0.5,
+        "draft_rank": np.zeros(72, dtype=int),
     }
     ids = [str(number) for number in range(12)]
     write_shard(tmp_path / "traces" / "shard-00000.parquet", columns, ids, {}, Axes(50))
+    write_record(tmp_path, run_record())
     written = write_guarantees(tmp_path, "entropy", (0.1,), num_draws=8, seed=3)
     assert read_record(tmp_path, GuaranteesRecord) == written
     assert (written.score, written.num_draws, written.num_tokens) == ("entropy", 8, 72)
-    assert len(written.rows) == len(SOURCES) * len(FAMILIES)
+    capped = [row for row in written.rows if row.cap is not None]
+    assert {row.rule for row in capped} <= {rule.name for rule in RULES if rule.capped}
+    assert len(written.rows) == len(SOURCES) * sum(not rule.capped for rule in RULES) + len(capped)
+    assert {one.certified for one in written.certificates} == {"prompts", "tokens", "answers"}
+    assert [one.guaranteed for one in written.certificates if one.test == "t"] == [False] * 3
     with pytest.raises(UserError, match=r"head_prob.* calibrate with --trace full"):
         write_guarantees(tmp_path, replace=True)
     with pytest.raises(UsageError, match="score = 'luck'"):
