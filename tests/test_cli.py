@@ -60,6 +60,12 @@ def empty_prompts(tmp_path: Path) -> Path:
         (["derive", "nowhere", "--policy", "mine.py:Mine"], 2, ["mine.py:Mine", "no such file"]),
         (["derive", "nowhere", "--score", "mood"], 2, ["--score mood", "one_minus_margin"]),
         (["derive", "nowhere", "--name", "a/b"], 2, ["--name", "a/b"]),
+        (["derive", "nowhere", "--certify", "luck"], 2, ["--certify luck", "answers"]),
+        (["derive", "nowhere", "--answer-cap", "1.2"], 2, ["--answer-cap 1.2", "0.001", "auto"]),
+        (["plan", "nowhere"], 2, ["nowhere"]),
+        (["plan", "nowhere", "--risk", "2"], 2, ["--risk 2"]),
+        (["plan", "nowhere", "--power", "1"], 2, ["--power 1", "below 1"]),
+        (["plan", "nowhere", "--certify", "luck"], 2, ["--certify luck", "answers"]),
         (["calibrate", "--order", "sorted"], 2, ["--order sorted", "random", "file"]),
         (["validate", "nowhere", "--order", "sorted"], 2, ["--order sorted", "random", "file"]),
         (["validate", "nowhere", "--policy", "x-hlm"], 2, ["x-hlm", "r-hlm", "FILE.py:NAME"]),
@@ -169,7 +175,8 @@ def test_help_loads_no_model_library() -> None:
     )
     assert result.returncode == 0, result.stderr
     for command in ("calibrate", "derive", "validate", "figures", "quickstart", "doctor", "audit",
-                    "guarantees", "attenuation", "quality", "report", "monitor"):  # fmt: skip
+                    "guarantees", "attenuation", "quality", "report", "monitor",
+                    "plan"):  # fmt: skip
         assert command in result.stdout
 
 

@@ -75,7 +75,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     axes[0, 0].set_ylim(-0.02, None)
     # Room above the points for the legend.
     highest = max(0.05, *(float(row.skip_rate.value or 0.0) for row in record.rows))
-    axes[1, 0].set_ylim(-0.04 * highest, 1.75 * highest)
+    axes[1, 0].set_ylim(-0.04 * highest, 2.0 * highest)
     for axis in axes[1]:
         axis.set_xticks(range(len(budgets)), [f"{100 * budget:g}" for budget in budgets])
         axis.set_xlim(-0.5, len(budgets) - 0.5)

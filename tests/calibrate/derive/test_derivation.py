@@ -9,9 +9,17 @@ import pytest
 from synthetic_run import add_validation, make_calibration, make_run
 
 from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
+from calibrate.derive.plan import plan_run
+from calibrate.derive.predict import point_policy
 from calibrate.run.errors import UsageError
 from calibrate.run.folder import read_record, record_names, record_path, write_text
-from calibrate.run.records import DerivationRecord, DeriveRequest, OperatingPoint, ValidationRecord
+from calibrate.run.records import (
+    DerivationRecord,
+    DeriveRequest,
+    OperatingPoint,
+    RunRecord,
+    ValidationRecord,
+)
 
 REQUEST = DeriveRequest(policies=("hlm", "u-hlm"), risks=(0.02,))
 OTHER = REQUEST.model_copy(update={"link": "lte"})
@@ -129,3 +137,59 @@ def test_impossible_requests_are_refused_in_one_line(
 
 def test_importances_are_read() -> None:
     assert parse_importance("context:0:0.9") == {"variant": "context", "k": 0.0, "gamma": 0.9}
+
+
+def test_capped_gates_are_points_of_their_own(run: Path) -> None:
+    """Stored as settings, certified alone, and rebuilt as the policy that the engine runs."""
+    request = DeriveRequest(
+        policies=("hlm", "u-hlm", "cu-hlm-offline"), risks=(0.05, 0.3), certify="tokens",
+        answer_caps=("0.6", "0.8"), confidence=0.6,
+    )  # fmt: skip
+    record = derive_run(run, request, "capped")
+    points = points_of(record, "u-hlm")
+    capped = {rule: point for rule, point in points.items() if "@cap" in rule}
+    assert set(capped) == {
+        f"ltt-{risk}@cap-{cap}" for risk in ("0.05", "0.3") for cap in ("0.6", "0.8")
+    }
+    for rule, point in capped.items():
+        assert point.settings == {"cap": float(rule[-3:])}
+        assert point.variant == f"cap-{rule[-3:]}"
+        assert (point.weighting, point.family) == ("tokens", "ltt")
+        assert point.confidence == pytest.approx(0.8), "two caps share what 60 % leave"
+        if point.feasible:
+            policy = point_policy(record, point, None)
+            assert policy.cap == float(rule[-3:])
+            assert point.predicted["skip_rate"].value <= policy.cap + 0.05
+    assert any(point.feasible for point in capped.values())
+    assert points["ltt-0.3"].confidence == pytest.approx(0.6)
+    assert points["ltt-0.3"].settings == {}
+    assert points_of(record, "cu-hlm-offline")["ltt-0.3@cap-0.6"].settings["cap"] == 0.6
+    assert {one.cap for one in record.certificates} == {None, 0.6, 0.8}
+    assert {one.certified for one in record.certificates} == {"tokens"}
+    assert read_record(run, DerivationRecord, "capped") == record
+
+
+def test_a_plan_is_of_the_runs_own_prompts_and_clock(run: Path) -> None:
+    info = read_record(run, RunRecord)
+    found = plan_run(run, (0.05, 0.2))
+    assert found.ms_per_prompt == pytest.approx(1e3 * info.wall_s / found.num_prompts)
+    rows = {(row.rule, row.budget): row for row in found.rows}
+    for (rule, budget), row in rows.items():
+        if row.num_prompts is not None:
+            assert row.wall_s == pytest.approx(row.num_prompts * found.ms_per_prompt / 1e3)
+            if row.guaranteed and row.cap is None and "@" not in rule:
+                # In most draws, so not below what no loss at all would take, but for the steps.
+                assert row.num_prompts >= row.without_loss
+        assert 0 < row.goal_skip_rate < 1
+        larger = rows[rule, 0.2].num_prompts
+        assert budget == 0.2 or larger is None or (row.num_prompts or 1e9) >= larger
+    assert not rows["t", 0.05].guaranteed
+    assert not rows["conformal", 0.05].guaranteed
+    wide, narrow = (
+        {one.budget: one.num_prompts for one in plan.intervals if one.metric == "skip_rate"}
+        for plan in (found, plan_run(run, (0.05, 0.2), width=0.025))
+    )
+    for budget, num in wide.items():
+        assert narrow[budget] == pytest.approx(4 * num, abs=4)
+    with pytest.raises(UsageError, match="score max_logit has no bounds"):
+        plan_run(run, (0.05,), score_name="max_logit")
