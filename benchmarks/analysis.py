@@ -26,10 +26,12 @@ from calibrate.fit.line import fit_line, relation
 from calibrate.fit.thresholds import derive_thresholds
 from calibrate.run.records import CalibrationRecord, DeriveRequest
 from calibrate.run.traces import Trace
+from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import ExactUncertainty
 from hlmtheory.steps import Axes
 
+CERTIFIED = (conformal_threshold, learn_then_test_threshold)
 RISKS = (0.005, 0.01, 0.02, 0.05)
 
 
@@ -101,8 +103,11 @@ def main() -> None:
         atoms = timed(f"{name}: pieces", make)
         thresholds = timed(
             f"{name}: thresholds",
-            partial(derive_thresholds, atoms, ExactUncertainty(), trace, calibration, request),
-        )
+            partial(
+                derive_thresholds, atoms, ExactUncertainty(), trace, calibration, request,
+                lambda alpha, atoms=atoms: [rule(atoms, alpha) for rule in CERTIFIED],
+            ),
+        )  # fmt: skip
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     total = sum(seconds.values())

@@ -14,7 +14,7 @@ from hlmtheory.clusters import resample_prompts
 from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import score_named
-from hlmtheory.thresholds import risk_budget_threshold
+from hlmtheory.thresholds import Threshold, risk_budget_threshold
 
 REQUEST = DeriveRequest(policies=(), risks=(0.01, 0.05), confidence=0.9)
 
@@ -31,7 +31,15 @@ def derived(trace: Trace, name: str = "uncertainty") -> tuple[SkipAtoms, list[De
     atoms = SkipAtoms.of_drafts(
         score.of_draft(trace.step()), trace["rejection_prob"], trace.prompt_index, trace.num_prompts
     )
-    return atoms, derive_thresholds(atoms, score, trace, calibration_of(trace), REQUEST)
+
+    def certified(alpha: float) -> list[Threshold]:
+        return [
+            conformal_threshold(atoms, alpha, score.high),
+            learn_then_test_threshold(atoms, alpha, 1 - REQUEST.confidence, score.high),
+        ]
+
+    found = derive_thresholds(atoms, score, trace, calibration_of(trace), REQUEST, certified)
+    return atoms, found
 
 
 def test_rules_are_those_of_the_theory() -> None:

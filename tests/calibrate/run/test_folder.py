@@ -36,13 +36,13 @@ from calibrate.run.records import (
 def guarantees(**changes: object) -> GuaranteesRecord:
     share = Figure(value=0.1, low=0.05, high=1 / 3)
     row = GuaranteeRow(
-        family="risk", budget=0.01, source="halves", weighting="tokens", num_draws=3,
-        num_calibration_prompts=4, violation_share=share, infeasible_share=share, skip_rate=share,
-        risk=Figure(value=None),
+        rule="risk", family="risk", test=None, cap=None, budget=0.01, source="halves",
+        weighting="tokens", num_draws=3, num_calibration_prompts=4,
+        violation_share=share, infeasible_share=share, skip_rate=share, risk=Figure(value=None),
     )  # fmt: skip
     return GuaranteesRecord(
         score="uncertainty", num_draws=3, num_prompts=4, num_tokens=5, confidence=0.95, seed=0,
-        provenance=provenance(["hlm", "guarantees"]), rows=(row, row),
+        provenance=provenance(["hlm", "guarantees"]), certificates=(), rows=(row, row),
     ).model_copy(update=changes)  # fmt: skip
 
 
