@@ -165,9 +165,20 @@ def certified_thresholds(
             conformal_threshold(atoms, alpha, high, max_tokens=most),
             learn_then_test_threshold(atoms, alpha, delta, high, max_tokens=most),
         ]
+    if certified == "answers" and not policy.verifies_whole:
+        reason = (
+            "answers are certified for accept/resample with the whole of x, and this sends less"
+        )
+        families = ("ltt",) if policy.cap is not None else ("conformal", "ltt")
+        return [_refused(family, alpha, reason) for family in families]
     grid = grid_losses(trace, policy, certified, max_tokens)
     tested = fixed_sequence_threshold(grid, alpha, delta)
     return [tested] if policy.cap is not None else [conformal_on_grid(grid, alpha), tested]
+
+
+def _refused(family: str, alpha: float, reason: str) -> Threshold:
+    rule = f"{family}-{alpha:g}"
+    return Threshold(rule, family, float("nan"), False, reason, alpha, "answers")
 
 
 def certificates(

@@ -221,6 +221,13 @@ class Policy:
         """What the server verifies against, and what it draws instead."""
         return FullDistribution()
 
+    @property
+    def verifies_whole(self) -> bool:
+        """Whether what is sent is verified with the whole of x: accept/resample, its bias rho."""
+        own = type(self)
+        plain = own.answer is Policy.answer and own.draft is Policy.draft
+        return plain and type(self.rule) is FullDistribution
+
     # Settings: what a derivation stores, and builds again.
 
     @classmethod
@@ -317,13 +324,12 @@ class Policy:
         policy that answers by itself must say its own.
         """
         exact = skip.zeros + float("nan")
-        if type(self).answer is Policy.answer:
-            if type(self.rule) is FullDistribution and type(self).draft is Policy.draft:
-                exact = self._verified(step, skip)
-            elif isinstance(step, LawStep):
-                sigma = skip.over_vocabulary(step)
-                law = output_law(self.rule, step.x, step.y, sigma, self.size(step))
-                exact = step.at(law, step["output_token"])
+        if self.verifies_whole:
+            exact = self._verified(step, skip)
+        elif type(self).answer is Policy.answer and isinstance(step, LawStep):
+            sigma = skip.over_vocabulary(step)
+            law = output_law(self.rule, step.x, step.y, sigma, self.size(step))
+            exact = step.at(law, step["output_token"])
         return exact, exact
 
     def draft_probability(self, step: Step) -> Array:

@@ -65,6 +65,22 @@ def test_recorded_parting_is_what_the_engine_does(tmp_path, cap):
         assert losses.std() < differs.std()
 
 
+def test_parting_is_that_of_the_answers_weights(tmp_path):
+    """1 - prod min(1, P/y) of docs/theory.md, (46), by the other road; and it bounds (1 - W)+."""
+    lossless, _ = traces(tmp_path, policy_from_settings("u-hlm", {}, 0.3), 80)
+    found = grid_losses(lossless, GatedPolicy(threshold=0.0), "answers", 9)
+    for place in (130, 150, 185):
+        policy = policy_from_settings("u-hlm", {}, float(found.sums.thresholds[place]))
+        tokens = predicted_tokens(lossless, policy)
+        sums = [
+            sum_by_prompt(one, tokens.prompt_index, tokens.num_prompts)
+            for one in (np.minimum(tokens.log_ratio[0], 0.0), tokens.log_ratio[0])
+        ]
+        np.testing.assert_allclose(found.sums.rejected[:, place], -np.expm1(sums[0]), atol=2e-5)
+        assert np.all(np.clip(-np.expm1(sums[1]), 0, None) <= -np.expm1(sums[0]) + 1e-12)
+        assert found.sums.rejected[:, place].max() > 0.05
+
+
 @pytest.mark.parametrize("score", ["uncertainty", "uncertainty_sampled", "entropy"])
 @pytest.mark.parametrize("cap", [None, 0.4])
 @pytest.mark.parametrize("certified", ["prompts", "tokens"])
@@ -105,12 +121,16 @@ def test_what_is_certified_reaches_the_rules(tmp_path):
     lossless, _ = traces(tmp_path, policy_from_settings("u-hlm", {}, 0.3), 200)
     for certified in ("prompts", "tokens", "answers"):
         for cap in (None, 0.4):
-            policy = GatedPolicy(threshold=0.0, cap=cap)
+            policy = policy_from_settings("u-hlm", {} if cap is None else {"cap": cap}, 0.0)
             atoms = policy_atoms(lossless, GatedPolicy(threshold=0.0))
             found = certified_thresholds(lossless, policy, atoms, 0.2, 0.1, certified, 9)
             assert [one.family for one in found] == ["conformal", "ltt"][-len(found) :]
             assert len(found) == (2 if cap is None else 1)
             assert {one.weighting for one in found} == {certified}
+    other = policy_from_settings("ask-llm", {}, 0.0)
+    refused = certified_thresholds(lossless, other, atoms, 0.2, 0.1, "answers", 9)
+    assert [one.feasible for one in refused] == [False, False]
+    assert "accept/resample" in refused[0].reason
     unbounded = GatedPolicy(threshold=0.0, score=score_named("max_logit"), cap=0.4)
     with pytest.raises(UsageError, match="score max_logit has no bounds"):
         certified_thresholds(lossless, unbounded, atoms, 0.2, 0.1, "prompts", 9)
