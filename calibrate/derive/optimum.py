@@ -120,10 +120,10 @@ def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:
 
 
 def _other_sizes(policy: Policy, trace: Trace) -> Iterator[Policy]:
-    """The policy with every k whose bias was recorded, if it has a k of its own."""
+    """The policy with every third recorded k, if it has a k of its own."""
     own = policy.fixed_size
     if own is not None:
-        for size in trace.axes.truncation_sizes:
+        for size in trace.axes.truncation_sizes[::3]:
             if size not in (own, trace.axes.vocab_size):
                 yield policy.with_size(size)
 
