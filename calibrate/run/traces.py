@@ -72,7 +72,8 @@ def write_table(path: Path, table: pa.Table) -> None:
     Hardly a float occurs twice, so dictionaries of them would only be carried along; bytes of equal
     weight together pack better.
     """
-    floats, others = [], []
+    floats: list[str] = []
+    others: list[str] = []
     for one in table.schema:
         listed = pa.types.is_fixed_size_list(one.type)
         kind, leaf = (one.type.value_type, ".list.element") if listed else (one.type, "")
