@@ -16,12 +16,13 @@ from calibrate.run.errors import UsageError, UserError
 from calibrate.run.stopping import Interrupted, StoppedError, finishing, listen, safe_point
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from calibrate.pairs.registry import LoadedPair, PairSpec
     from calibrate.run.prompts import Prompt
     from calibrate.run.records import CalibrationRecord, StageRecord, ValidationRecord
     from calibrate.validate.validation import ValidationPlan
+    from hlmtheory.sampled_law import Sampling
 
 app = typer.Typer(
     name="hlm",
@@ -201,20 +202,27 @@ def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> 
     print(f"{name}: in {describe(spec).cache_path}")
 
 
+def _fetch(spec: PairSpec) -> None:
+    from calibrate.pairs.registry import cached, pull
+    from calibrate.terminal.progress import say, transfer_progress
+
+    if not cached(spec):
+        say(f"fetching {spec.name} (once)")
+        with transfer_progress() as report:
+            pull(spec, report)
+
+
 def _load(
     spec: PairSpec, dtype: str, device: str, attention: bool, num_threads: int | None
 ) -> LoadedPair:
-    from calibrate.pairs.registry import cached, load_pair, pull
-    from calibrate.terminal.progress import say, transfer_progress
+    from calibrate.pairs.registry import load_pair
+    from calibrate.terminal.progress import say
 
     if num_threads is not None:
         import torch
 
         torch.set_num_threads(num_threads)
-    if not cached(spec):
-        say(f"fetching {spec.name} (once)")
-        with transfer_progress() as report:
-            pull(spec, report)
+    _fetch(spec)
     say(f"loading {spec.name}")
     return load_pair(spec, dtype=dtype, device=device, attention=attention)
 
@@ -231,7 +239,29 @@ def calibrate(
     limit: LimitOption = 64,
     max_new_tokens: LengthOption = 64,
     batch_size: BatchOption = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature of both models.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Of both models' laws; 0 takes the likeliest token.", show_default="1"),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Keep the k likeliest tokens of both laws; 0: all.", show_default="0"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the tokens that make up this probability.", show_default="1"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Of tokens in the context, prompt included.", show_default="1"),
+    ] = None,
+    sampling: Annotated[
+        str,
+        typer.Option(
+            help="options: the four above; generation-config: the server model's own, for both "
+            "laws, with what of the four is given in its place."
+        ),
+    ] = "options",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -254,15 +284,25 @@ def calibrate(
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
     _check_decoding(
-        limit, max_new_tokens, batch_size, temperature, seed, device, dtype, num_threads
+        limit, max_new_tokens, batch_size, seed, device, dtype, num_threads
     )
+    _one_of("--sampling", sampling, "options", "generation-config")
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    chosen = _sampling(given)
     _one_of("--trace", trace, "full", "minimal")
     _one_of("--order", order, "random", "file")
     if pair is None and slm is None and llm is None:
         pair = "smollm2"
+    models = (pair, slm, llm, drop_layers)
+    if sampling == "generation-config":
+        chosen = _config_sampling(models, given)
     summary, _ = _calibrate(
         "go on with the same command and --resume",
-        models=(pair, slm, llm, drop_layers),
+        models=models,
         num_threads=num_threads,
         prompts_source=_absolute(prompts),
         order=order,
@@ -270,7 +310,7 @@ def calibrate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
-        temperature=temperature,
+        sampling=chosen,
         device=device,
         dtype=dtype,
         trace=trace,
@@ -281,6 +321,32 @@ def calibrate(
     from calibrate.terminal.tables import print_calibration
 
     _show(summary, as_json, print_calibration, output_path)
+
+
+def _sampling(given: Mapping[str, Any]) -> Sampling:
+    """The sampling of the options that were given; whatever is wrong is named as an option."""
+    from hlmtheory.sampled_law import Sampling
+
+    try:
+        return Sampling(**given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" = ")
+        raise UsageError(f"--{name.replace('_', '-')} {rest}") from None
+
+
+def _config_sampling(models: tuple[str | None, ...], given: Mapping[str, Any]) -> Sampling:
+    """The server model's own sampling, with what was given in the place of its values."""
+    from dataclasses import asdict
+
+    from calibrate.pairs.generation import config_sampling
+    from calibrate.pairs.registry import resolve_pair
+    from calibrate.terminal.progress import say
+
+    spec = resolve_pair(*models)
+    _fetch(spec)
+    found = _sampling(asdict(config_sampling(spec)) | dict(given))
+    say(f"sampling of the server model's generation config, for both laws: {found}")
+    return found
 
 
 def _absolute(model: str | None) -> str | None:
@@ -308,6 +374,7 @@ def _calibrate(
     """Check, load, decode and fit; the pair, if it was needed, is given back for more."""
     from calibrate.fit.calibration import CalibrationRequest, finished, prepare
     from calibrate.fit.calibration import calibrate as run_calibration
+    from calibrate.pairs.generation import not_applied
     from calibrate.pairs.registry import resolve_pair
     from calibrate.run.lock import locked
     from calibrate.run.records import GivenModels
@@ -330,6 +397,8 @@ def _calibrate(
         pair = _load(
             request.spec, request.dtype, request.device, request.trace == "full", num_threads
         )
+        for line in not_applied(request.spec, request.sampling):
+            say(line)
         try:
             with token_progress("calibrating") as bar:
                 return run_calibration(request, chosen, pair, bar.advance, bar.set_total), pair
@@ -345,7 +414,6 @@ def _check_decoding(
     limit: int = 1,
     max_new_tokens: int = 1,
     batch_size: int | None = None,
-    temperature: float = 1.0,
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -362,11 +430,6 @@ def _check_decoding(
         _at_least("--num-threads", num_threads, 1)
     if seed is not None:
         _at_least("--seed", seed, 0)
-    if not 0 < temperature <= 10:
-        raise UsageError(
-            f"--temperature {temperature:g}: allowed is above 0 and at most 10; at 0 there is no "
-            "sampling and every draft is either right or wrong"
-        )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: allowed are auto, cpu, mps, cuda and cuda:N")
     _one_of("--dtype", dtype, "auto", "bfloat16", "float32")
@@ -867,7 +930,7 @@ def quickstart(
         max_new_tokens=max_new_tokens,
         batch_size=None,
         seed=seed,
-        temperature=1.0,
+        sampling=_sampling({}),
         device="auto",
         dtype="auto",
         trace="full",

@@ -84,7 +84,7 @@ def assisted_run(work: Workload) -> Any:
     pair = work.pair
     config = GenerationConfig(
         do_sample=True,
-        temperature=work.settings("minimal").temperature,
+        temperature=work.settings("minimal").sampling.temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=work.max_new_tokens,
@@ -110,6 +110,7 @@ def assisted_run(work: Workload) -> Any:
 def loop_run(work: Workload) -> Any:
     """The per-token loop of the module's docstring; the server model keeps its cache."""
     pair, settings = work.pair, work.settings("minimal")
+    temperature = settings.sampling.temperature
     slm, llm = transformer_models(pair)
     generator = torch.Generator(slm.device).manual_seed(settings.seed)
     thetas = np.linspace(0, 2, NUM_PERTURBATIONS)[1:].tolist()
@@ -123,11 +124,12 @@ def loop_run(work: Workload) -> Any:
                 ids = torch.tensor([context], device=slm.device)
                 z = pair.slm(ids, use_cache=False).logits[0, -1]
                 z = z[: pair.vocab_size].float()
-                x = torch.softmax(z / settings.temperature, -1)
+                x = torch.softmax(z / temperature, -1)
                 draft = int(torch.multinomial(x, 1, generator=generator))
                 for theta in thetas:
                     torch.multinomial(torch.softmax(z / theta, -1), 1, generator=generator)
-                y = torch.softmax(session.step(ids[0, -1:]).logits[0] / settings.temperature, -1)
+                w = session.step(ids[0, -1:]).logits[0]
+                y = torch.softmax(w / temperature, -1)
                 accept = torch.rand(1, generator=generator, device=slm.device)
                 if float(accept) >= float(y[draft] / x[draft]):
                     residual = (y - x).clamp(min=0)

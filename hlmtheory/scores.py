@@ -123,7 +123,8 @@ class ExactUncertainty(Score):
         xp = array_namespace(x)
         sigma = xp.astype(u <= threshold, x.dtype)
         all_of_it = x.shape[-1] == step.axes.vocab_size
-        undecided = (u[:, -1] <= threshold) & (not all_of_it)
+        # Logits and x fall together: where x is 0 at the head's end nothing is drawn beyond it.
+        undecided = (u[:, -1] <= threshold) & (x[:, -1] > 0) & (not all_of_it)
         of_draft = xp.astype(step["uncertainty"] <= threshold, x.dtype)
         return Skip(sigma[:, : used_width(sigma)], x[:, 0] < 0, undecided, of_draft)
 
@@ -197,8 +198,9 @@ def _perturbed(step: Step) -> Array:
     if step.has_laws:
         return step["candidate_and_draft_perturbed"][:, :-1][:, :HEAD_SIZE]
     x = step["head_prob"]
-    with np.errstate(divide="ignore"):
-        gap = step.axes.temperature * np.log(x / x[:, :1])  # z - max z
+    gap = np.full_like(x, -np.inf)  # z - max z; what is never drawn counts as -inf
+    drawn = x > 0
+    gap[drawn] = step.axes.sampling.temperature * np.log((x / x[:, :1])[drawn])
     log_z = step["log_partitions"]
     columns = [
         (gap == 0) * np.exp(-log_z[:, k, None])

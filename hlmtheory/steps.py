@@ -22,8 +22,9 @@ from array_api_compat import array_namespace
 
 from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.coupling import coupling_columns
-from hlmtheory.domain import Array, check_positive
+from hlmtheory.domain import Array
 from hlmtheory.order import largest, put_along_last_axis
+from hlmtheory.sampled_law import PLAIN, Sampling
 from hlmtheory.truncation import tail_deviation_at
 from hlmtheory.truncation_bias import ENTRIES, truncation_table
 from hlmtheory.uncertainty import (
@@ -49,8 +50,8 @@ class Axes:
     ----------
     vocab_size : int
         V, tokens of the shared vocabulary.
-    temperature : float
-        Of both sampled laws.
+    sampling : Sampling
+        What makes both laws of the models' logits.
     thetas : tuple of float
         Perturbation temperatures of the uncertainty.
     truncation_sizes : tuple of int
@@ -60,7 +61,7 @@ class Axes:
     """
 
     vocab_size: int
-    temperature: float = 1.0
+    sampling: Sampling = PLAIN
     thetas: tuple[float, ...] = temperatures().values
     truncation_sizes: tuple[int, ...] = (
         1, 2, 3, 4, 6, 8, 12, 16, 24, 30, 48, 64, 96, 128, 256, 512, 832, 1024, 2048, 4096, 8192,
@@ -68,7 +69,6 @@ class Axes:
     attention_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
 
     def __post_init__(self) -> None:
-        check_positive(float(self.temperature), "temperature")
         for name in ("thetas", "truncation_sizes", "attention_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         cut = (min(size, self.vocab_size) for size in self.truncation_sizes)
@@ -80,17 +80,24 @@ class Axes:
         return tuple((size, entry) for size in self.truncation_sizes for entry in ENTRIES)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of these axes."""
-        return asdict(self)
+        """The JSON object of these axes; those of the sampling lie beside the others."""
+        own = asdict(self)
+        return {**own.pop("sampling"), **own}
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Axes:
-        """Axes from their JSON object; every field is needed, none may be unknown."""
-        names = {one.name for one in fields(cls)}
-        if names != entry.keys():
-            odd = min(names ^ entry.keys())
-            raise ValueError(f"axes: {odd} is {'missing' if odd in names else 'unknown'}")
-        return cls(**entry)
+        """Axes from their JSON object; every field is needed, none may be unknown.
+
+        But for filters: a trace that names none is from before there were any.
+        """
+        sampling, own = ({one.name for one in fields(kind)} for kind in (Sampling, cls))
+        own -= {"sampling"}
+        needed = own | {"temperature"}
+        odd = sorted((needed - entry.keys()) | (entry.keys() - own - sampling))
+        if odd:
+            raise ValueError(f"axes: {odd[0]} is {'missing' if odd[0] in needed else 'unknown'}")
+        found = Sampling(**{name: entry[name] for name in sampling & entry.keys()})
+        return cls(sampling=found, **{name: entry[name] for name in own})
 
 
 class Noise(Protocol):
@@ -166,7 +173,7 @@ class LawStep(Step):
     ----------
     axes : Axes
     logits : array (B, V)
-        z of the device model, before any temperature.
+        z of the device model, behind the repetition penalty and before any temperature.
     x, y : array (B, V)
         The laws that device and server sample from.
     noise : Noise, optional
@@ -282,6 +289,20 @@ def _uncertainties(step: LawStep) -> Array:
     return xp.clip(1.0 - xp.mean(step["candidate_and_draft_perturbed"], axis=-1), 0.0, 1.0)
 
 
+def _candidate_tokens(step: LawStep) -> Array:
+    """The likeliest tokens, falling; the one drawn at temperature 0 leads those it ties with."""
+    logits = step.logits
+    if step.axes.sampling.temperature == 0:
+        xp = array_namespace(logits)
+        logits = xp.where(step.x > 0, xp.full_like(logits, float("inf")), logits)
+    return largest(logits, step.head_size)[1]
+
+
+def _support_size(step: LawStep) -> Array:
+    xp = array_namespace(step.x)
+    return xp.sum(xp.astype(step.x > 0, xp.int64), axis=-1)
+
+
 def _draft_rank(step: LawStep) -> Array:
     xp = array_namespace(step.logits)
     same = step["candidate_token"][:, :HEAD_SIZE] == step["draft_token"][:, None]
@@ -334,11 +355,15 @@ COLUMNS: dict[str, Column] = {
         compute=lambda step: step["candidate_prob"][:, 0] - step["candidate_prob"][:, 1],
     ),
     "max_logit": Column(
-        "largest logit of the device, before any temperature",
+        "largest logit of the device, behind the penalty and before any temperature",
         compute=lambda step: array_namespace(step.logits).max(step.logits, axis=-1),
     ),
     "tv_distance": Column(
         "total variation between x and y", compute=lambda step: total_variation(step.x, step.y)
+    ),
+    "support_size": Column(
+        "tokens with x > 0; only where temperature 0, top-k or top-p leave but a few",
+        compute=_support_size,
     ),
     "log_partitions": Column(
         "log of sum exp((z - max z)/theta) at every perturbation temperature",
@@ -400,7 +425,7 @@ COLUMNS: dict[str, Column] = {
             step.x, step.y, step["candidate_token"][:, :HEAD_SIZE]
         ),
     ),
-    "candidate_token": Column("", compute=lambda step: largest(step.logits, step.head_size)[1]),
+    "candidate_token": Column("", compute=_candidate_tokens),
     "candidate_prob": Column("", compute=_at_candidates(lambda step: step.x)),
     "candidate_target_prob": Column("", compute=_at_candidates(lambda step: step.y)),
     "candidate_and_draft_perturbed": Column("", compute=_candidate_and_draft),
@@ -410,6 +435,11 @@ COLUMNS: dict[str, Column] = {
     ),
 }
 """Every column of a step. Those without a text are of live steps only and never stored."""
+
+
+def support_size(step: Step) -> Array | int:
+    """Tokens that the device may draw, (B,) or one number: what the whole of x is sent as."""
+    return step["support_size"] if step.axes.sampling.filtered else step.axes.vocab_size
 
 
 def candidates(step: Step) -> tuple[Array, Array, Array]:
@@ -488,9 +518,10 @@ class Skip:
         return self._total(excess, self._of_drawn(step), step["tv_distance"])
 
     def count(self, step: Step) -> Array:
-        """Number of tokens with sigma > 0, (B,); a draft beyond the head stands for 1/x_d."""
+        """Number of tokens with sigma x > 0, (B,); a draft beyond the head stands for 1/x_d."""
         xp = array_namespace(self.candidates)
-        inside = xp.astype(self.candidates > 0, self.candidates.dtype)
+        x, _, _ = candidates(step)
+        inside = xp.astype(self.candidates * x[:, : self.width] > 0, self.candidates.dtype)
         beyond = xp.astype(step["draft_rank"] < 0, inside.dtype) * self.of_draft
         more = xp.sum(inside, axis=-1) + beyond / xp.clip(step["draft_prob"], 1e-12, None)
         return self._total(inside, more, float(step.axes.vocab_size))

@@ -270,7 +270,8 @@ def entropy(x: Array) -> Array:
     check_distribution(x, "x")
     xp = array_namespace(x)
     smallest = xp.finfo(x.dtype).smallest_normal
-    return -xp.vecdot(x, xp.log(xp.clip(x, smallest, None)), axis=-1)
+    # 0 less it, not its negative: the entropy of a point mass has no sign.
+    return 0.0 - xp.vecdot(x, xp.log(xp.clip(x, smallest, None)), axis=-1)
 
 
 def margin(x: Array) -> Array:

@@ -82,7 +82,7 @@ class LoadedRun:
     def sample(self) -> str:
         """What was measured, on how much: the first words of a caption."""
         return (
-            f"Pair {self.pair_name}, T = {self.calibration.settings.temperature:g}; calibration: "
+            f"Pair {self.pair_name}, {self.calibration.settings.sampling}; calibration: "
             f"n = {self.calibration.num_prompts:,} prompts, "
             f"{self.calibration.num_tokens:,} tokens."
         )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from calibrate.decode.models import StepOutput
+from hlmtheory.sampled_law import PLAIN, Sampling, sampled_law
 from hlmtheory.steps import COLUMNS, HEAD_SIZE, Axes, LawStep, Step
 
 
@@ -83,7 +84,7 @@ def law_step(
     logits: np.ndarray,
     target: np.ndarray,
     *,
-    temperature: float = 1.0,
+    sampling: Sampling = PLAIN,
     head_size: int = HEAD_SIZE,
     drafts: np.ndarray | None = None,
     to=np.asarray,
@@ -93,12 +94,12 @@ def law_step(
     `to` makes arrays of another namespace, such as torch.from_numpy.
     """
     num, vocab = logits.shape
-    x, y = softmax(logits / temperature), softmax(target / temperature)
+    x, y = sampled_law(logits, sampling), sampled_law(target, sampling)
     if drafts is None:
         drafts = np.array([rng.choice(vocab, p=row) for row in x])
     outputs = np.array([rng.choice(vocab, p=row) for row in y])
     noise = ArrayNoise(rng, num, vocab, to)
-    step = LawStep(Axes(vocab, temperature), to(logits), to(x), to(y), noise, head_size)
+    step = LawStep(Axes(vocab, sampling), to(logits), to(x), to(y), noise, head_size)
     return step.with_columns({"draft_token": to(drafts), "output_token": to(outputs)})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from calibrate.fit.calibration import CalibrationRequest
 from calibrate.run.records import GivenModels
+from hlmtheory.sampled_law import Sampling
 
 VOCAB_SIZE = 96
 
@@ -59,7 +60,7 @@ def request(folder: Path, run: Path, **changes: Any) -> CalibrationRequest:
     settings: dict[str, Any] = {
         "spec": resolve_pair(None, models["slm"], models["llm"], None), "order": "random",
         "prompts_source": str(folder / "prompts.txt"), "limit": 12, "max_new_tokens": 8,
-        "batch_size": None, "seed": 0, "temperature": 1.0, "device": "cpu", "dtype": "float32",
+        "batch_size": None, "seed": 0, "sampling": Sampling(), "device": "cpu", "dtype": "float32",
         "trace": "full", "run": run, "given": GivenModels(**models),
     }  # fmt: skip
     return CalibrationRequest(**settings | changes)

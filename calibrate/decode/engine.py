@@ -35,6 +35,7 @@ from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory import domain
 from hlmtheory.policies import Policy
+from hlmtheory.sampled_law import PLAIN, Sampling, penalised_logits, sampled_law
 from hlmtheory.steps import Axes, LawStep
 from hlmtheory.uncertainty import Temperatures, temperatures
 
@@ -45,8 +46,8 @@ class DecodingSettings:
 
     Attributes
     ----------
-    temperature : float
-        Sampling temperature of both models, > 0. The uncertainty is of the raw logits.
+    sampling : Sampling
+        Of both models. The uncertainty is of the logits behind the penalty, before the rest.
     max_new_tokens : int
     batch_size : int
         Never changes a token, apart from rounding.
@@ -57,7 +58,7 @@ class DecodingSettings:
         Minimal leaves out the head, truncation and attention.
     """
 
-    temperature: float = 1.0
+    sampling: Sampling = PLAIN
     max_new_tokens: int = 64
     batch_size: int = 16
     seed: int = 0
@@ -65,7 +66,6 @@ class DecodingSettings:
     trace: str = "full"
 
     def __post_init__(self) -> None:
-        domain.check_positive(float(self.temperature), "temperature")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: allowed is >= 1")
@@ -76,7 +76,7 @@ class DecodingSettings:
 
     def axes(self, vocab_size: int) -> Axes:
         """What the columns of these settings mean."""
-        return Axes(vocab_size, self.temperature, self.thetas.values)
+        return Axes(vocab_size, self.sampling, self.thetas.values)
 
 
 WITHOUT_DRAFT = ("log_partitions", "candidate_token", "entropy", "max_logit", "tv_distance")
@@ -266,6 +266,7 @@ class _BatchRun:
         self.llm = llm.start(contexts, False)
         self.device = slm.device
         self.tokens = torch.tensor([prompt.tokens[-1] for prompt in batch], device=self.device)
+        self.seen = _tokens_seen(contexts, slm.vocab_size, settings.sampling, self.device)
         self.eos = np.array(list(eos_token_ids), dtype=np.int64)
         self.keys = [stream_key(settings.seed, prompt_id) for prompt_id in self.prompt_ids]
         self.row_prompt = np.arange(num)
@@ -321,6 +322,7 @@ class _BatchRun:
             "row": answers.prompts,
             "step": step["step"],
             **{name: step[name] for name in SCALARS},
+            **({"support_size": step["support_size"]} if self.axes.sampling.filtered else {}),
             "skipped": policy.skips(step),
             "accepted": answer.accepted,
             "policy_skip_prob": expected.skip,
@@ -355,14 +357,19 @@ class _BatchRun:
             index = torch.from_numpy(parents).to(self.device)
             self.slm.keep(index)
             self.llm.keep(index)
+            self.seen = self.seen[index]
         self.row_prompt = self.row_prompt[parents]
         self.tokens = torch.from_numpy(tokens).to(self.device)
 
     def _law_step(self, number: int) -> LawStep:
         """Both models advanced, their laws, and the attention behind them."""
         slm_out, llm_out = self.slm.step(self.tokens), self.llm.step(self.tokens)
-        z, temperature = slm_out.logits, self.settings.temperature  # (B, V)
-        x, y = _law(z / temperature), _law(llm_out.logits / temperature)
+        z, w = slm_out.logits, llm_out.logits  # (B, V)
+        sampling = self.settings.sampling
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.cat([self.seen, self.tokens[:, None]], dim=-1)
+            z, w = (penalised_logits(one, self.seen, sampling.repetition_penalty) for one in (z, w))
+        x, y = sampled_law(z, sampling), sampled_law(w, sampling)
         self.attention: dict[str, torch.Tensor] = {}
         if slm_out.attention is not None:
             self.attention = attention_columns(
@@ -387,7 +394,15 @@ def _places(parents: np.ndarray) -> np.ndarray:
     return places
 
 
-def _law(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax; torch's own, in single precision, sums to 1 only within 1e-5 at V = 50,000."""
-    law = torch.softmax(logits, dim=-1)
-    return law.div_(law.sum(-1, keepdim=True))
+def _tokens_seen(
+    contexts: Sequence[Sequence[int]], vocab_size: int, sampling: Sampling, device: torch.device
+) -> torch.Tensor:
+    """Tokens of each context, (B, L), for the penalty: rows filled up with tokens of their own.
+
+    No column without a penalty. Tokens from V on have no logit to penalise.
+    """
+    if sampling.repetition_penalty == 1:
+        return torch.zeros(len(contexts), 0, dtype=torch.long, device=device)
+    rows = [[token for token in context if token < vocab_size] for context in contexts]
+    width = max(map(len, rows))
+    return torch.tensor([row + row[:1] * (width - len(row)) for row in rows], device=device)

@@ -50,6 +50,7 @@ from hlmtheory.policies import Policy, calibration_policy
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import LoadedPair, PairSpec
+    from hlmtheory.sampled_law import Sampling
     from hlmtheory.steps import Axes
 
 OnStep = Callable[[int, int], None]
@@ -69,7 +70,7 @@ class CalibrationRequest:
     limit, max_new_tokens, seed : int
     batch_size : int or None
         None: as many as memory and lengths allow.
-    temperature : float
+    sampling : Sampling
     device, dtype : str
     trace : {"full", "minimal"}
     pilot : int
@@ -88,7 +89,7 @@ class CalibrationRequest:
     max_new_tokens: int
     batch_size: int | None
     seed: int
-    temperature: float
+    sampling: Sampling
     device: str
     dtype: str
     trace: Literal["full", "minimal"]
@@ -107,9 +108,10 @@ class CalibrationRequest:
         return RunSettings(
             pair=self.spec.name,
             prompts=self.prompts_source or "shipped",
+            **asdict(self.sampling),
             **{
                 name: getattr(self, name)
-                for name in RunSettings.model_fields.keys() - {"pair", "prompts"}
+                for name in RunSettings.model_fields.keys() & vars(self).keys()
             },
         )
 
@@ -194,7 +196,7 @@ def _calibrate(
 
     tokenized = tokenize_prompts(prompts, pair.tokenizer, request.max_new_tokens, pair.max_context)
     settings = DecodingSettings(
-        temperature=request.temperature,
+        sampling=request.sampling,
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size
         or automatic_batch_size(pair, tokenized, request.max_new_tokens),

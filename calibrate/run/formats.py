@@ -30,7 +30,7 @@ its validation and its text scores are kept under a name: `operating_points.json
 """
 
 BLANK_TEXT = BLANK.decode().rstrip("0")
-AXES = ", ".join(f"`{name}`" for name in steps.Axes.__dataclass_fields__)
+AXES = ", ".join(f"`{name}`" for name in steps.Axes(1).to_dict())
 COLUMNS_TEXT = f"""## traces/*.parquet and reruns/*.parquet
 
 One row a token, one shard a batch, numbers in single precision. The metadata key `hlmtheory` of

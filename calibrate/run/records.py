@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hlmtheory.risk_tests import TestMethod
+from hlmtheory.sampled_law import Sampling
 from hlmtheory.thresholds import Certified
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -98,12 +99,20 @@ class RunSettings(Record):
     max_new_tokens: int
     batch_size: int | None
     temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
     seed: int
     dtype: str
     device: str
     trace: Literal["full", "minimal"]
     pilot: int = 0
     """Prompts that are decoded again on a policy's own road."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """What makes both models' laws of their logits."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
 
 
 class Timings(Record):

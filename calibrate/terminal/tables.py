@@ -150,7 +150,7 @@ def print_calibration(summary: CalibrationRecord, run: Path) -> None:
     slope, intercept = fit.slope.value or 0.0, fit.intercept.value or 0.0
     page.say(
         f"\n{summary.pair.name}: {summary.num_prompts} prompts, {summary.num_tokens} tokens; "
-        f"intervals {summary.confidence:.0%}, clustered by prompt\n"
+        f"{summary.settings.sampling}; intervals {summary.confidence:.0%}, clustered by prompt\n"
         f"fitted line   beta = {slope:.3f} u {'-' if intercept < 0 else '+'} {abs(intercept):.3f}"
     )
     rows: list[Sequence[Any]] = [(key, getattr(fit, key), meaning) for key, meaning in FIT.items()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from calibrate.run.errors import UsageError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import figure
 from calibrate.run.folder import provenance, read_record, write_record
 from calibrate.run.prompts import Prompt, TokenizedPrompt, read_prompts, tokenize_prompts
@@ -182,7 +182,17 @@ def attenuation_table(
     -------
     tuple of AttenuationRow
         One for each K, in the trace's order.
+
+    Raises
+    ------
+    UserError
+        If every draft is as likely to be rejected as any other: there is no line then.
     """
+    if np.ptp(trace.rejection_prob) == 0:
+        raise UserError(
+            f"every draft has rejection probability {trace.rejection_prob[0]:g}: there is no line "
+            "to attenuate; choose a pair, or a sampling, that disagrees now and then"
+        )
     return tuple(_row(trace, column, confidence) for column in range(len(trace.num_temperatures)))
 
 
@@ -312,7 +322,7 @@ def write_attenuation(
     num = plan.max_new_tokens
     prompts = tokenize_prompts(plan.prompts, pair.tokenizer, num, pair.max_context)
     settings = DecodingSettings(
-        temperature=plan.calibration.settings.temperature,
+        sampling=plan.calibration.settings.sampling,
         max_new_tokens=num,
         batch_size=automatic_batch_size(pair, prompts, num),
         seed=plan.calibration.settings.seed,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from calibrate.run.prompts import Prompt, TokenizedPrompt, text_key
 from calibrate.run.records import OperatingPoint
 from calibrate.run.traces import finished_prompts, next_shard, shards_in, write_shard
 from hlmtheory.policies import Policy
+from hlmtheory.sampled_law import Sampling
 
 if TYPE_CHECKING:
     from calibrate.decode.engine import DecodingSettings
@@ -32,7 +33,7 @@ def rerun_identity(
     prompts: Sequence[Prompt],
     seed: int,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     thetas: tuple[float, ...],
 ) -> dict[str, Any]:
     """Everything that decides the tokens of a rerun, beside the run's own pair.
@@ -45,7 +46,7 @@ def rerun_identity(
     prompts : sequence of Prompt
         Their ids key the random numbers, so both ids and texts count.
     seed, max_new_tokens : int
-    temperature : float
+    sampling : Sampling
     thetas : tuple of float
         Temperatures of the uncertainty.
     """
@@ -58,7 +59,7 @@ def rerun_identity(
         "seed": seed,
         "prompt_keys": {prompt.prompt_id: text_key(prompt.text) for prompt in prompts},
         "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
+        "sampling": asdict(sampling),
         "thetas": thetas,
     }
 

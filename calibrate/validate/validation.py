@@ -109,7 +109,7 @@ class ValidationPlan:
         sources = {policy.name: policy.source for policy in self.derivation.policies}
         return rerun_identity(
             point, sources[point.policy], self.prompts, self.seed, settings.max_new_tokens,
-            settings.temperature, self.thetas,
+            settings.sampling, self.thetas,
         )  # fmt: skip
 
     @cached_property
@@ -309,7 +309,7 @@ def decode_missing(
     max_new_tokens, missing = plan.calibration.settings.max_new_tokens, plan.missing
     prompts = tokenize_prompts(plan.prompts, pair.tokenizer, max_new_tokens, pair.max_context)
     settings = DecodingSettings(
-        temperature=plan.calibration.settings.temperature,
+        sampling=plan.calibration.settings.sampling,
         max_new_tokens=max_new_tokens,
         batch_size=plan.batch_size
         or automatic_batch_size(pair, prompts, max_new_tokens, len(missing)),

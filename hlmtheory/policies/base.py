@@ -19,7 +19,7 @@ from hlmtheory.answer_cap import cap_fraction, may_skip
 from hlmtheory.domain import Array
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.scores import Atoms, ExactUncertainty, Score
-from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, candidates, no_skip
+from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, candidates, no_skip, support_size
 from hlmtheory.truncation_bias import ENTRIES, bias_from_table
 from hlmtheory.verification import FullDistribution, output_bias, output_law
 
@@ -309,8 +309,8 @@ class Policy:
         return None
 
     def entries(self, step: Step, skip: Skip) -> Array:
-        """Probabilities sent with a draft that is sent, (B,): all of x."""
-        return skip.zeros + step.axes.vocab_size
+        """Probabilities sent with a draft that is sent, (B,): all of x, where it is not 0."""
+        return skip.zeros + support_size(step)
 
     def bias(self, step: Step, skip: Skip) -> Array:
         """TV between the output's law and the server's, (B,): rho, for full verification (12)."""
@@ -568,8 +568,9 @@ def recorded_bias(step: Step, skip: Skip, size: Array) -> Array:
     lower = upper - (sizes[upper] > size)
     bias = at(lower)
     if np.any(lower < upper):
-        span = np.log(sizes[upper] / sizes[lower])
-        weight = np.log(size / sizes[lower]) / np.where(span > 0, span, 1.0)
+        edge = np.clip(support_size(step), sizes[lower], sizes[upper])  # nothing is cut from there
+        span = np.log(edge / sizes[lower])
+        weight = np.minimum(np.log(size / sizes[lower]) / np.where(span > 0, span, 1.0), 1.0)
         bias += weight * (at(upper) - bias)
     drafts = skip.undecided & (step["draft_rank"] < 0)
     bias = np.minimum(bias + drafts * skip.of_draft * step["rejection_prob"], 1.0)

@@ -13,7 +13,7 @@ from hlmtheory.head import tail_level
 from hlmtheory.policies.base import DeriveOptions, Fitted, TruncatingPolicy
 from hlmtheory.relation import linear_rejection
 from hlmtheory.sampling import sample_inverse_cdf
-from hlmtheory.steps import LawStep, Skip, Step
+from hlmtheory.steps import LawStep, Skip, Step, support_size
 from hlmtheory.truncation import offline_truncation, online_bound_denominator
 from hlmtheory.verification import DraftFromSent, FullDistribution, TruncatedDistribution
 
@@ -103,8 +103,10 @@ class FixedTruncation(TruncatingPolicy):
         return min(self.num_entries, step.axes.vocab_size)
 
     def entries(self, step: Step, skip: Skip) -> Array:
-        """k."""
-        return skip.zeros + self.size(step)
+        """k, or fewer where x has fewer."""
+        return array_namespace(skip.zeros).clip(
+            skip.zeros + support_size(step), None, float(self.size(step))
+        )
 
     def draft(self, step: LawStep) -> Array:
         """From x, or from what is sent."""

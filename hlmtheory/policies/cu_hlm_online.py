@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from hlmtheory.domain import Array, check_positive
 from hlmtheory.policies.base import DeriveOptions, Fitted, Outcome, TruncatingPolicy
 from hlmtheory.relation import linear_rejection
-from hlmtheory.steps import LawStep, Skip, Step
+from hlmtheory.steps import LawStep, Skip, Step, support_size
 from hlmtheory.truncation import online_bound_denominator, online_truncation_size
 from hlmtheory.verification import FullDistribution, TruncatedDistribution
 
@@ -85,7 +85,8 @@ class OnlineTruncation(TruncatingPolicy):
         share = np.clip(np.where(first == 0, 1.0, share), 0.0, 1.0)
         logs = np.log(sizes)
         exact = np.exp(logs[previous] + share * (logs[first] - logs[previous]))
-        return np.ceil(np.where(fits.any(1), exact, sizes[-1]) - 1e-9)
+        found = np.ceil(np.where(fits.any(1), exact, sizes[-1]) - 1e-9)
+        return np.minimum(found, support_size(step))
 
     def entries(self, step: Step, skip: Skip) -> Array:
         """k* of the draft."""

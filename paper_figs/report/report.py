@@ -147,7 +147,7 @@ def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:
         ("device model", pair.slm.label),
         ("server model", pair.llm.label),
         ("vocabulary", f"{pair.vocab_size:,} tokens"),
-        ("temperature", f"{settings.temperature:g}"),
+        ("sampling", str(settings.sampling)),
         ("prompts", f"{settings.prompts}, {loaded.calibration.num_prompts:,} used, "
                     f"{'drawn at random' if settings.order == 'random' else 'in file order'}"),
         ("tokens a prompt", f"at most {settings.max_new_tokens:,}"),

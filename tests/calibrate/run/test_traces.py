@@ -26,10 +26,11 @@ from calibrate.run.traces import (
     write_table,
 )
 from hlmtheory.policies import DeriveOptions, Fitted, policy_class, policy_from_settings
+from hlmtheory.sampled_law import Sampling
 from hlmtheory.steps import Axes
 
 VOCAB, NUM = 90, 24
-AXES = Axes(VOCAB, 0.8, (0.0, 0.5, 1.0, 2.0), (1, 5, 20, 90), (1, 3))
+AXES = Axes(VOCAB, Sampling(0.8), (0.0, 0.5, 1.0, 2.0), (1, 5, 20, 90), (1, 3))
 SETTINGS = {
     "u-hlm": {},
     "r-hlm": {},
@@ -46,7 +47,7 @@ def columns_of(rng: np.random.Generator, axes: Axes) -> dict[str, np.ndarray]:
     from hlmtheory.steps import LawStep
 
     z, w = random_logits(rng, NUM, axes.vocab_size)
-    step = law_step(rng, z, w, temperature=axes.temperature)
+    step = law_step(rng, z, w, sampling=axes.sampling)
     known = {name: step[name] for name in ("draft_token", "output_token")}
     step = LawStep(axes, step.logits, step.x, step.y, step.noise, columns=known)
     recorded = stored(step)
@@ -134,7 +135,7 @@ def test_grids_changed_in_the_code_do_not_change_what_an_old_trace_says(tmp_path
     before, axes = prediction(path), read_axes(path)
     assert all(np.isfinite(values).all() for values in before.values())
     code = {
-        "temperature": 1.3,
+        "sampling": Sampling(1.3, top_p=0.4),
         "thetas": (0.1, 0.2, 0.3),
         "truncation_sizes": (2, 3, 4, 64),
         "attention_sizes": (3, 1),
@@ -199,7 +200,16 @@ def test_a_trace_of_the_version_before_says_all_but_the_bias_of_truncation(tmp_p
 # --- what does not match is refused --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(AXES.to_dict()))
+FILTERS = ("top_k", "top_p", "repetition_penalty")
+
+
+def test_a_header_without_filters_is_of_a_trace_without_filters(tmp_path, rng):
+    path = write(tmp_path / "one.parquet", rng)
+    rewrite_header(path, lambda header: [header["axes"].pop(name) for name in FILTERS])
+    assert read_axes(path) == AXES
+
+
+@pytest.mark.parametrize("name", sorted(AXES.to_dict().keys() - set(FILTERS)))
 def test_a_header_without_an_axis_is_refused(tmp_path, rng, name):
     path = write(tmp_path / "one.parquet", rng)
     rewrite_header(path, lambda header: header["axes"].pop(name))
@@ -214,6 +224,7 @@ def test_a_header_without_an_axis_is_refused(tmp_path, rng, name):
         (lambda header: header.pop("axes"), "axes: .* is missing; calibrate again$"),
         (lambda header: header.update(schema_version=1), "schema version 1, this is"),
         (lambda header: header["axes"].update(temperature=-1), "temperature = -1: allowed"),
+        (lambda header: header["axes"].update(top_p=0), "top_p = 0: allowed"),
         (lambda header: header["axes"].update(thetas=3), "calibrate again$"),
         (lambda header: header.update(axes=None), "calibrate again$"),
         (lambda header: header.update(axes=[1]), "calibrate again$"),
@@ -229,11 +240,11 @@ def test_other_headers_are_refused_in_one_line(tmp_path, rng, change, says):
 @pytest.mark.parametrize(
     "other",
     [
-        Axes(VOCAB, 0.9, AXES.thetas, (1, 5, 20, 90), (1, 3)),
-        Axes(VOCAB, 0.8, (0.0, 0.5, 1.0, 2.5), (1, 5, 20, 90), (1, 3)),
-        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 80), (1, 3)),
-        Axes(VOCAB, 0.8, AXES.thetas, (1, 5, 20, 90), (1, 2)),
-        Axes(VOCAB + 1, 0.8, AXES.thetas, (1, 5, 20, 90), (1, 3)),
+        Axes(VOCAB, Sampling(0.9), AXES.thetas, (1, 5, 20, 90), (1, 3)),
+        Axes(VOCAB, Sampling(0.8), (0.0, 0.5, 1.0, 2.5), (1, 5, 20, 90), (1, 3)),
+        Axes(VOCAB, Sampling(0.8), AXES.thetas, (1, 5, 20, 80), (1, 3)),
+        Axes(VOCAB, Sampling(0.8), AXES.thetas, (1, 5, 20, 90), (1, 2)),
+        Axes(VOCAB + 1, Sampling(0.8), AXES.thetas, (1, 5, 20, 90), (1, 3)),
     ],
 )
 def test_shards_of_different_axes_in_one_run_are_refused(tmp_path, rng, other):

@@ -27,6 +27,7 @@ from calibrate.validate.validation import (
     decode_missing,
     prepare_validation,
 )
+from hlmtheory.sampled_law import PLAIN
 
 pytestmark = pytest.mark.filterwarnings("default")
 RULE = "risk-0.05"
@@ -248,7 +249,8 @@ def test_a_rerun_is_kept_by_all_that_decides_its_tokens(run, tmp_path) -> None:
     backwards = replace(planned, prompts=planned.prompts[::-1])
     assert rerun_path(run, backwards.identity(point)).name == name_of()
     others = {
-        name_of(seed=9), name_of(threshold=0.123), name_of(temperature=0.5), name_of(score="x"),
+        name_of(seed=9), name_of(threshold=0.123), name_of(sampling={"top_p": 0.5}),
+        name_of(score="x"),
         name_of(max_new_tokens=3), name_of(prompt_keys={"a": "b"}), name_of(settings={"k": 1}),
         name_of(thetas=(0.0, 1.0)),
     }  # fmt: skip
@@ -259,7 +261,7 @@ def test_a_rerun_is_kept_by_all_that_decides_its_tokens(run, tmp_path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").write_text(text)
         source = f"{tmp_path / folder / 'mine.py'}:Mine"
-        found.append(rerun_identity(point, source, planned.prompts, 1, 8, 1.0, (0.0,))["source"])
+        found.append(rerun_identity(point, source, planned.prompts, 1, 8, PLAIN, (0.0,))["source"])
     assert found[0] == found[1] != found[2]
 
 
