@@ -17,7 +17,7 @@ from toy_models import law_step, random_logits, softmax, stored
 
 from hlmtheory.coupling import coupled_output_law
 from hlmtheory.policies import Policy, policy_from_settings
-from hlmtheory.sampled_law import Sampling
+from hlmtheory.sampled_law import PLAIN, Sampling
 from hlmtheory.scores import SCORE_NAMES, Score, score_named
 from hlmtheory.steps import COLUMNS, HEAD_SIZE, Axes, LawStep, Skip, Step, used_width
 from hlmtheory.truncation import online_truncation_size
@@ -95,11 +95,12 @@ def exact_outcome(
         law = output_law(policy.rule, x, y, sigma, size)
     bias = float(np.abs(law - y).sum() / 2)
     if policy.name == "r-hlm":
-        sent: float = np.count_nonzero(sigma)
+        sent: float = np.count_nonzero(sigma * x)
     elif policy.name in ("ask-llm", "coupled"):
         sent = 0.0
     else:
-        sent = len(x) if size is None else size
+        support = np.count_nonzero(x)
+        sent = support if size is None else min(size, support)
     return skip, risk, bias, (1 - skip) * sent
 
 
@@ -112,9 +113,10 @@ def outcome_table(policy: Policy, step: Step) -> np.ndarray:
 
 
 def decided_rows(step: Step, threshold: float) -> np.ndarray:
-    """Bool (B,): whether the head of a recorded step holds every token with u <= threshold."""
+    """Bool (B,): whether the head holds every token with u <= threshold that is ever drawn."""
     whole_vocabulary = step["head_prob"].shape[1] == step.axes.vocab_size
-    return (step["head_uncertainty"][:, -1] > threshold) | whole_vocabulary | (threshold >= 1)
+    all_drawn = whole_vocabulary | (step["head_prob"][:, -1] == 0)
+    return (step["head_uncertainty"][:, -1] > threshold) | all_drawn | (threshold >= 1)
 
 
 def all_uncertainties(z: np.ndarray) -> np.ndarray:
@@ -134,8 +136,14 @@ def exact_table(policy: Policy, z, x, y, every_u, drafts, sizes) -> np.ndarray:
     return exact
 
 
+FILTERED = (
+    Sampling(0.0),
+    Sampling(top_p=0.9),
+    Sampling(top_k=3),
+    Sampling(0.6, top_k=20, top_p=0.97),
+)
 CASES = [
-    (name, vocab, number, to)
+    (name, vocab, number, to, PLAIN)
     for name in sorted(SETTINGS)
     for vocab, number, to in (
         (2, 10, np.asarray),
@@ -143,16 +151,23 @@ CASES = [
         (200, 50, np.asarray),
         (600 if name == "coupled" else 2000, 5, np.asarray),
     )
+] + [
+    (name, vocab, 5, to, sampling)
+    for name in sorted(SETTINGS)
+    for vocab, to in ((2, np.asarray), (50, torch.from_numpy), (300, np.asarray))
+    for sampling in FILTERED
 ]
 
 
-@pytest.mark.parametrize(("name", "vocab", "num_thresholds", "to"), CASES)
-def test_head_and_live_step_say_what_the_vocabulary_says(rng, name, vocab, num_thresholds, to):
-    """Exact uncertainty as the score, random thresholds and 1."""
+@pytest.mark.parametrize(("name", "vocab", "num_thresholds", "to", "sampling"), CASES)
+def test_head_and_live_step_say_what_the_vocabulary_says(
+    rng, name, vocab, num_thresholds, to, sampling
+):
+    """Exact uncertainty as the score, random thresholds and 1; laws whole and filtered."""
     z, w = random_logits(rng, 6, vocab)
-    step = law_step(rng, z, w, to=to)
+    step = law_step(rng, z, w, to=to, sampling=sampling)
     recorded = stored(step)
-    x, y, every_u = softmax(z), softmax(w), all_uncertainties(z)
+    x, y, every_u = np.asarray(step.x), np.asarray(step.y), all_uncertainties(z)
     drafts = np.asarray(step["draft_token"])
     for threshold in np.append(rng.uniform(high=0.96, size=num_thresholds), 1.0):
         policy = policy_from_settings(name, SETTINGS[name], float(threshold))
@@ -170,6 +185,23 @@ def test_head_and_live_step_say_what_the_vocabulary_says(rng, name, vocab, num_t
         if policy.entries_vary:
             head[:, 3] = exact[:, 3]
         np.testing.assert_allclose(head, exact, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_p=0.1), Sampling(top_k=20)])
+def test_a_head_with_the_whole_support_decides_at_every_threshold(rng, sampling):
+    """Flat contexts, where unfiltered heads say nothing above 1 - 1/32: (38)."""
+    z, w, drafts = flat_context(rng, 150)
+    step = law_step(rng, z, w, sampling=sampling, drafts=drafts)
+    recorded = stored(step)
+    assert (recorded["head_prob"][:, -1] == 0).all()
+    x, y, every_u = step.x, step.y, all_uncertainties(z)
+    for threshold in (0.98, 0.994, 0.9965):
+        assert (recorded["head_uncertainty"][:, -1] <= threshold).all() == (threshold > 0.98)
+        for name in ("u-hlm", "r-hlm", "ask-llm", "coupled"):
+            policy = policy_from_settings(name, {}, threshold)
+            exact = exact_table(policy, z, x, y, every_u, drafts, [None] * 150)
+            found = outcome_table(policy, recorded)
+            np.testing.assert_allclose(found, exact, rtol=EXACT, atol=EXACT)
 
 
 def test_a_wrong_threshold_fails_the_same_comparison(rng):
@@ -225,9 +257,9 @@ def test_a_live_step_looks_far_enough_for_its_gate(rng):
         np.testing.assert_allclose(skip.mass(wide), (sigma * softmax(z[:3])).sum(-1), atol=EXACT)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("sampling", [PLAIN, Sampling(0.7), *FILTERED])
 @pytest.mark.parametrize("name", [one for one in SCORE_NAMES if one != "uncertainty"])
-def test_any_score_gates_and_the_head_says_so(rng, name, temperature):
+def test_any_score_gates_and_the_head_says_so(rng, name, sampling):
     """Skip, risk, bias and entries of u-hlm, r-hlm, ask-llm and coupled, gated by each score.
 
     V = 40, so that eight tokens lie beyond the head, where u_K counts as 1.
@@ -235,7 +267,6 @@ def test_any_score_gates_and_the_head_says_so(rng, name, temperature):
     vocab, num = 40, 8
     z, w = random_logits(rng, num, vocab)
     score = score_named(name, LEARNED)
-    sampling = Sampling(temperature)
     live = law_step(rng, z, w, sampling=sampling, head_size=vocab)
     recorded = stored(law_step(rng, z, w, sampling=sampling, drafts=live["draft_token"]))
     x, y = live.x, live.y
