@@ -13,7 +13,7 @@ from toy_models import TableModel
 from transformers import GenerationConfig
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from calibrate.decode.engine import DecodingSettings, decode
+from calibrate.decode.engine import DecodingSettings, decode_together
 from calibrate.decode.models import TransformerModel
 from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory.coupling import coupled_output_law
@@ -32,20 +32,39 @@ ONE_SIZE = [name for name in SETTINGS if name != "cu-hlm-online"]
 NUCLEI = (Sampling(top_p=0.8), Sampling(1.3, top_k=4))
 
 
-def columns_of(
-    slm, llm, policy: Policy, prompts: Sequence[TokenizedPrompt], sampling: Sampling, **settings
-) -> dict[str, np.ndarray]:
-    """Columns of one batch, by prompt and step, in the order of the prompts."""
+Columns = dict[str, np.ndarray]
+
+
+def columns_of(slm, llm, policy: Policy, *rest, **settings) -> Columns:
+    """Columns of one policy; see :func:`columns_of_all`."""
+    return columns_of_all(slm, llm, {"": policy}, *rest, **settings)[""]
+
+
+def columns_of_all(
+    slm,
+    llm,
+    policies: dict[str, Policy],
+    prompts: Sequence[TokenizedPrompt],
+    sampling: Sampling,
+    **settings,
+) -> dict[str, Columns]:
+    """Columns of one batch, decoded together, by prompt and step, in the order of the prompts."""
     settings = {"trace": "minimal", "batch_size": len(prompts), "seed": 5} | settings
     eos = settings.pop("eos", ())
-    (batch,) = decode(slm, llm, prompts, policy, DecodingSettings(sampling, **settings), eos)
+    (batches,) = decode_together(
+        slm, llm, prompts, policies, DecodingSettings(sampling, **settings), eos
+    )
     place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
-    row = np.array([place[one] for one in batch.prompt_ids])[batch.columns["row"]]
-    order = np.lexsort((batch.columns["step"], row))
-    return {name: values[order] for name, values in (batch.columns | {"row": row}).items()}
+    out = {}
+    for label, batch in batches.items():
+        row = np.array([place[one] for one in batch.prompt_ids])[batch.columns["row"]]
+        order = np.lexsort((batch.columns["step"], row))
+        columns = batch.columns | {"row": row}
+        out[label] = {name: values[order] for name, values in columns.items()}
+    return out
 
 
-def texts(columns: dict[str, np.ndarray]) -> list[list[int]]:
+def texts(columns: Columns) -> list[list[int]]:
     """The tokens of each prompt."""
     return [
         columns["output_token"][columns["row"] == row].tolist() for row in np.unique(columns["row"])
@@ -123,7 +142,7 @@ def test_at_temperature_0_every_gate_ends_in_one_text():
                 assert (found["policy_entries"] == 0).all()
 
 
-def _contexts(found: dict[str, np.ndarray], prompts: Sequence[TokenizedPrompt]) -> np.ndarray:
+def _contexts(found: Columns, prompts: Sequence[TokenizedPrompt]) -> np.ndarray:
     """The last token before each step."""
     before = np.roll(found["output_token"], 1)
     first = found["step"] == 0
@@ -132,35 +151,53 @@ def _contexts(found: dict[str, np.ndarray], prompts: Sequence[TokenizedPrompt]) 
 
 
 def test_the_penalty_sees_each_rows_own_context():
-    """Prompts of several lengths, rows that end early: against a loop over one text at a time."""
+    """Prompts of several lengths, answers that end early and rows that part under other policies.
+
+    Against a loop over one text at a time, with transformers' processor on both models' logits;
+    the uncertainty is of the penalised ones.
+    """
     rng = np.random.default_rng(3)
     w = 2 * rng.normal(size=(VOCAB, VOCAB))
+    z = w + 0.7 * rng.normal(size=w.shape)
     penalty, eos = 1.8, (2, 5, 7)
-    process = RepetitionPenaltyLogitsProcessor(penalty)
-    lengths = rng.integers(2, 9, size=40)
     prompts = [
         TokenizedPrompt(f"p{i}", tuple(rng.integers(VOCAB, size=n).tolist()))
-        for i, n in enumerate(lengths)
+        for i, n in enumerate(rng.integers(2, 9, size=40))
     ]
-    expected, plain = [], []
-    for prompt in prompts:
-        for out, used in ((expected, True), (plain, False)):
-            text = list(prompt.tokens)
-            for _ in range(12):
-                logits = torch.tensor(w[text[-1]], dtype=torch.float32)[None]
-                logits = process(torch.tensor([text]), logits) if used else logits
-                text.append(int(logits.argmax()))
-                if text[-1] in eos:
-                    break
-            out.append(text[len(prompt.tokens) :])
-    assert len({len(text) for text in expected}) > 3
-    assert expected != plain
+
+    def text_of(prompt: TokenizedPrompt, threshold: float, penalty: float) -> list[int]:
+        process = RepetitionPenaltyLogitsProcessor(penalty)
+        text = list(prompt.tokens)
+        while len(text) < len(prompt.tokens) + 12:
+            device, server = (
+                process(
+                    torch.tensor([text]), torch.tensor(one[text[-1]], dtype=torch.float32)[None]
+                )
+                for one in (z, w)
+            )
+            draft = device.argmax(-1, keepdim=True)
+            u = float(exact_uncertainty(device, draft, temperatures()))
+            text.append(int(draft if u <= threshold else server.argmax()))
+            if text[-1] in eos:
+                break
+        return text[len(prompt.tokens) :]
+
+    thresholds = {"hlm": -1.0, "llm": -1.0, "u-hlm": 0.5, "coupled": 0.6, "slm": 1.0}
+    policies = {name: policy_from_settings(name, {}, abs(t)) for name, t in thresholds.items()}
     sampling = Sampling(0.0, repetition_penalty=penalty)
-    models = TableModel(w + rng.normal(size=w.shape)), TableModel(w)
-    for name in ("hlm", "llm", "coupled"):
-        policy = policy_from_settings(name, {}, 0.0)
-        found = columns_of(*models, policy, prompts, sampling, max_new_tokens=12, eos=eos)
-        assert texts(found) == expected
+    found = columns_of_all(
+        TableModel(z), TableModel(w), policies, prompts, sampling, max_new_tokens=12, eos=eos
+    )
+    expected = {
+        name: [text_of(prompt, threshold, penalty) for prompt in prompts]
+        for name, threshold in thresholds.items()
+    }
+    assert {name: texts(columns) for name, columns in found.items()} == expected
+    lengths = {len(text) for name in expected for text in expected[name]}
+    assert len(lengths) > 3
+    different = {tuple(map(tuple, of)) for of in expected.values()}
+    assert len(different) == 4  # hlm and llm are one
+    assert expected["hlm"] != [text_of(prompt, -1.0, 1.0) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +226,10 @@ def test_at_temperature_0_hlm_writes_what_transformers_generates(pair, penalty):
     ]
     models = [TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm)]
     sampling = Sampling(0.0, repetition_penalty=penalty)
-    for name in ("hlm", "llm", "coupled"):
-        policy = policy_from_settings(name, {}, 0.0)
-        found = columns_of(
-            *models, policy, prompts, sampling, max_new_tokens=20, eos=pair.eos_token_ids
-        )
-        assert [list(p.tokens) + text for p, text in zip(prompts, texts(found), strict=True)] == (
-            expected
-        )
+    policies = {name: policy_from_settings(name, {}, 0.0) for name in ("hlm", "llm", "coupled")}
+    found = columns_of_all(
+        *models, policies, prompts, sampling, max_new_tokens=20, eos=pair.eos_token_ids
+    )
+    for columns in found.values():
+        written = [list(p.tokens) + text for p, text in zip(prompts, texts(columns), strict=True)]
+        assert written == expected
