@@ -33,6 +33,7 @@ from hlmtheory import (
 from hlmtheory.policies import policy_from_settings
 from hlmtheory.policies.ask_llm import AskAndSample
 from hlmtheory.policies.r_hlm import ResidualVerification
+from hlmtheory.sampled_law import Sampling
 from hlmtheory.scores import SCORE_NAMES, score_named
 
 BATCH, VOCAB, LENGTH = 7, 300, 40
@@ -181,6 +182,14 @@ FUNCTIONS: dict[str, Call] = {
     "rejection_risk": lambda a: F.rejection_risk(a["x"], a["y"], a["sigma"]),
     "residual_distribution": lambda a: F.residual_distribution(a["x"], a["y"]),
     "sample_inverse_cdf": lambda a: F.sample_inverse_cdf(a["x"], a["two_uniforms"]),
+    "penalised_logits": lambda a: F.penalised_logits(a["logits"], a["tokens"], 1.3),
+    "sampled_law": lambda a: [
+        F.sampled_law(a["logits"], one)
+        for one in (Sampling(0.0), Sampling(0.6), Sampling(top_k=9, top_p=0.8))
+    ],
+    "support_size": lambda a: F.support_size(
+        steps.LawStep(steps.Axes(VOCAB, Sampling(top_k=3)), a["logits"], a["sigma"], a["y"])
+    ),
     "sampled_uncertainty": lambda a: F.sampled_uncertainty(a["p"], a["uniforms"]),
     "sampled_uncertainty_variance": lambda a: F.sampled_uncertainty_variance(a["p"]),
     "tail_deviation": lambda a: F.tail_deviation(a["x"]),
