@@ -283,9 +283,7 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
-    _check_decoding(
-        limit, max_new_tokens, batch_size, seed, device, dtype, num_threads
-    )
+    _check_decoding(limit, max_new_tokens, batch_size, seed, device, dtype, num_threads)
     _one_of("--sampling", sampling, "options", "generation-config")
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p,

@@ -46,7 +46,7 @@ def decode(run: Path, folder: Path, limit: int | None, batch_size: int) -> None:
         read_prompts(None)[:limit], pair.tokenizer, of.max_new_tokens, pair.max_context
     )
     settings = DecodingSettings(
-        temperature=of.temperature,
+        sampling=of.sampling,
         max_new_tokens=of.max_new_tokens,
         batch_size=batch_size,
         seed=of.seed + 1,

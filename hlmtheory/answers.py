@@ -46,7 +46,8 @@ def log_weights(
     num_steps = longest if num_steps is None else num_steps
     steps = np.zeros((num_prompts, max(num_steps, longest)))
     steps[prompt_index, step] = log_ratio
-    return np.cumsum(steps, axis=1)[:, :num_steps]
+    with np.errstate(invalid="ignore"):  # of opposite infinities, as no answer of y's or P's has
+        return np.asarray(np.cumsum(steps, axis=1)[:, :num_steps])
 
 
 def answer_divergence(log_weight: np.ndarray) -> np.ndarray:

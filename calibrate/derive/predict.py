@@ -364,7 +364,9 @@ EXACT = 1e-6
 def is_bounded(tokens: PolicyTokens) -> bool:
     """Whether the ratio that weighs answers is known within bounds only at some token."""
     low, high = tokens.log_ratio
-    return bool(np.any(high - low > EXACT, where=high > low))
+    apart = np.zeros_like(low)  # and not where both are minus infinity, or unknown
+    np.subtract(high, low, out=apart, where=high > low)
+    return bool(np.any(apart > EXACT))
 
 
 def _exact(tokens: PolicyTokens) -> np.ndarray:
