@@ -90,7 +90,7 @@ class Study:
     request: DeriveRequest
     economics: Economics
     options: DeriveOptions
-    _gates: dict[str, tuple[Gate, float | None]] = field(default_factory=dict)
+    _gates: dict[str, tuple[Gate, tuple[float | None, bool]]] = field(default_factory=dict)
 
     @property
     def trace(self) -> Trace:
@@ -159,13 +159,14 @@ class Study:
         key = repr(policy)
         if key not in self._gates:
             atoms = policy_atoms(self.trace, replace(policy, cap=None))
+            certified = (policy.cap, policy.verifies_whole)  # what certificates look at beside
             alike = (
                 known
-                for known, cap in self._gates.values()
-                if cap == policy.cap and _same(known[0], atoms)
+                for known, other in self._gates.values()
+                if other == certified and _same(known[0], atoms)
             )
             found = next(alike, None) or (atoms, self._thresholds(policy, atoms))
-            self._gates[key] = found, policy.cap
+            self._gates[key] = found, certified
         return self._gates[key][0]
 
     def _thresholds(self, policy: GatedPolicy, atoms: SkipAtoms) -> list[DerivedThreshold]:

@@ -169,6 +169,20 @@ def test_capped_gates_are_points_of_their_own(run: Path) -> None:
     assert read_record(run, DerivationRecord, "capped") == record
 
 
+def test_answers_are_certified_where_their_law_is_known(run: Path) -> None:
+    """Policies share the thresholds of a gate, but not a certificate that is not theirs."""
+    request = DeriveRequest(
+        policies=("hlm", "u-hlm", "ask-llm"), risks=(0.9,), certify="answers", confidence=0.5
+    )
+    record = derive_run(run, request, "answers")
+    own, other = (points_of(record, name) for name in ("u-hlm", "ask-llm"))
+    assert own["ltt-0.9"].feasible
+    assert own["ltt-0.9"].weighting == "answers"
+    assert not other["ltt-0.9"].feasible
+    assert "accept/resample" in other["ltt-0.9"].reason
+    assert own["risk-0.9"].uncertainty_threshold == other["risk-0.9"].uncertainty_threshold
+
+
 def test_a_plan_is_of_the_runs_own_prompts_and_clock(run: Path) -> None:
     info = read_record(run, RunRecord)
     found = plan_run(run, (0.05, 0.2))
