@@ -43,6 +43,7 @@ from calibrate.run.records import (
     PlaneCell,
     PolicyInfo,
     PolicyPath,
+    PooledShift,
     Provenance,
     QualityRecord,
     QualityRow,
@@ -87,6 +88,11 @@ LABELS = {"slm": "device alone", "llm": "server alone", "cu-hlm-online": "CU-HLM
 BUDGETS = {"risk-0.01": 0.01, "risk-0.02": 0.02, "risk-0.05": 0.05}
 SKIP_ALL = "risk-prone"
 INFEASIBLE = "ltt-0.01"
+
+
+STEPS = Curve(
+    grid=(0.0, 16.0, 32.0), value=(0.01, 0.02, 0.03), low=(0.0, 0.01, 0.01), high=(0.02, 0.03, 0.05)
+)
 
 
 def fig(value: float, unit: str = "", width: float = 0.1) -> Figure:
@@ -332,7 +338,7 @@ def validation_record(derivation: DerivationRecord, **changes: Any) -> Validatio
             fixed = value == 0 or not own.score
             cells.append(
                 Cell(
-                    policy=own.policy, rule=own.rule, metric=metric, source="implied",
+                    policy=own.policy, rule=own.rule, metric=metric, source="counted",
                     predicted=predicted, measured=predicted if fixed else fig(off * value),
                     covered=fixed or off < 1.1, fixed=fixed,
                 )
@@ -353,13 +359,16 @@ def validation_record(derivation: DerivationRecord, **changes: Any) -> Validatio
             shift = Figure(value=move, low=move - 0.02, high=move + 0.02)
             shifts.append(
                 ContextShift(
-                    policy=own.policy, rule=own.rule, below_threshold=shift,
-                    risk_below_threshold=shift, score=shift, prompts_below_threshold=shift,
-                    prompts_risk=shift, num_prompts=6,
+                    policy=own.policy, rule=own.rule, below_threshold=shift, predicted=shift,
+                    risk=shift, score=shift, by_step=STEPS, num_references=2, num_prompts=6,
                 )
             )  # fmt: skip
     tested = [cell for cell in cells if not cell.fixed]
-    covered = sum(bool(cell.covered) for cell in cells)
+    move = Figure(value=0.02, low=0.01, high=0.03)
+    pooled = PooledShift(
+        below_threshold=move, p_value=0.01, predicted=move, by_step=STEPS, num_reruns=len(shifts),
+        num_prompts=6,
+    )  # fmt: skip
     inside = sum(bool(cell.covered) for cell in tested)
     counts = Coverage(covered=inside, total=len(tested), share=fig(inside / len(tested)))
     content: dict[str, Any] = {
@@ -367,9 +376,9 @@ def validation_record(derivation: DerivationRecord, **changes: Any) -> Validatio
         "order": "random", "prompt_ids": ("v1",), "confidence": CONFIDENCE, "num_prompts": 6,
         "num_calibration_prompts": NUM_PROMPTS, "num_tokens": 300 * len(reruns),
         "strata": "category", "reruns": tuple(reruns), "infeasible": (),
-        "context_shift": tuple(shifts), "cells": tuple(cells),
+        "context_shift": tuple(shifts), "pooled_shift": pooled, "cells": tuple(cells),
         "coverage": CoverageSummary(
-            covered=covered, total=len(cells), share=fig(covered / len(cells)), tested=counts,
+            **dict(counts),
             if_predictions_hold=Repeats(
                 num_repeats=1000, share=Figure(value=0.95, low=0.6, high=1.0),
                 probability_of_at_most=0.2, probability_of_at_least=0.85, widest_error=2.5,

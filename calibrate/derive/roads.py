@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from calibrate.fit.pilot import policy_of
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, RunRecord
 from calibrate.run.traces import Trace, pilot_paths, read_calibration_trace, read_trace
-from hlmtheory.clusters import RatioEstimate, mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, estimate_of, mean_over_tokens
 from hlmtheory.context_shift import on_own_road, parted_before
 from hlmtheory.policies import Policy
 
@@ -97,6 +98,17 @@ class Roads:
             return Prediction(server)
         pilot = predicted_tokens(self.pilot, policy)
         return Prediction(server, pilot, parted_share(server), self._pilot_parted, self._place)
+
+    def shift(self, policy: Policy, mean: Callable[[Trace], RatioEstimate]) -> RatioEstimate | None:
+        """What its own road changes of a mean over a trace; None without a pilot."""
+        if self.pilot is None:
+            return None
+        server, paired = mean(self.server), mean(self.server.of_prompts(self.pilot.prompt_ids))
+        parted = parted_share(predicted_tokens(self.server, policy))
+        moved = on_own_road(
+            server, mean(self.pilot), paired, parted, self._pilot_parted, self._place
+        )
+        return estimate_of(moved.value - server.value, moved.influence - server.influence)
 
 
 def parted_share(tokens: PolicyTokens) -> RatioEstimate:

@@ -40,6 +40,11 @@ class Curve(Record):
     low: tuple[float | None, ...]
     high: tuple[float | None, ...]
 
+    def figures(self) -> list[Figure]:
+        """Its points, one by one."""
+        parts = zip(self.value, self.low, self.high, strict=True)
+        return [Figure(value=value, low=low, high=high) for value, low, high in parts]
+
 
 class StageRecord(Record):
     """A file of its own: it says its schema and how it came to be."""
@@ -524,7 +529,7 @@ class Cell(Record):
     rule: str
     metric: str
     source: Literal["counted", "implied", "clock"]
-    """Counted token by token; implied by counts and given times; or read from a clock."""
+    """Counted token by token; implied by other counts and given times; or read from a clock."""
     predicted: Figure
     """Interval for the *rerun's* figure: calibration and rerun sampling both."""
     measured: Figure
@@ -552,13 +557,9 @@ class Repeats(Record):
     probability_of_as_wide: float
 
 
-class CoverageSummary(Record):
-    """All cells; those no policy fixes by itself; and these with prompts as independent draws."""
+class CoverageSummary(Coverage):
+    """Each distinct quantity once, none that a policy fixes; and with prompts as independent."""
 
-    covered: int
-    total: int
-    share: Figure
-    tested: Coverage
     if_predictions_hold: Repeats | None
     unstratified: Coverage
 
@@ -569,10 +570,27 @@ class ContextShift(Record):
     policy: str
     rule: str
     below_threshold: Figure
-    risk_below_threshold: Figure
+    """Share of tokens below the threshold, the skip rate where the score alone decides: on the
+    policy's own road, less that along the server's outputs."""
+    predicted: Figure
+    """The same, as the calibration's pilot says; no value without one."""
+    risk: Figure
     score: Figure
-    prompts_below_threshold: Figure
-    prompts_risk: Figure
+    by_step: Curve
+    """Of `below_threshold`, by the part of the answer that begins at each step."""
+    num_references: int
+    """Reruns whose outputs follow the server's law."""
+    num_prompts: int
+
+
+class PooledShift(Record):
+    """The mean shift of all gated reruns, and one test of it; docs/theory.md, (37)."""
+
+    below_threshold: Figure
+    p_value: float | None
+    predicted: Figure
+    by_step: Curve
+    num_reruns: int
     num_prompts: int
 
 
@@ -604,6 +622,7 @@ class ValidationRecord(StageRecord):
     reruns: tuple[RerunInfo, ...]
     infeasible: tuple[Infeasible, ...]
     context_shift: tuple[ContextShift, ...]
+    pooled_shift: PooledShift | None
     cells: tuple[Cell, ...]
     coverage: CoverageSummary
 

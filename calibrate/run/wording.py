@@ -11,16 +11,15 @@ from calibrate.run.records import ValidationRecord
 def coverage_text(validation: ValidationRecord) -> str:
     """What validation.json says of its coverage, in sentences."""
     summary, confidence = validation.coverage, validation.confidence
-    tested, hold = summary.tested, summary.if_predictions_hold
+    hold = summary.if_predictions_hold
     text = (
-        f"{summary.covered} of {summary.total} measured figures fall inside their "
-        f"{confidence:.0%} prediction intervals; of the {tested.total} "
-        f"that a policy does not fix by itself, {tested.covered}"
+        f"{summary.covered} of {summary.total} counted figures fall inside their "
+        f"{confidence:.0%} prediction intervals"
     )
     if hold:
         low, high = (_percent(end) for end in (hold.share.low, hold.share.high))
         text += (
-            f" = {100 * tested.covered / tested.total:.1f} %. They share prompts: "
+            f" = {100 * summary.covered / summary.total:.1f} %. They share prompts: "
             f"predictions that hold would cover {low} to {high} % of them in "
             f"{100 * confidence:g} of 100 repeats, "
             f"and as few with probability {number_text(hold.probability_of_at_most, 2)}; "

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrate.run.figure import excludes_zero, number_text, scaled
+from calibrate.run.figure import number_text, scaled
 from calibrate.run.records import (
     AttenuationRecord,
     CalibrationRecord,
     Certificate,
     DerivationRecord,
+    Figure,
     GuaranteesRecord,
     MonitorRecord,
     PlanRecord,
@@ -250,19 +251,29 @@ def print_validation(result: ValidationRecord) -> None:
     for point in result.infeasible:
         page.say(f"  not rerun: {point.policy}/{point.rule}: {point.reason}")
     page.say(f"covered: {coverage_text(result)}")
-    moved = [one for one in result.context_shift if excludes_zero(one.below_threshold)]
-    if result.context_shift:
-        page.say(
-            "  contexts: beside the outputs of lossless decoding on the same prompts, "
-            f"{len(moved)} of {len(result.context_shift)} reruns have another share of tokens "
-            f"below their threshold ({1 - result.confidence:.0%} would by chance)"
-        )
-        for one in moved:
-            points = number_text(scaled(one.below_threshold, 100), decimals=1)
-            page.say(f"    {one.policy}/{one.rule}: {points} points")
-    else:
-        page.say("  contexts: their shift is measured beside a rerun of a lossless policy")
+    _say_shift(page, result)
     page.say()
+
+
+def _say_shift(page: Page, result: ValidationRecord) -> None:
+    pooled = result.pooled_shift
+    if pooled is None:
+        page.say("  contexts: their shift is measured beside a rerun of a lossless policy")
+        return
+    said = "" if pooled.predicted.value is None else f", {_points(pooled.predicted)} as predicted"
+    chance = "" if pooled.p_value is None else f"; no shift: p = {pooled.p_value:.2g}"
+    page.say(
+        f"  contexts: on their own road the {pooled.num_reruns} gated reruns have "
+        f"{_points(pooled.below_threshold)} points more tokens below their threshold than along "
+        f"the server's outputs{said}{chance}"
+    )
+    parts = [_points(part) for part in pooled.by_step.figures()]
+    places = [f"token {start:.0f}" for start in pooled.by_step.grid]
+    page.table(("from", ">points"), list(zip(places, parts, strict=True)))
+
+
+def _points(number: Figure) -> str:
+    return number_text(scaled(number, 100), decimals=1)
 
 
 def print_guarantees(result: GuaranteesRecord) -> None:

@@ -147,7 +147,7 @@ def compare(
         one.mean(lambda tokens: metrics(tokens, economics)) for one in seen
     )
     strata = common_strata(roads.server.categories, rerun.categories)
-    out = []
+    out: list[Comparison] = []
     for metric in METRICS:
         predicted, found = point.predicted[metric], measured[metric]
         value = predicted.value
@@ -161,7 +161,7 @@ def compare(
             policy=point.policy,
             rule=point.rule,
             metric=metric,
-            source=SOURCES[metric],
+            source="implied" if _is_said(error, out) else SOURCES[metric],
             predicted=figure(value, low, high, UNITS[metric]),
             measured=as_figure(found, UNITS[metric], confidence),
             covered=covered,
@@ -210,21 +210,30 @@ def _judge(
 
 
 def coverage(comparisons: Sequence[Comparison], confidence: float) -> CoverageSummary:
-    """Covered cells out of all, and how many should be if the predictions hold.
+    """Covered cells out of those that say something of their own, and how many should be.
 
-    `tested` leaves out the figures that a policy fixes by itself, whose comparison is arithmetic.
-    The exact binomial interval of a share takes cells as independent, which those of one set of
-    prompts are not; `if_predictions_hold` does not: see :func:`repeats`. `unstratified` counts the
-    tested cells with prompts taken as independent draws of one population.
+    Left out are figures that a policy fixes by itself, whose comparison is arithmetic, and those
+    that others imply. The exact binomial interval of a share takes cells as independent, which
+    those of one set of prompts are not; `if_predictions_hold` does not: see :func:`repeats`.
+    `unstratified` counts with prompts taken as independent draws of one population.
     """
-    tested = [one for one in comparisons if not one.cell.fixed]
-    everything = _share([one.cell.covered for one in comparisons], confidence)
+    tested = [one for one in comparisons if not one.cell.fixed and one.cell.source == "counted"]
     return CoverageSummary(
-        **dict(everything),
-        tested=_share([one.cell.covered for one in tested], confidence),
+        **dict(_share([one.cell.covered for one in tested], confidence)),
         if_predictions_hold=repeats(tested, confidence),
         unstratified=_share([one.covered_unstratified for one in tested], confidence),
     )
+
+
+def _is_said(error: ErrorTerms | None, counted: Sequence[Comparison]) -> bool:
+    """Whether an error is a multiple of one that was counted: the same figure in another unit."""
+    for one in counted:
+        if error is None or one.error is None:
+            continue
+        lengths = error.standard_error * one.error.standard_error
+        if lengths > 0 and abs(error.terms @ one.error.terms) >= (1 - 1e-9) * lengths:
+            return True
+    return False
 
 
 def _share(covered: Sequence[bool | None], confidence: float) -> Coverage:

@@ -333,7 +333,7 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     from calibrate.derive.predict import economics_of, measured_tokens
     from calibrate.derive.roads import read_roads
     from calibrate.validate.comparison import Comparison, common_strata, compare, coverage
-    from calibrate.validate.context_shift import context_shift, is_reference
+    from calibrate.validate.context_shift import context_shift, is_reference, pooled_shift
 
     derivation, confidence = plan.derivation, plan.derivation.confidence
     economics = economics_of(derivation)
@@ -341,15 +341,18 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     calibration = roads.server
     compared: list[Comparison] = []
     reruns, shifts = [], []
-    follows = [point for point in plan.points if is_reference(plan.policies[point.key])]
-    reference = plan.trace(follows[0]) if follows else None
+    judged: set[Path] = set()  # reruns that two points share count once
+    references = [
+        plan.trace(point) for point in plan.points if is_reference(plan.policies[point.key])
+    ]
     for point in plan.points:
         policy = plan.policies[point.key]
         trace = plan.trace(point)
         compared += compare(point, policy, roads, trace, economics, confidence)
-        if reference is not None:
-            shift = context_shift(point, policy, calibration, trace, reference, confidence)
-            shifts += [] if shift is None else [shift]
+        shift = context_shift(point, policy, roads, trace, references, confidence)
+        if shift is not None and plan.paths[point.key] not in judged:
+            shifts.append(shift)
+            judged.add(plan.paths[point.key])
         tokens = measured_tokens(trace, policy)
         reruns.append(_rerun_info(point, plan.paths[point.key].name, tokens, economics, derivation))
     strata = common_strata(calibration.categories, [prompt.category for prompt in plan.prompts])
@@ -367,7 +370,8 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
         strata="category" if strata else None,
         reruns=tuple(reruns),
         infeasible=plan.infeasible,
-        context_shift=tuple(shifts),
+        context_shift=tuple(shift.record for shift in shifts),
+        pooled_shift=pooled_shift(shifts, roads, references[0], confidence) if shifts else None,
         cells=tuple(one.cell for one in compared),
         coverage=coverage(compared, confidence),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.run.figure import excludes_zero
+from calibrate.run.figure import excludes_zero, number_text, scaled
 from calibrate.run.records import ContextShift, ValidationRecord
 from calibrate.run.records import Figure as Number
 from paper_figs import style
@@ -13,12 +15,7 @@ from paper_figs.loaded import LoadedRun
 
 QUESTION = "Do skipped tokens lead a policy into other contexts than the server's?"
 NEEDS, LACKS = "validation", "no rerun has contexts that could differ from the server's"
-PANELS = {
-    "below_threshold": ("tokens below\nthe threshold", 100.0, "points"),
-    "risk_below_threshold": ("rejection risk\nof those tokens", 100.0, "points"),
-    "score": ("", 1.0, ""),
-}
-"""Title, scale and unit; those of a score are its own."""
+PANELS = {"below_threshold": "tokens below\nthe threshold", "risk": "risk of\nthose tokens"}
 
 
 def shift_rows(loaded: LoadedRun) -> list[ContextShift]:
@@ -32,54 +29,73 @@ def _varies(number: Number) -> bool:
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
-    """One row a rerun: what its contexts are like, less what those of the server's law are."""
+    """One row a rerun, measured and as the pilot says; and all of them along the answer."""
     rows = shift_rows(loaded)
     if loaded.validation is None or not rows:
         return None
-    drawn, axes = style.new_figure(1, len(PANELS), 1.0 + 0.19 * len(rows), share_y=True)
+    drawn, axes = style.new_figure(1, 3, max(2.2, 1.0 + 0.19 * len(rows)))
     height = np.arange(len(rows))
-    for axis, (key, (label, scale, unit)), letter in zip(
-        axes[0], PANELS.items(), "abc", strict=True
-    ):
-        numbers = [getattr(row, key) for row in rows]
-        found = style.parts(numbers, scale)
-        outside = np.array([excludes_zero(number) for number in numbers])
+    for axis, (key, label), letter in zip(axes[0], PANELS.items(), "ab", strict=False):
         axis.axvline(0, color="#9a9a9a", linewidth=0.8)
-        for chosen, color, marker in (
-            (~outside, style.BLUE, "o"),
-            (outside, style.VERMILLION, "X"),
-        ):
-            if chosen.any():
-                axis.errorbar(
-                    found[0, chosen], height[chosen], xerr=style.error_lengths(found[:, chosen]),
-                    fmt=marker, color=color, markersize=4.5, elinewidth=1.0,
-                )  # fmt: skip
-        if key == "score":
-            label = f"mean of\n{_score(loaded)}"
-        axis.set_xlabel(f"change ({unit or numbers[0].unit or 'dimensionless'})")
+        _draw_rows(axis, [getattr(row, key) for row in rows], height)
+        axis.set_xlabel("change (points)")
         axis.grid(visible=False, axis="y")
+        axis.set_yticks(height, [f"{row.policy}/{row.rule}" for row in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
         style.panel_letter(axis, letter, label)
-    axes[0, 0].set_yticks(height, [f"{row.policy}/{row.rule}" for row in rows])
-    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0, 1].sharey(axes[0, 0])
+    axes[0, 1].tick_params(labelleft=False)
     axes[0, 0].set_ylabel("policy")
+    said = [row.predicted.value for row in rows]
+    if all(value is not None for value in said):
+        axes[0, 0].plot(
+            100 * np.array(said, dtype=float), height, linestyle="none", marker="D", markersize=3.5,
+            markerfacecolor="white", markeredgecolor="#333333",
+        )  # fmt: skip
+    _draw_steps(axes[0, 2], loaded.validation)
     return style.finish(drawn, QUESTION, _caption(loaded, loaded.validation, rows))
 
 
-def _score(loaded: LoadedRun) -> str:
-    derived = loaded.derivation
-    return "the score" if derived is None else loaded.score_label(derived.request.score)
+def _draw_rows(axis: Any, numbers: list[Number], height: np.ndarray) -> None:
+    found = style.parts(numbers, 100.0)
+    outside = np.array([excludes_zero(number) for number in numbers])
+    for chosen, color, marker in ((~outside, style.BLUE, "o"), (outside, style.VERMILLION, "X")):
+        if chosen.any():
+            axis.errorbar(
+                found[0, chosen], height[chosen], xerr=style.error_lengths(found[:, chosen]),
+                fmt=marker, color=color, markersize=4.5, elinewidth=1.0,
+            )  # fmt: skip
+
+
+def _draw_steps(axis: Any, validation: ValidationRecord) -> None:
+    """The mean shift of all reruns, by the part of the answer."""
+    pooled = validation.pooled_shift
+    axis.axhline(0, color="#9a9a9a", linewidth=0.8)
+    if pooled is not None:
+        found = style.parts(pooled.by_step.figures(), 100.0)
+        axis.errorbar(
+            pooled.by_step.grid, found[0], yerr=style.error_lengths(found),
+            fmt="o-", color=style.BLUE, markersize=4.5, elinewidth=1.0,
+        )  # fmt: skip
+    axis.set_xlabel("from (token)")
+    axis.set_ylabel("change (points)")
+    style.panel_letter(axis, "c", "(a), along\nthe answer")
 
 
 def _caption(loaded: LoadedRun, validation: ValidationRecord, rows: list[ContextShift]) -> str:
     away = [sum(excludes_zero(getattr(row, key)) for row in rows) for key in PANELS]
+    pooled = validation.pooled_shift
+    test = ""
+    if pooled is not None and pooled.p_value is not None:
+        mean = number_text(scaled(pooled.below_threshold, 100), 2)
+        test = f" Mean of all {pooled.num_reruns}: {mean} points, p = {pooled.p_value:.2g}."
     return (
-        f"{loaded.sample} {loaded.validation_sample} Each rerun's figure at its threshold, less "
-        "that of the same threshold along a rerun whose outputs follow the server's law, as those "
-        "of the calibration do; (a, b) in percentage points; docs/theory.md (37). Where the score "
-        f"({_score(loaded)}) alone decides, (a) is the skip rate and (b) the risk "
-        f"taken. Bars: {validation.confidence:.0%} intervals, paired and clustered by prompt"
-        f"{', prompts by category' if validation.strata else ''}. Crosses: 0 is outside; of "
-        f"{len(rows)} reruns (a) {away[0]}, (b) {away[1]}, (c) {away[2]}. All reruns share "
-        "prompts, random numbers and the rerun they are held against, so their bars move "
-        "together, and one in twenty leaves 0 by chance."
+        f"{loaded.sample} {loaded.validation_sample} Tokens below each policy's threshold (where "
+        "the score alone decides, those that it skips) on its own road, less those of the same "
+        "threshold along outputs that follow the server's law, the mean of "
+        f"{max(row.num_references for row in rows)} reruns of them on the same prompts; in "
+        f"percentage points; docs/theory.md (37). Bars: {validation.confidence:.0%} intervals, "
+        f"paired and clustered by prompt{', prompts by category' if validation.strata else ''}. "
+        f"Crosses: 0 is outside; of {len(rows)} reruns (a) {away[0]}, (b) {away[1]}. Diamonds: the "
+        f"shift that predictions count with, from the calibration's pilot.{test}"
     )

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from calibrate.run.figure import NO_VALUE, excludes_zero, number_text, scaled
+from calibrate.run.figure import NO_VALUE, number_text, scaled
 from calibrate.run.folder import write_text
-from calibrate.run.records import ContextShift, Figure, GuaranteeRow, ValidationRecord
+from calibrate.run.records import Figure, GuaranteeRow, ValidationRecord
 from calibrate.run.resources import data_path
 from paper_figs.draw import figures, save
 from paper_figs.loaded import LoadedRun, load_run
@@ -78,7 +78,7 @@ def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
         return "**2. Predictions against reruns.** None of the shipped runs was rerun yet."
     rows = []
     for loaded, validation in runs:
-        tested, hold = validation.coverage.tested, validation.coverage.if_predictions_hold
+        tested, hold = validation.coverage, validation.coverage.if_predictions_hold
         row = [loaded.run.name, str(validation.num_prompts), f"{validation.num_tokens:,}",
                f"{tested.covered} of {tested.total}"]  # fmt: skip
         if hold is None or hold.share.low is None or hold.share.high is None:
@@ -96,9 +96,10 @@ def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
     return (
         "**2. Predictions against reruns.** Every policy at derived settings, decoded again on "
         "prompts and random numbers that the derivation has not seen; a cell is one figure of one "
-        f"rerun, held to its {level} % interval. Cells that a policy fixes by itself are "
-        "left out. Intervals take prompts by category, of which calibration and reruns have the "
-        "same mix; taken as independent draws they are wider (last column). The cells of a run "
+        f"rerun, held to its {level} % interval. Cells that a policy fixes by itself, "
+        "or that others imply, are left out. Intervals take prompts by category, of which "
+        "calibration and reruns have the same mix; taken as independent draws they are wider "
+        "(last column). The cells of a run "
         'share their prompts and many say nearly the same, so a count is a weak witness: "to '
         f'expect" is where {level} % of the counts would lie if the predictions held, "as few" how '
         "often one would be as small. The runs share their validation prompts, so they are not "
@@ -110,56 +111,33 @@ def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
 
 
 def _context_shift(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
-    """What did not hold: the reruns with cells outside, and what their skip rates are off by."""
+    """What did not hold, and how far policies leave the contexts that predictions start from."""
     rows = []
     for loaded, validation in runs:
-        outside = [cell for cell in validation.cells if cell.covered is False]
-        missed = {(c.policy, c.rule) for c in outside if c.metric == "skip_rate"}
-        # A second condition beside the score makes the skip rate another share.
-        alone = {(p.policy, p.rule) for p in loaded.points if loaded.on_curve(p)}
-        split = [
-            one for one in validation.context_shift if (one.policy, one.rule) in missed & alone
-        ]
-        parts = [
-            sum(100 * float(getattr(one, key).value or 0.0) for one in split) / len(split)
-            for key in ("below_threshold", "prompts_below_threshold")
-            if split
-        ]
-        others = ", ".join(f"`{name}`" for name in sorted({policy for policy, _ in missed}))
-        moving = [one for one in validation.context_shift if _clearness(one) > 0]
-        away = [one for one in moving if excludes_zero(one.below_threshold)]
-        clearest = max(moving, key=_clearness, default=None)
-        counts = Counter(cell.policy for cell in outside)
-        rows.append([
-            loaded.run.name,
-            ", ".join(f"`{name}` {count}" for name, count in counts.items()) or "none",
-            " and ".join(f"{part:+.1f}" for part in parts)
-            or (f"{others} only, not split" if missed else "none missed"),
-            f"{len(away)} of {len(moving)}",
-            NO_VALUE if clearest is None else f"`{clearest.policy}/{clearest.rule}`: "
-            f"{number_text(scaled(clearest.below_threshold, 100), 2)}",
-        ])  # fmt: skip
-    titles = ["run", "outside", "shift and prompts, where missed", "shifted", "clearest shift"]
+        counts = Counter(cell.policy for cell in validation.cells if cell.covered is False)
+        pooled = validation.pooled_shift
+        told = [NO_VALUE] * 4
+        if pooled is not None:
+            last = pooled.by_step.value[-1]
+            told = [
+                number_text(scaled(pooled.below_threshold, 100), 2),
+                NO_VALUE if pooled.p_value is None else f"{pooled.p_value:.2g}",
+                number_text(scaled(pooled.predicted, 100), 2),
+                NO_VALUE if last is None else f"{100 * last:+.1f}",
+            ]
+        outside = ", ".join(f"`{name}` {count}" for name, count in counts.items()) or "none"
+        rows.append([loaded.run.name, outside, *told])
+    titles = ["run", "outside", "shift", "no shift: p", "shift, as predicted", "in the last part"]
     return (
-        "What did not hold. Predictions are made along the server's outputs, and a policy leads "
-        "itself elsewhere; so measured less predicted is the sum of that shift, against a rerun "
-        "with the server's own law on the same prompts, and of what these prompts differ in from "
-        "the calibration's. The table has the cells outside by policy; the mean of both parts in "
-        "the skip rates that missed, where the score alone decides; the reruns whose share of "
-        "tokens below their threshold shifted by more than its interval (one in twenty does by "
-        "chance, and all are held against one rerun); and the clearest of these shifts. In "
-        f"percentage points.\n\n{_table(titles, rows)}\n\n"
+        "A policy leads itself into other contexts than the server's outputs would. The table has "
+        "the cells outside by policy; the mean change, over all gated reruns, of the share of "
+        "tokens below the threshold, in percentage points, against the mean of the reruns that "
+        "follow the server's law on the same prompts; the one test of it; what the calibration's "
+        "pilot said it would be, which "
+        "is in every prediction above; and the change in the last quarter of the answers.\n\n"
+        f"{_table(titles, rows)}\n\n"
         + _figure("context_shift", "change of contexts in every rerun, paired by prompt")
     )
-
-
-def _clearness(shift: ContextShift) -> float:
-    """Shift of the share below the threshold in half-widths of its interval; 0 without one."""
-    number = shift.below_threshold
-    if number.value is None or number.low is None or number.high is None:
-        return 0.0
-    width = (number.high - number.low) / 2
-    return abs(number.value) / width if width > 0 else 0.0
 
 
 def _payload(loaded: LoadedRun) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import paper_records
 import pytest
 
+from calibrate.run.figure import NO_VALUE, number_text
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, Figure, RunRecord
 from calibrate.run.resources import data_path
@@ -67,18 +68,15 @@ def test_a_policy_that_was_not_rerun_says_so(loaded: LoadedRun) -> None:
     assert rows["r-hlm"][-1] == "reruns"
 
 
-def test_misses_are_split_where_the_score_alone_decides(loaded: LoadedRun) -> None:
+def test_the_shift_and_what_missed_stand_beside_one_another(loaded: LoadedRun) -> None:
     assert loaded.validation is not None
     text = findings([loaded], loaded, loaded)
-    assert "| RUN | `cu-hlm-online` 24 | +5.0 and +5.0 | 3 of 15 |" in text
-    cells = tuple(
-        cell.model_copy(update={"covered": cell.policy != "ui-hlm"}) for cell in loaded.cells
-    )
-    other = replace(loaded, validation=loaded.validation.model_copy(update={"cells": cells}))
-    assert "| `ui-hlm` only, not split |" in findings([other], other, other)
+    points = number_text(Figure(value=2, low=1, high=3), 2)
+    assert f"| RUN | `cu-hlm-online` 24 | {points} | 0.01 | {points} | +3.0 |" in text
     good = tuple(cell.model_copy(update={"covered": True}) for cell in loaded.cells)
-    fine = replace(loaded, validation=loaded.validation.model_copy(update={"cells": good}))
-    assert "| RUN | none | none missed |" in findings([fine], fine, fine)
+    changes = {"cells": good, "pooled_shift": None}
+    fine = replace(loaded, validation=loaded.validation.model_copy(update=changes))
+    assert "| RUN | none" + f" | {NO_VALUE}" * 4 + " |" in findings([fine], fine, fine)
 
 
 def test_findings_of_runs_that_lack_parts(loaded: LoadedRun) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from calibrate.derive.roads import Roads
 from calibrate.run.figure import figure
 from calibrate.run.records import Cell, Figure, OperatingPoint
 from calibrate.run.traces import Trace
 from calibrate.validate.comparison import (
     NUM_REPEATS,
     Comparison,
+    _is_said,
     common_strata,
+    coverage,
     difference_error,
     prediction_interval,
     repeats,
     stratum_numbers,
 )
-from calibrate.validate.context_shift import context_shift, is_reference
+from calibrate.validate.context_shift import (
+    Shift,
+    context_shift,
+    is_reference,
+    pooled_shift,
+)
 from hlmtheory.clusters import ErrorTerms, error_terms, mean_over_tokens, prediction_error
 from hlmtheory.policies import Policy, policy_class, policy_from_settings
 from hlmtheory.steps import Axes
@@ -256,9 +266,10 @@ def trace(uncertainty: np.ndarray, categories: tuple[str, ...] = ()) -> Trace:
     columns = {
         "uncertainty": uncertainty.ravel(),
         "rejection_prob": uncertainty.ravel() / 2,
+        "step": np.tile(np.arange(steps), num),
         "prompt_index": np.repeat(np.arange(num), steps),
     }
-    return Trace(columns, [f"p{i}" for i in range(num)], Axes(100), categories)
+    return Trace(columns, [f"p{i:02d}" for i in range(num)], Axes(100), categories)
 
 
 def point(policy: str) -> OperatingPoint:
@@ -270,18 +281,10 @@ def point(policy: str) -> OperatingPoint:
     )  # fmt: skip
 
 
-def shift_of(cal: Trace, own: Trace, base: Trace, policy: str = "u-hlm"):
+def shift_of(cal: Trace, own: Trace, *base: Trace, policy: str = "u-hlm"):
     ran = policy_from_settings(policy, {}, 0.5)
-    return context_shift(point(policy), ran, cal, own, base, 0.95)
-
-
-def difference(first: np.ndarray, second: np.ndarray) -> Figure:
-    """Interval of (36) for the mean of `second` less that of `first`, one value a prompt."""
-    sides = [mean_over_tokens(x, np.arange(len(x)), len(x)) for x in (first, second)]
-    error = difference_error(sides[0].influence, sides[0].influence, sides[1].influence, None)
-    half = stats.t.ppf(0.975, error.freedom) * error.standard_error
-    value = sides[1].value - sides[0].value
-    return figure(value, value - half, value + half)
+    found = context_shift(point(policy), ran, Roads(cal), own, base, 0.95)
+    return None if found is None else found.record
 
 
 def test_shift_of_contexts_is_the_paired_difference(rng):
@@ -296,14 +299,14 @@ def test_shift_of_contexts_is_the_paired_difference(rng):
     under = (own <= 0.5).mean() - (base <= 0.5).mean()
     assert shift.below_threshold.value == pytest.approx(under, abs=1e-12)
     risk = (own / 2 * (own <= 0.5)).mean() - (base / 2 * (base <= 0.5)).mean()
-    assert shift.risk_below_threshold.value == pytest.approx(risk, abs=1e-12)
+    assert shift.risk.value == pytest.approx(risk, abs=1e-12)
 
 
 def test_the_same_outputs_shift_nothing(rng):
     same = trace(rng.uniform(size=(12, 4)), ("a", "b") * 6)
     shift = shift_of(same, same, same)
     assert shift is not None
-    for found in (shift.below_threshold, shift.risk_below_threshold, shift.score):
+    for found in (shift.below_threshold, shift.risk, shift.score):
         assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
@@ -320,40 +323,90 @@ def test_what_categories_differ_in_is_no_error_of_a_shift(rng):
     assert strict.score.value == loose.score.value == pytest.approx(0.2)
 
 
-def test_shift_and_prompts_add_up_to_measured_less_predicted(rng):
-    """Other prompts, and a different number of them; the second term is a two-sample t interval."""
-    cal, base = trace(rng.uniform(size=(30, 4))), trace(rng.uniform(size=(20, 4)))
-    own = trace(np.clip(rng.uniform(size=(20, 4)) - 0.1, 0, 1))
-    shift = shift_of(cal, own, base)
-    assert shift is not None
-    shares = [one["uncertainty"].reshape(-1, 4) <= 0.5 for one in (cal, own, base)]
-    measured_less_predicted = shares[1].mean() - shares[0].mean()
-    total = shift.below_threshold.value + shift.prompts_below_threshold.value
-    assert total == pytest.approx(measured_less_predicted, abs=1e-12)
-    expected, found = (
-        difference(shares[0].mean(1), shares[2].mean(1)),
-        shift.prompts_below_threshold,
+def test_the_reference_is_the_mean_of_all_that_follow_the_server(rng):
+    """Against two references of the same prompts: paired with their mean, prompt by prompt."""
+    first, second = (rng.uniform(size=(40, 8)) for _ in range(2))
+    own = np.clip(first - 0.1, 0, 1)
+    shift = shift_of(trace(first), trace(own), trace(first), trace(second))
+    by_prompt = [(one <= 0.5).mean(1) for one in (own, first, second)]
+    change = by_prompt[0] - (by_prompt[1] + by_prompt[2]) / 2
+    test = stats.ttest_1samp(change, 0.0).confidence_interval(0.95)
+    assert shift.below_threshold.value == pytest.approx(change.mean(), abs=1e-12)
+    found = (shift.below_threshold.low, shift.below_threshold.high)
+    assert found == pytest.approx((test.low, test.high))
+    assert shift.num_references == 2
+    # By quarters of the answer: two steps each.
+    assert shift.by_step.grid == (0, 2, 4, 6)
+    parts = [(one <= 0.5).reshape(40, 4, 2).mean((0, 2)) for one in (own, first, second)]
+    expected = parts[0] - (parts[1] + parts[2]) / 2
+    assert shift.by_step.value == pytest.approx(expected, abs=1e-12)
+
+
+def shifts(cal: Trace, base: list[Trace], *owns: np.ndarray) -> list[Shift]:
+    ran = policy_from_settings("u-hlm", {}, 0.5)
+    found = [context_shift(point("u-hlm"), ran, Roads(cal), trace(own), base, 0.95) for own in owns]
+    return [one for one in found if one is not None]
+
+
+def test_one_test_of_all_reruns_takes_a_prompts_part_in_them_as_one_term(rng):
+    """Ten reruns that say the same are one: no sharper than that one alone."""
+    base = rng.uniform(size=(30, 4))
+    moved, other, cal = np.clip(base - 0.05, 0, 1), rng.uniform(size=(30, 4)), trace(base)
+    alone = pooled_shift(shifts(cal, [cal], moved), Roads(cal), cal, 0.95)
+    ten = pooled_shift(shifts(cal, [cal], *[moved] * 10), Roads(cal), cal, 0.95)
+    assert ten.below_threshold.value == pytest.approx(alone.below_threshold.value, abs=1e-12)
+    assert ten.below_threshold.high == pytest.approx(alone.below_threshold.high, abs=1e-12)
+    assert ten.p_value == pytest.approx(alone.p_value)
+    change = [(one <= 0.5).mean(1) - (base <= 0.5).mean(1) for one in (moved, other)]
+    both = pooled_shift(shifts(cal, [cal], moved, other), Roads(cal), cal, 0.95)
+    expected = stats.ttest_1samp(np.mean(change, axis=0), 0.0)
+    assert both.p_value == pytest.approx(expected.pvalue)
+    assert both.below_threshold.value == pytest.approx(np.mean(change), abs=1e-12)
+    assert pooled_shift([], Roads(cal), cal, 0.95) is None
+
+
+def test_under_no_shift_the_pooled_test_rings_as_often_as_it_says(rng):
+    """500 sets of three dependent reruns of one law: 5 % of the p-values below 0.05."""
+    low = 0
+    for _ in range(500):
+        level = rng.uniform(-0.2, 0.2, size=(12, 1))
+        draws = [np.clip(rng.uniform(size=(12, 5)) + level, 0, 1) for _ in range(5)]
+        base = [trace(one) for one in draws[:2]]
+        found = shifts(base[0], base, *draws[2:])
+        low += pooled_shift(found, Roads(base[0]), base[0], 0.95).p_value < 0.05
+    least, most = stats.binom.interval(0.9999, 500, 0.05)
+    assert least <= low <= most
+
+
+def test_a_figure_said_in_two_units_is_counted_once(rng):
+    terms = rng.normal(size=20)
+    counted = [comparison(terms, 0.1)]
+    assert _is_said(ErrorTerms(-3e4 * terms, 20, 18), counted)
+    assert not _is_said(ErrorTerms(terms + 0.01 * rng.normal(size=20), 20, 18), counted)
+    assert not _is_said(ErrorTerms(np.zeros(20), 20, 18), counted)
+    assert not _is_said(None, counted)
+    cells = [comparison(terms, 0.1), comparison(terms, 9.0)]
+    implied = dataclasses.replace(
+        cells[1], cell=cells[1].cell.model_copy(update={"source": "implied"})
     )
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    risks = [np.where(s, one["rejection_prob"].reshape(-1, 4), 0).mean()
-             for s, one in zip(shares, (cal, own, base), strict=True)]  # fmt: skip
-    assert shift.risk_below_threshold.value + shift.prompts_risk.value == pytest.approx(
-        risks[1] - risks[0], abs=1e-12
-    )
+    assert (coverage(cells, 0.95).covered, coverage(cells, 0.95).total) == (1, 2)
+    assert coverage([cells[0], implied], 0.95).total == 1
 
 
 def test_shift_is_of_thresholds_and_of_the_same_prompts(rng):
     base = trace(rng.uniform(size=(5, 4)))
-    assert shift_of(base, base, base, "slm") is None
-    assert shift_of(base, base, base, "hlm") is None
+    assert shift_of(base, base, base, policy="slm") is None
+    assert shift_of(base, base, base, policy="hlm") is None
     others = Trace(base.columns, [f"q{i}" for i in range(5)], base.axes)
     assert shift_of(base, base, others) is None
+    assert shift_of(base, base) is None
+    assert shift_of(base, base, others, base).num_references == 1
 
 
-def test_the_reference_drafts_on_the_device_and_follows_the_server():
+def test_a_reference_follows_the_server():
     def reference(name: str) -> bool:
         policy: type[Policy] = policy_class(name)
         return is_reference(policy_from_settings(name, {}, 0.5 if policy.gated else None))
 
     names = ("slm", "llm", "hlm", "u-hlm", "r-hlm")
-    assert [name for name in names if reference(name)] == ["hlm"]
+    assert [name for name in names if reference(name)] == ["llm", "hlm"]
