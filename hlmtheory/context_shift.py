@@ -1,4 +1,4 @@
-"""What a policy's own outputs do to the contexts that follow: a pilot's shift, scaled; (50)."""
+"""What a policy's own outputs do to the contexts that follow: a pilot's shift, scaled; (60)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def on_own_road(
     pilot_parted: RatioEstimate,
     place: np.ndarray,
 ) -> RatioEstimate:
-    r"""A mean over a policy's own contexts from the server's and a pilot's; docs/theory.md, (50).
+    r"""A mean over a policy's own contexts from the server's and a pilot's; docs/theory.md, (60).
 
     .. math:: \hat\theta = \hat\theta_{server} + \frac{q}{q_0}
               \left(\hat\theta_{pilot} - \hat\theta_{paired}\right)

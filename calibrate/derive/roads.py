@@ -1,4 +1,4 @@
-"""Predictions on a policy's own road: the server's contexts, moved as a pilot was; (50)."""
+"""Predictions on a policy's own road: the server's contexts, moved as a pilot was; (60)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hlmtheory.policies import Policy
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a policy is expected to do on its own road; docs/theory.md, (50).
+    """What a policy is expected to do on its own road; docs/theory.md, (60).
 
     Attributes
     ----------

@@ -2,7 +2,7 @@
 
 Predictions read contexts that follow the server; a policy's own outputs lead it to others. With the
 same random numbers on the same prompts, the difference between both roads is measured prompt by
-prompt, and carried over to other policies: docs/theory.md, (50).
+prompt, and carried over to other policies: docs/theory.md, (60).
 """
 
 from __future__ import annotations
