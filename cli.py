@@ -316,8 +316,12 @@ def calibrate(
         run=output_path,
         resume=resume,
     )
+    from calibrate.run.wording import busy_text
+    from calibrate.terminal.progress import say
     from calibrate.terminal.tables import print_calibration
 
+    if busy := busy_text(summary.timings):
+        say(busy)
     _show(summary, as_json, print_calibration, output_path)
 
 
@@ -482,9 +486,10 @@ def derive(
     _one_of("--certify", certify, "prompts", "tokens", "answers")
     from calibrate.derive.certify import parse_cap
     from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
-    from calibrate.run.folder import check_name
+    from calibrate.run.folder import check_name, read_record
     from calibrate.run.lock import locked
-    from calibrate.run.records import DeriveRequest
+    from calibrate.run.records import CalibrationRecord, DeriveRequest
+    from calibrate.run.wording import busy_text
     from calibrate.terminal.progress import say
     from calibrate.terminal.tables import print_operating_points
 
@@ -512,6 +517,10 @@ def derive(
         if note:
             say(note)
         derivation = derive_run(run, request, name, replace, COMMAND)
+        if profile == "measured" and (
+            busy := busy_text(read_record(run, CalibrationRecord).timings)
+        ):
+            say(busy)
     _show(derivation, as_json, print_operating_points)
 
 

@@ -42,6 +42,7 @@ def made_up_trace(num_tokens: int, num_prompts: int, seed: int = 0) -> Trace:
     u = np.clip(rng.beta(0.5, 0.9, num_tokens) + 0.05 * rng.normal(size=num_prompts)[index], 0, 1)
     rejects = rng.uniform(size=num_tokens) < 0.1 + 0.7 * u
     beta = np.where(rejects, np.clip(u * rng.uniform(0.3, 1.3, num_tokens), 0, 1), 0.0)
+    size = np.where(u < 1 / 1.3, 0.8 * u, 1.3 - 0.5 / np.maximum(u, 0.1) - 0.045 * u)
     draft_prob = np.clip(1 - u, 0.01, 1)
     columns = {
         "uncertainty": u,
@@ -52,6 +53,7 @@ def made_up_trace(num_tokens: int, num_prompts: int, seed: int = 0) -> Trace:
         "max_prob": np.clip(1 - 0.8 * u - 0.1 * rng.uniform(size=num_tokens), 0, 1),
         "margin": np.clip(1 - u - 0.2 * rng.uniform(size=num_tokens), 0, 1),
         "rejection_prob": beta,
+        "tv_distance": (0.1 + 0.7 * u) * size,  # the mean of beta at this u
         "draft_prob": draft_prob,
         "draft_rank": rng.integers(32, size=num_tokens),
         "target_prob": draft_prob * (1 - beta),

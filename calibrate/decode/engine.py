@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from calibrate.decode.finite import refuse_broken
 from calibrate.decode.memory import release_freed_buffers
 from calibrate.decode.models import LanguageModel
 from calibrate.decode.recording import (
@@ -365,6 +366,8 @@ class _BatchRun:
         """Both models advanced, their laws, and the attention behind them."""
         slm_out, llm_out = self.slm.step(self.tokens), self.llm.step(self.tokens)
         z, w = slm_out.logits, llm_out.logits  # (B, V)
+        for logits, model in ((z, "device model"), (w, "server model")):
+            refuse_broken(logits, model, [self.prompt_ids[i] for i in self.row_prompt], number)
         sampling = self.settings.sampling
         if sampling.repetition_penalty != 1:
             self.seen = torch.cat([self.seen, self.tokens[:, None]], dim=-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ def measure_timings(
     confidence : float
         Of the order-statistic interval of the median.
     """
+    waited_s, began = _waited_s(), time.perf_counter()
     samples: dict[str, list[float]] = {"slm": [], "llm": [], "uncertainty": []}
     with torch.inference_mode(), domain.unchecked():
         slm_session = slm.start([context[:-1]], False, fill=False)
@@ -55,12 +58,29 @@ def measure_timings(
             samples["llm"].append(after_llm - after_slm)
             samples["uncertainty"].append(end - after_llm)
             token = draft[:, 0]
-    return Timings(
-        **{
-            f"t_{name}_ms": _median(np.array(taken[3:]) * 1e3, confidence)
-            for name, taken in samples.items()
-        }
-    )
+    medians = {
+        f"t_{name}_ms": _median(np.array(taken[3:]) * 1e3, confidence)
+        for name, taken in samples.items()
+    }
+    waited = None
+    if waited_s is not None:
+        waited = ((_waited_s() or 0.0) - waited_s) / (time.perf_counter() - began)
+    return Timings(**medians, waited_share=waited)
+
+
+def _waited_s() -> float | None:
+    """Seconds in which threads of this process were ready and had no processor, all added up.
+
+    Linux alone counts them.
+    """
+    waited_ns = 0
+    try:
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                waited_ns += int((thread / "schedstat").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return waited_ns * 1e-9
 
 
 def _median(values_ms: np.ndarray, confidence: float) -> Figure:

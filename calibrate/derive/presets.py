@@ -62,7 +62,7 @@ def link_to_dict(link: Link) -> dict[str, Any]:
 def load_profile(name: str, timings: Timings | None) -> DeviceProfile:
     """A device profile by preset name or JSON file; `measured` takes the calibration's times."""
     if name == "measured" and timings is not None:
-        times = {key: number.value for key, number in timings}
+        times: dict[str, Any] = {key: number.value for key, number in timings.medians.items()}
         return DeviceProfile(**times, **MEASURED_POWERS_W, assumed=tuple(MEASURED_POWERS_W))
     path = _preset_path(name, "devices", "--profile")
     return profile_from_dict(_read_object(path, "--profile"), f"--profile {name}")

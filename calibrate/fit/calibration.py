@@ -189,6 +189,8 @@ def _calibrate(
     on_step: OnStep | None,
     on_total: Callable[[int], None] | None,
 ) -> CalibrationRecord:
+    import torch
+
     from calibrate.decode.engine import DecodingSettings, decode
     from calibrate.decode.memory import automatic_batch_size
     from calibrate.decode.models import TransformerModel
@@ -214,6 +216,7 @@ def _calibrate(
         prompt_keys=tuple(text_key(prompt.text) for prompt in prompts),
         provenance=provenance(request.command),
         timings=measure_timings(slm, llm, tokenized[0].tokens, settings.thetas),
+        num_threads=torch.get_num_threads(),
         num_prompts=0,
         num_tokens=0,
         wall_s=0.0,

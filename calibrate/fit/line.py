@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from calibrate.run.errors import UserError
 from calibrate.run.figure import as_figure, figure
 from calibrate.run.records import Bin, Curve, Figure, Histogram, LineFit, Relation
 from hlmtheory.clusters import (
@@ -48,15 +47,32 @@ def fit_line(
     num_prompts : int
     confidence : float
 
-    Raises
-    ------
-    UserError
-        If uncertainty does not vary, or there are fewer than three tokens.
+    Returns
+    -------
+    LineFit
+        Without a slope, and with the reason, where uncertainty does not vary or there are fewer
+        than three tokens.
     """
-    if len(uncertainty) < 3 or np.ptp(uncertainty) == 0:
-        raise UserError(
-            f"cannot fit a line: {len(uncertainty)} tokens, or uncertainty that does not vary; "
-            "calibrate on more prompts or tokens"
+
+    def mean(values: np.ndarray) -> Figure:
+        return as_figure(mean_over_tokens(values, prompt_index, num_prompts), "", confidence)
+
+    few = len(uncertainty) < 3
+    if few or np.ptp(uncertainty) == 0:
+        level, none = mean(rejection_prob), Figure(value=None)
+        return LineFit(
+            slope=none,
+            intercept=level,
+            correlation=none,
+            correlation_binned=none,
+            mean_rejection=level,
+            delta=mean(can_reject.astype(float)),
+            curvature=none,
+            covariance=((0.0, 0.0), (0.0, 0.0)),
+            num_bins=1,
+            degenerate=f"{len(uncertainty)} tokens, fewer than three"
+            if few
+            else f"all {len(uncertainty)} tokens have the uncertainty {uncertainty[0]:.4g}",
         )
     groups = prompt_index if num_prompts >= 2 else None
     result = _least_squares([uncertainty], rejection_prob, groups)
@@ -75,9 +91,6 @@ def fit_line(
         interval = jackknife_correlation_interval(sums, statistic, confidence)
         value = statistic(sums.sum(0, keepdims=True))[0]
         return figure(value, *(interval or ()))
-
-    def mean(values: np.ndarray) -> Figure:
-        return as_figure(mean_over_tokens(values, prompt_index, num_prompts), "", confidence)
 
     def coefficient(fitted: Any, place: int) -> Figure:
         interval = () if groups is None else fitted.conf_int(alpha=1 - confidence)[place]

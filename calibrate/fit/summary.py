@@ -6,9 +6,11 @@ import numpy as np
 
 from calibrate.fit.estimators import compare_scores
 from calibrate.fit.line import fit_line, relation
+from calibrate.run.errors import UserError
 from calibrate.run.figure import as_figure, curve
 from calibrate.run.records import AttentionSummary, CalibrationRecord, Curve, Figure, RunRecord
 from calibrate.run.traces import Trace
+from hlmtheory.agreement import disagreement_log_e_value
 from hlmtheory.clusters import mean_over_tokens, ratio_of_sums
 from hlmtheory.importance import normalised_entropy
 
@@ -16,7 +18,14 @@ ATTENTION_COLUMNS = ("attention_entropy", "attention_sink", "context_attention",
 
 
 def summarise(trace: Trace, info: RunRecord, confidence: float = 0.95) -> CalibrationRecord:
-    """The content of calibration.json from a run's trace and its run.json."""
+    """The content of calibration.json from a run's trace and its run.json.
+
+    Raises
+    ------
+    UserError
+        If mean beta and mean total variation differ by more than draws can.
+    """
+    refuse_disagreement(trace)
     u, beta, index = trace["uncertainty"], trace["rejection_prob"], trace.prompt_index
     can_reject = trace["target_prob"] < trace["draft_prob"]
     fit = fit_line(u, beta, can_reject, index, trace.num_prompts, confidence)
@@ -28,12 +37,32 @@ def summarise(trace: Trace, info: RunRecord, confidence: float = 0.95) -> Calibr
         num_tokens=trace.num_tokens,
         confidence=confidence,
         fit=fit,
+        rejection_excess=as_figure(
+            mean_over_tokens(beta - trace["tv_distance"], index, trace.num_prompts), "", confidence
+        ),
         relation=relation(u, beta, index, trace.num_prompts, fit, confidence),
         estimators=estimators,
         learned=learned,
         attention=_attention(trace, confidence),
         timings=info.timings,
     )
+
+
+def refuse_disagreement(trace: Trace) -> None:
+    """Refuse a trace whose drafts were not drawn from the law that it recorded.
+
+    Raises
+    ------
+    UserError
+        By chance with a probability of at most 1e-6.
+    """
+    beta, tv = trace["rejection_prob"], trace["tv_distance"]
+    if disagreement_log_e_value(beta, tv) >= np.log(1e6):
+        raise UserError(
+            f"mean rejection probability {beta.mean():.4g}, mean total variation {tv.mean():.4g} "
+            f"of {trace.num_tokens} tokens: equal but for the draws, which explain this once in a "
+            "million; the drafts are not the law's, so nothing is fitted; please report it"
+        )
 
 
 def _attention(trace: Trace, confidence: float) -> AttentionSummary | None:

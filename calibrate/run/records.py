@@ -126,6 +126,14 @@ class Timings(Record):
     t_slm_ms: Figure
     t_llm_ms: Figure
     t_uncertainty_ms: Figure
+    waited_share: float | None = None
+    """Time that threads waited for a processor that others used, over the time of the measurement;
+    null where the system does not say."""
+
+    @property
+    def medians(self) -> dict[str, Figure]:
+        """The three times, by name."""
+        return {name: number for name, number in self if isinstance(number, Figure)}
 
 
 class Pilot(Record):
@@ -156,6 +164,8 @@ class RunRecord(StageRecord):
     """Hashes of their texts, so that nobody validates on them."""
     provenance: Provenance
     timings: Timings
+    num_threads: int | None = None
+    """Processor threads of the models; null where nobody noted them."""
     num_prompts: int
     num_tokens: int
     wall_s: float
@@ -181,6 +191,8 @@ class LineFit(Record):
     covariance: tuple[tuple[float, float], tuple[float, float]]
     """Cluster-robust, of (slope, intercept)."""
     num_bins: int
+    degenerate: str = ""
+    """Why there is no line, but a level: slope and what rests on it have no value then."""
 
 
 class Bin(Record):
@@ -259,6 +271,8 @@ class CalibrationRecord(StageRecord):
     num_tokens: int
     confidence: float
     fit: LineFit
+    rejection_excess: Figure | None = None
+    """Mean of beta less total variation: 0 but for the draws; docs/theory.md, (49)."""
     relation: Relation
     estimators: tuple[EstimatorScore, ...]
     learned: LearnedModel | None

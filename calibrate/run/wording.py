@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calibrate.run.figure import number_text
-from calibrate.run.records import ValidationRecord
+from calibrate.run.records import Timings, ValidationRecord
+
+BUSY_SHARE = 0.1
+UNSTEADY_RATIO = 1.5
 
 
 def coverage_text(validation: ValidationRecord) -> str:
@@ -33,6 +36,22 @@ def coverage_text(validation: ValidationRecord) -> str:
             f"taken as independent draws, {plain.covered} of {plain.total} would be inside"
         )
     return f"{text}."
+
+
+def busy_text(timings: Timings) -> str:
+    """What is wrong with token times that were measured on a busy machine; empty if nothing is."""
+    found = []
+    if (timings.waited_share or 0.0) > BUSY_SHARE:
+        found.append(f"threads waited {timings.waited_share:.0%} of the time for a processor")
+    for name, time in timings.medians.items():
+        if time.low and time.high and time.high > UNSTEADY_RATIO * time.low:
+            found.append(f"{name} is {number_text(time)} ms")
+    if not found:
+        return ""
+    return (
+        f"token times were measured on a busy machine ({'; '.join(found)}): predictions with "
+        "--profile measured are too slow; calibrate on a quiet one, or name another profile"
+    )
 
 
 def _percent(share: float | None) -> str:

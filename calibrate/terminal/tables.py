@@ -149,10 +149,12 @@ def print_calibration(summary: CalibrationRecord, run: Path) -> None:
     """`hlm calibrate`: the line, the estimators, the timings."""
     fit, page = summary.fit, Page()
     slope, intercept = fit.slope.value or 0.0, fit.intercept.value or 0.0
+    no_line = f"; no line: {fit.degenerate}" if fit.degenerate else ""
     page.say(
         f"\n{summary.pair.name}: {summary.num_prompts} prompts, {summary.num_tokens} tokens; "
         f"{summary.settings.sampling}; intervals {summary.confidence:.0%}, clustered by prompt\n"
         f"fitted line   beta = {slope:.3f} u {'-' if intercept < 0 else '+'} {abs(intercept):.3f}"
+        f"{no_line}"
     )
     rows: list[Sequence[Any]] = [(key, getattr(fit, key), meaning) for key, meaning in FIT.items()]
     page.table(("quantity", ">value", "what it says"), rows)
@@ -166,7 +168,12 @@ def print_calibration(summary: CalibrationRecord, run: Path) -> None:
         rows,
         "what tells rejections best",
     )
-    times = (f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings)
+    times = (
+        f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings.medians.items()
+    )
+    if summary.rejection_excess is not None:
+        excess = number_text(summary.rejection_excess)
+        page.say(f"mean rejection less mean total variation: {excess}, 0 but for the draws")
     page.say(
         f"one token of one user on this machine: {', '.join(times)}\n"
         f"in {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"

@@ -611,3 +611,31 @@ def test_a_lossless_trace_predicts_a_capped_policy(laws, tmp_path, name):
 
 def measured_share(trace, threshold):
     return np.mean(trace["uncertainty"] <= threshold)
+
+
+class BrokenModel(TableModel):
+    """Gives one bad logit to the context that ends in token 1."""
+
+    def __init__(self, logits: np.ndarray, bad: float) -> None:
+        super().__init__(np.tile(logits, (VOCAB, 1)))
+        self.table[1, 4] = bad
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("side", ["device", "server"])
+def test_broken_logits_stop_with_prompt_step_and_model(laws, bad, side) -> None:
+    models = [TableModel(law) for law in laws]
+    models[side == "server"] = BrokenModel(laws[side == "server"], bad)
+    asked = [TokenizedPrompt("good", (1, 3)), TokenizedPrompt("bad", (3, 1))]
+    settings = DecodingSettings(max_new_tokens=2, trace="minimal")
+    said = f"the {side} model gave NaN or infinite logits for prompt 'bad' at step 0"
+    with pytest.raises(UserError, match=said):
+        list(decode(*models, asked, make("hlm"), settings, ()))
+
+
+def test_a_token_that_is_never_drawn_is_no_fault(laws) -> None:
+    slm, llm = (BrokenModel(law, -np.inf) for law in laws)
+    settings = DecodingSettings(max_new_tokens=2, trace="minimal")
+    (batch,) = decode(slm, llm, [TokenizedPrompt("a", (3, 1))], make("hlm"), settings, ())
+    assert np.isfinite(batch.columns["uncertainty"]).all()
+    assert np.isfinite(batch.columns["rejection_prob"]).all()

@@ -8,7 +8,6 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 
 from calibrate.fit.line import fit_line, relation
-from calibrate.run.errors import UserError
 from calibrate.run.records import LineFit
 from hlmtheory.clusters import mean_over_tokens
 from hlmtheory.relation import binned_means
@@ -88,10 +87,22 @@ def test_one_prompt_has_values_and_no_intervals(rng) -> None:
     assert fitted(u[:3], beta[:3], index[:3], 1).curvature.value is None
 
 
-@pytest.mark.parametrize("u", [np.full(9, 0.3), np.array([0.1, 0.9])])
-def test_degenerate_traces_are_refused(u) -> None:
-    with pytest.raises(UserError, match=r"cannot fit a line: . tokens"):
-        fitted(u, u, np.arange(len(u)), len(u))
+@pytest.mark.parametrize(
+    ("u", "why"),
+    [
+        (np.full(9, 0.3), "all 9 tokens have the uncertainty 0.3"),
+        (np.array([0.1, 0.9]), "2 tokens, fewer than three"),
+    ],
+)
+def test_without_a_line_there_is_a_level_and_a_reason(u, why) -> None:
+    beta, index = np.linspace(0.2, 0.6, len(u)), np.arange(len(u))
+    fit = fitted(u, beta, index, len(u))
+    assert fit.degenerate == why
+    assert fit.slope.value is fit.correlation.value is fit.correlation_binned.value is None
+    assert fit.intercept == fit.mean_rejection
+    assert fit.intercept.value == pytest.approx(beta.mean())
+    band = relation(u, beta, index, len(u), fit).line
+    assert band.value == pytest.approx([beta.mean()] * len(band.grid))
 
 
 def test_bins_are_means_with_clustered_intervals(rng) -> None:

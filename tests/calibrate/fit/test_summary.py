@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.analysis import made_up_trace
 from calibrate.fit import estimators
-from calibrate.fit.summary import summarise
+from calibrate.fit.summary import refuse_disagreement, summarise
+from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import (
     CalibrationRecord,
@@ -106,3 +107,13 @@ def test_minimal_traces_and_few_prompts_leave_parts_out(rng) -> None:
     assert [entry.name for entry in found.estimators] == [
         "uncertainty", "uncertainty_sampled", "one_minus_max_prob"
     ]  # fmt: skip
+
+
+def test_drafts_that_are_not_the_laws_are_refused() -> None:
+    trace = made_up_trace(6000, 30)
+    refuse_disagreement(trace)
+    beta = np.minimum(trace["rejection_prob"] + 0.05, 1)
+    wrong = Trace(trace.columns | {"rejection_prob": beta}, trace.prompt_ids, trace.axes)
+    said = r"mean rejection probability 0\.\d+, mean total variation 0\.\d+ of 6000 tokens: equal"
+    with pytest.raises(UserError, match=said):
+        refuse_disagreement(wrong)
