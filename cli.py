@@ -444,6 +444,13 @@ def derive(
     policy: PolicyOption = None,
     score: ScoreOption = "uncertainty",
     risk: RiskOption = None,
+    answer_risk: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Budget for whole answers: how far their law may lie from the server's, and any "
+            "score in [0, 1] of them may move; repeatable."
+        ),
+    ] = None,
     certify: CertifyOption = "prompts",
     answer_cap: Annotated[
         list[str] | None,
@@ -480,6 +487,7 @@ def derive(
     policies = _policies(policy)
     _known_score(score)
     _inside("--risk", risk, 0, 1)
+    _inside("--answer-risk", answer_risk, 0, 1)
     _inside("--confidence", [confidence], 0, 1)
     _inside("--theta", theta, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
@@ -498,7 +506,8 @@ def derive(
     for text in answer_cap or ():
         parse_cap(text)
     lists = {
-        "risks": risk, "thetas": theta, "importances": importance, "answer_caps": answer_cap,
+        "risks": risk, "answer_risks": answer_risk, "thetas": theta, "importances": importance,
+        "answer_caps": answer_cap,
     }  # fmt: skip
     request = DeriveRequest(
         policies=policies,

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from calibrate.run.folder import DEFAULT_NAME, atomic_path
 from paper_figs.figures import (
+    answers,
     attention,
     attenuation,
     context_shift,
@@ -33,6 +34,7 @@ MODULES: tuple[ModuleType, ...] = (
     relation,
     attenuation,
     thresholds,
+    answers,
     guarantees,
     estimators,
     truncation,

@@ -273,6 +273,8 @@ METRIC_LABELS: dict[str, str] = {
     "mean_throughput_tok_s": "throughput, mean of 1/time (token/s)",
     "energy_j_per_token": "energy (J/token)",
     "tv_bias": "TV bias (probability)",
+    "answer_divergence": "TV of answers (probability)",
+    "tokens_in_agreement": "tokens before answers differ",
 }
 """Name and unit of every metric, for axes and tables."""
 

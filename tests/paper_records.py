@@ -15,6 +15,7 @@ import numpy as np
 
 from calibrate.run.folder import write_record
 from calibrate.run.records import (
+    AnswerCurve,
     AttentionSummary,
     AttenuationRecord,
     AttenuationRow,
@@ -67,10 +68,12 @@ VOCAB = 32_000
 NUM_PROMPTS, NUM_TOKENS = 12, 480
 CONFIDENCE = 0.95
 SNR_DB = tuple(float(snr) for snr in range(-15, 36))
+ANSWER_LENGTHS = (1, 2, 5, 10, 20, 40)
 KS, GAMMAS = (1, 4, 16), (0.5, 1.0, 2.0)
 METRICS = (
     "skip_rate", "rejection_risk", "uplink_bits_per_token", "token_time_ms", "throughput_tok_s",
     "mean_throughput_tok_s", "energy_j_per_token", "tv_bias",
+    "answer_divergence", "tokens_in_agreement",
 )  # fmt: skip
 # Name, published system, gated, color, dashes, marker, bits of a sent token, added bias.
 POLICIES: tuple[tuple[str, str | None, bool, str, tuple[float, ...], str, float, float], ...] = (
@@ -208,7 +211,25 @@ def predictions(policy: str, threshold: float | None) -> dict[str, Figure]:
     time = 20.0 + (1 - skip) * (60.0 + entry[6] / 2e4)
     values = (skip, risk, (1 - skip) * entry[6], time, 1e3 / time, 1.1e3 / time, 3 - 2 * skip,
               risk + (1 - skip) * entry[7])  # fmt: skip
-    return {name: fig(value) for name, value in zip(METRICS, values, strict=True)}
+    found = {name: fig(value) for name, value in zip(METRICS[:-2], values, strict=True)}
+    if policy == "cu-hlm-online":  # no recorded step says what it emits
+        return found | {name: Figure(value=None) for name in METRICS[-2:]}
+    kept = (1 - values[-1]) ** np.arange(1, 41)
+    agreed = Figure(value=None) if policy == "coupled" else fig(float(kept.sum()), "token")
+    return found | {"answer_divergence": fig(float(1 - kept[-1])), "tokens_in_agreement": agreed}
+
+
+def answer_curves() -> tuple[AnswerCurve, ...]:
+    """1 - (1 - bias)**t at every budget of the policies whose answers are known."""
+    return tuple(
+        AnswerCurve(
+            policy=policy, rule=rule, at_most=policy == "coupled",
+            divergence=curve(ANSWER_LENGTHS, [1 - (1 - bias) ** t for t in ANSWER_LENGTHS]),
+        )
+        for policy in ("u-hlm", "ui-hlm", "r-hlm", "coupled")
+        for rule in BUDGETS
+        for bias in [float(point(policy, rule).predicted["tv_bias"].value or 0.0)]
+    )  # fmt: skip
 
 
 def point(policy: str, rule: str) -> OperatingPoint:
@@ -229,6 +250,7 @@ def point(policy: str, rule: str) -> OperatingPoint:
         settings=importance if policy == "ui-hlm" else {},
         predicted=predictions(policy, None if threshold is None else min(threshold, 1.0))
         if feasible else {name: Figure(value=None) for name in METRICS},
+        at_most=("answer_divergence",) if policy == "coupled" and feasible else (),
     )  # fmt: skip
 
 
@@ -279,6 +301,7 @@ def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord
         "thresholds": ThresholdCurves(
             score="uncertainty", skip_rate=curve(grid, grid), risk=curve(grid, grid**3 / 3)
         ),
+        "answers": answer_curves(),
         "paths": tuple(
             PolicyPath(
                 policy=policy, thresholds=tuple(grid.tolist()),
@@ -334,7 +357,9 @@ def validation_record(derivation: DerivationRecord, **changes: Any) -> Validatio
             continue
         off = 1.15 if own.policy == "cu-hlm-online" else 1.05
         for metric, predicted in own.predicted.items():
-            value = float(predicted.value or 0.0)
+            if predicted.value is None or metric in own.at_most:
+                continue  # not predicted, or bounded only: nothing to judge
+            value = float(predicted.value)
             fixed = value == 0 or not own.score
             cells.append(
                 Cell(

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from calibrate.derive.answers import FAMILY, answer_curve
 from calibrate.derive.operating_points import UNGATED, Study
 from calibrate.derive.predict import (
     Averaged,
@@ -19,6 +20,7 @@ from calibrate.derive.predict import (
 )
 from calibrate.run.figure import curve
 from calibrate.run.records import (
+    AnswerCurve,
     Curve,
     ImportanceExample,
     OperatingPoint,
@@ -98,6 +100,20 @@ def economics_at(economics: Economics, snr_db: float) -> Economics:
     """The same over an AWGN link of that SNR, its own bandwidth and round trip kept."""
     link = economics.link
     return replace(economics, link=AwgnLink(bandwidth_hz(link), snr_db, link.round_trip_ms))
+
+
+def answer_curves(study: Study, runnable: Sequence[Runnable]) -> tuple[AnswerCurve, ...]:
+    """Distance of answers by their length: gated policies at budgets, and the device alone."""
+    chosen = [
+        (point, policy)
+        for point, policy in runnable
+        if not point.variant and (point.family in ("risk", FAMILY) or policy.role == "device")
+    ]
+    found = [
+        answer_curve(point, predicted_tokens(study.trace, policy), study.request.confidence)
+        for point, policy in chosen
+    ]
+    return tuple(one for one in found if one is not None)
 
 
 def bandwidth_hz(link: Link) -> float:

@@ -104,6 +104,7 @@ def tidy(request: DeriveRequest) -> DeriveRequest:
     return request.model_copy(
         update={
             "policies": tuple(dict.fromkeys(request.policies)),
+            "answer_risks": tuple({f"{one:g}": one for one in request.answer_risks}.values()),
             "risks": tuple({f"{risk:g}": risk for risk in request.risks}.values()),
             "thetas": tuple({f"{theta:g}": theta for theta in request.thetas}.values()),
             "importances": tuple(dict.fromkeys(request.importances)),
@@ -144,6 +145,7 @@ def _derived(
         optima=tuple(optima(study, paths + resized)),
         certificates=study.certificates(),
         thresholds=curves.threshold_curves(study),
+        answers=curves.answer_curves(study, runnable),
         paths=tuple(path.record() for path in paths if path.policy.gated),
         snr=curves.snr_sweep(study, runnable),
         truncation=curves.truncation_curves(study, runnable),

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from calibrate.derive.answers import answer_threshold
 from calibrate.derive.certify import caps_at, certificates, certified_thresholds
 from calibrate.derive.predict import (
     METRICS,
@@ -45,6 +46,8 @@ from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import Score, score_named
 from hlmtheory.thresholds import Threshold
 
+BOUNDS = {"answer_divergence": (0.0, 1.0)}
+"""Where the interval of a figure is cut: near an end most answers weigh the same."""
 UNGATED = "none"
 """Rule of a policy without a threshold."""
 
@@ -200,6 +203,14 @@ class Study:
             request.answer_caps, self.max_tokens,
         )  # fmt: skip
 
+    def answer_thresholds(self, policy: GatedPolicy) -> list[DerivedThreshold]:
+        """Those that keep the budgets for whole answers, which are about a policy's own outputs."""
+        atoms, _ = self.gate(policy)
+        return [
+            DerivedThreshold(answer_threshold(self.trace, policy, atoms, alpha))
+            for alpha in self.request.answer_risks
+        ]
+
     def predict(self, policy: Policy) -> tuple[dict[str, Figure], tuple[str, ...]]:
         """Predicted metrics with intervals for the calibration's sampling of prompts.
 
@@ -207,8 +218,10 @@ class Study:
         """
         prediction = self.roads.prediction(policy)
         found = prediction.mean(lambda tokens: metrics(tokens, self.economics))
+        confidence = self.request.confidence
         figures = {
-            name: as_figure(found[name], UNITS[name], self.request.confidence) for name in METRICS
+            name: as_figure(found[name], UNITS[name], confidence, *BOUNDS.get(name, ()))
+            for name in METRICS
         }
         return figures, ("answer_divergence",) if is_bounded(prediction.server) else ()
 
@@ -269,7 +282,8 @@ def operating_points(study: Study) -> list[tuple[OperatingPoint, Policy | None]]
         for offer in offers:
             policy = offer.policy
             if isinstance(policy, GatedPolicy):
-                points += [_gated_point(study, offer, policy, one) for one in study.gate(policy)[1]]
+                derived = [*study.gate(policy)[1], *study.answer_thresholds(policy)]
+                points += [_gated_point(study, offer, policy, one) for one in derived]
             else:
                 points.append((_ungated_point(study, offer), policy))
     return points

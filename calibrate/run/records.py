@@ -306,7 +306,8 @@ class OperatingPoint(Record):
     rule: str
     """Unique within its policy: the threshold rule, its budget and the setting's label."""
     family: str
-    """The threshold rule alone: none, risk-averse, risk-prone, risk, conformal or ltt."""
+    """The threshold rule alone: none, risk-averse, risk-prone, risk, answer, conformal or
+    ltt."""
     variant: str
     """Label of a further setting (tolerance, importance); empty for the first."""
     score: str | None
@@ -350,6 +351,8 @@ class DeriveRequest(Record):
     eta: float = 1.0
     importances: tuple[str, ...] = ("topk:16:1",)
     draft_from_sent: bool = False
+    answer_risks: tuple[float, ...] = ()
+    """Budgets for the total variation of whole answers."""
     certify: Certified = "prompts"
     """What certified budgets are about."""
     answer_caps: tuple[str, ...] = ()
@@ -442,6 +445,17 @@ class ThroughputCurves(Record):
     mean_throughput_tok_s: Curve
 
 
+class AnswerCurve(Record):
+    """Total variation between an operating point's answers and the server's, by their length."""
+
+    policy: str
+    rule: str
+    at_most: bool
+    """Whether it is an upper bound."""
+    divergence: Curve
+    """Along the number of tokens that answers are cut after; docs/theory.md, (46)."""
+
+
 class SnrSweep(Record):
     """Throughput against SNR: the derivation's own bandwidth, round trip, times and accounting."""
 
@@ -513,6 +527,8 @@ class DerivationRecord(StageRecord):
     optima: tuple[Optimum, ...]
     certificates: tuple[Certificate, ...] = ()
     thresholds: ThresholdCurves | None
+    answers: tuple[AnswerCurve, ...] = ()
+    """Of every gated policy at its budgets, where it is known, and of the device alone."""
     paths: tuple[PolicyPath, ...]
     snr: SnrSweep | None
     truncation: TruncationCurves | None

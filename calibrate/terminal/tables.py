@@ -18,6 +18,7 @@ from calibrate.run.records import (
     Figure,
     GuaranteesRecord,
     MonitorRecord,
+    OperatingPoint,
     PlanRecord,
     ValidationRecord,
 )
@@ -45,6 +46,8 @@ FIT = {
     "mean_rejection": "mean rejection probability = mean TV(x, y)",
     "delta": "share of drafts that can be rejected at all, P(y_d < x_d)",
 }
+ANSWERS = ("answer_divergence", "tokens_in_agreement")
+UNKNOWN_ANSWERS = "recorded steps do not hold the law of what they emit; a rerun measures it"
 WEAKER = {"t": "asymptotic, no guarantee", "conformal": "a promise on average"}
 WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
 
@@ -198,6 +201,7 @@ def print_operating_points(result: DerivationRecord) -> None:
             for point in points
         ),
     )  # fmt: skip
+    _print_answers(page, result, points)
     page.say("at which the policies cost (means over tokens)")
     page.table(
         ("policy", "rule", *PRICES.values()),
@@ -231,6 +235,35 @@ def print_operating_points(result: DerivationRecord) -> None:
     for reason, names in notes.items():
         page.say(f"  {', '.join(names)}: {reason}")
     page.say()
+
+
+def _print_answers(page: Page, result: DerivationRecord, points: Sequence[OperatingPoint]) -> None:
+    """Whole answers at the points where recorded steps say what becomes of them."""
+    known = [
+        point for point in points if point.score and point.predicted[ANSWERS[0]].value is not None
+    ]
+    if not known:
+        return
+    length = int(max(one.divergence.grid[-1] for one in result.answers)) if result.answers else None
+    page.say(
+        "whole answers"
+        + (f" of at most {length} tokens" if length else "")
+        + ": no score of them in [0, 1] moves by more than TV in expectation"
+    )
+    page.table(
+        ("policy", "rule", ">TV of answers", ">tokens before they differ"),
+        (
+            (point.policy, point.rule, *(
+                ("at most " if key in point.at_most else "") + number_text(point.predicted[key])
+                for key in ANSWERS
+            ))
+            for point in known
+        ),
+    )  # fmt: skip
+    names = {point.policy for point in known}
+    lacking = {point.policy: None for point in points if point.score and point.policy not in names}
+    if lacking:
+        page.say(f"  {', '.join(lacking)}: {UNKNOWN_ANSWERS}")
 
 
 def print_validation(result: ValidationRecord) -> None:

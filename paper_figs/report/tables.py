@@ -53,6 +53,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("energy_j_per_token", "energy (J/token)"),
     Column("rejection_risk", "rejection risk (%)", 100.0, 2),
     Column("tv_bias", "TV bias (%)", 100.0, 2),
+    Column("answer_divergence", "TV of answers (%)", 100.0, 1),
 )
 
 QUALITY_COLUMNS: tuple[Column, ...] = (

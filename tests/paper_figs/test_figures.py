@@ -23,6 +23,7 @@ from calibrate.run.figure import excludes_zero
 from calibrate.run.records import Curve, Figure
 from paper_figs import draw
 from paper_figs.figures import (
+    answers,
     attention,
     context_shift,
     estimators,
@@ -542,7 +543,8 @@ def test_each_missing_figure_names_the_command_that_makes_it(loaded: LoadedRun) 
         found = dict(draw.figures(replace(loaded, **BARE)))
     lines = {name: drawing for name, drawing in found.items() if isinstance(drawing, str)}
     commands = {
-        "attenuation": "attenuation", "guarantees": "guarantees", "thresholds": "derive",
+        "attenuation": "attenuation", "answers": "derive", "guarantees": "guarantees",
+            "thresholds": "derive",
         "truncation": "derive", "payload_bias": "derive", "throughput_snr": "derive",
         "importance_plane": "derive", "validation": "validate", "context_shift": "validate",
     }  # fmt: skip
@@ -675,3 +677,25 @@ def test_a_broken_optional_file_is_one_clear_line(tmp_path: Path) -> None:
     (run / "guarantees.json").write_text("{")
     with pytest.raises(UserError, match=r"guarantees\.json is not valid JSON"):
         load_run(run)
+
+
+# Whole answers
+
+
+def test_answers_are_drawn_as_they_are_stored(loaded: LoadedRun) -> None:
+    left, right = drawn_by(answers, loaded).axes
+    assert loaded.derivation is not None
+    stored = [one for one in loaded.derivation.answers if one.policy == "u-hlm"]
+    lines = [line for line in left.lines if len(line.get_xdata()) > 1]
+    drawn = [list(line.get_ydata()) for line in lines]
+    assert drawn == [list(one.divergence.value) for one in stored]
+    names = [text.get_text() for text in left.texts]
+    assert names == ["1 %", "2 %", "5 %"]
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert any("coupled" in label for label in labels)
+    assert not any("online" in label for label in labels)  # nothing is known of its answers
+    assert "Upper bounds: coupled draws." in caption_of(drawn_by(answers, loaded))
+
+
+def test_a_derivation_from_before_answers_has_no_such_figure(loaded: LoadedRun) -> None:
+    assert answers.figure(changed(loaded, answers=())) is None

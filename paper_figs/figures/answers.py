@@ -1,0 +1,120 @@
+"""What does a risk a token make of whole answers?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from calibrate.run.figure import number_text
+from calibrate.run.records import AnswerCurve, OperatingPoint
+from paper_figs import style
+from paper_figs.loaded import LoadedRun
+
+QUESTION = "How far are whole answers from the server's, by length and by budget?"
+NEEDS, LACKS = "derivation", "no gated policy's answers are known at two budgets"
+METRIC = "answer_divergence"
+BUDGETS = ("risk", "answer")
+
+
+def length_curves(loaded: LoadedRun) -> list[tuple[OperatingPoint, AnswerCurve]]:
+    """Curves of the gated policy with most of them, the first of equals, by rising risk."""
+    found: dict[str, list[tuple[OperatingPoint, AnswerCurve]]] = {}
+    points = {(point.policy, point.rule): point for point in loaded.feasible}
+    for one in loaded.derivation.answers if loaded.derivation else ():
+        point = points.get((one.policy, one.rule))
+        if point is not None and point.score:
+            found.setdefault(one.policy, []).append((point, one))
+    chosen = max(found.values(), key=len, default=[])
+    return sorted(chosen, key=lambda pair: pair[0].predicted["rejection_risk"].value or 0.0)
+
+
+def budget_points(loaded: LoadedRun) -> dict[str, list[OperatingPoint]]:
+    """Points of each gated policy at its budgets whose answers are known, by rising bias."""
+    found: dict[str, list[OperatingPoint]] = {}
+    for point in loaded.feasible:
+        known = METRIC in point.predicted and point.predicted[METRIC].value is not None
+        if known and point.family in BUDGETS and not point.variant:
+            found.setdefault(point.policy, []).append(point)
+    return {
+        policy: sorted(points, key=lambda point: point.predicted["tv_bias"].value or 0.0)
+        for policy, points in found.items()
+    }
+
+
+def figure(loaded: LoadedRun) -> Figure | None:
+    """Distance along the length at each budget, and at full length along the bias a token."""
+    curves, points = length_curves(loaded), budget_points(loaded)
+    if loaded.derivation is None or len(curves) < 2 or not points:
+        return None
+    drawn, axes = style.new_figure(1, 2, 3.6, share_y=True)
+    left, right = axes[0]
+    for number, (point, one) in enumerate(curves):
+        look = style.SERIES[number % len(style.SERIES)]
+        style.band(left, one.divergence, look.color, linestyle=look.linestyle)
+        _name_line(left, one, point, look.color)
+    policy = curves[0][0].policy
+    longest = curves[0][1].divergence.grid[-1]
+    left.set_xlim(0, 1.2 * longest)
+    left.set_xticks([longest * quarter / 4 for quarter in range(5)])
+    left.set_ylim(-0.02, 1.02)
+    left.set_xlabel("length that answers are cut after (tokens)")
+    left.set_ylabel("TV between answers (probability)")
+    style.panel_letter(left, "a", f"by length, {loaded.label(policy)}")
+    for name, members in points.items():
+        look = loaded.style(name)
+        bias = style.parts(point.predicted["tv_bias"] for point in members)[0]
+        found = style.parts(point.predicted[METRIC] for point in members)
+        right.plot(bias, found[0], **look.line(), linewidth=1.0)
+        style.error_bars(right, bias, found, **look.open_marker())
+        right.plot([], [], **look.open_marker() | look.line(), label=loaded.legend(name))
+        _draw_measured(loaded, members, look, right)
+    right.set_xscale("log")
+    right.set_xlabel("TV bias of a token (probability; log)")
+    style.panel_letter(right, "b", f"at {longest:g} tokens, by budget")
+    style.direct_legend(right, loc="lower right", fontsize=7)
+    return style.finish(drawn, QUESTION, _caption(loaded, curves, points))
+
+
+def _name_line(axes: Any, one: AnswerCurve, point: OperatingPoint, color: str) -> None:
+    """The risk a token of a curve, behind its end."""
+    end = one.divergence.value[-1]
+    if end is not None:
+        risk = number_text(100 * (point.predicted["rejection_risk"].value or 0.0), 2)
+        axes.text(
+            1.02 * one.divergence.grid[-1], end, f"{risk} %", color=color, fontsize=7, va="center"
+        )
+
+
+def _draw_measured(
+    loaded: LoadedRun, members: list[OperatingPoint], look: style.SeriesStyle, axes: Any
+) -> None:
+    for point in members:
+        cells = loaded.measured(point)
+        if cells and METRIC in cells and cells[METRIC].measured.value is not None:
+            found = style.parts([cells[METRIC].measured])
+            bias = [cells["tv_bias"].measured.value]
+            style.error_bars(axes, bias, found, **look.filled_marker(), capsize=1.5, zorder=4)
+
+
+def _caption(
+    loaded: LoadedRun,
+    curves: list[tuple[OperatingPoint, AnswerCurve]],
+    points: dict[str, list[OperatingPoint]],
+) -> str:
+    reached = any(loaded.measured(point) for members in points.values() for point in members)
+    reruns = "; full: measured in reruns" if reached else ""
+    bounded = [
+        loaded.label(name)
+        for name, members in points.items()
+        if any(METRIC in point.at_most for point in members)
+    ]
+    at_most = f" Upper bounds: {', '.join(bounded)}." if bounded else ""
+    return (
+        f"{loaded.sample} One answer a prompt. (a) Predicted total variation between the answers "
+        f"of {loaded.label(curves[0][0].policy)} and the server's, cut after so many tokens; at "
+        "each line's end the rejection risk of a token there. (b) The same of whole answers; "
+        f"hollow: predicted at the derived budgets{reruns}.{at_most} No score of an answer in "
+        f"[0, 1] differs by more in expectation. Bands and bars: {loaded.derived_note}. Policies "
+        "whose answers recorded steps do not tell are left out."
+    )
