@@ -110,7 +110,7 @@ def answer_curves(study: Study, runnable: Sequence[Runnable]) -> tuple[AnswerCur
         if not point.variant and (point.family in ("risk", FAMILY) or policy.role == "device")
     ]
     found = [
-        answer_curve(point, predicted_tokens(study.trace, policy), study.request.confidence)
+        answer_curve(point, study.roads.prediction(policy).server, study.request.confidence)
         for point, policy in chosen
     ]
     return tuple(one for one in found if one is not None)
