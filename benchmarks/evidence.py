@@ -42,7 +42,7 @@ def measure(plan: dict[str, Any], setting: dict[str, Any], run: Path, again: boo
         return not (run / name).is_file()
 
     if lacks("calibration.json"):
-        words = ["--pair", setting["pair"], "--temperature", setting["temperature"]]
+        words = ["--pair", setting["pair"], *setting["sampling"]]
         words += ["--limit", str(limit), "--max-new-tokens", str(length)]
         if not lacks("run.json"):
             words.append("--resume")
