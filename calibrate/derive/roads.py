@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from calibrate.derive.predict import OF_SERVER_ANSWERS, Means, PolicyTokens, predicted_tokens
+from calibrate.derive.predict import (
+    OF_SERVER_ANSWERS,
+    UNITS,
+    Means,
+    PolicyTokens,
+    predicted_tokens,
+)
 from calibrate.fit.pilot import policy_of
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, RunRecord
@@ -49,11 +55,17 @@ class Prediction:
         own, paired = means(self.pilot), means(self.server.of_prompts(self.place))
         parted = (self.parted, self.pilot_parted, self.place)
         moved = {
-            name: on_own_road(one, own[name], paired[name], *parted)
+            name: _in_range(name, on_own_road(one, own[name], paired[name], *parted))
             for name, one in found.items()
             if name not in OF_SERVER_ANSWERS
         }
         return found | moved
+
+
+def _in_range(name: str, estimate: RatioEstimate) -> RatioEstimate:
+    """What a few prompts of a pilot moved beyond the range of a mean, at the end of it."""
+    most = 1.0 if UNITS.get(name) == "" else np.inf
+    return replace(estimate, value=float(np.clip(estimate.value, 0.0, most)))
 
 
 @dataclass(frozen=True)

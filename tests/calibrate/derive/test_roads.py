@@ -1,0 +1,36 @@
+"""Predictions moved as a pilot was moved stay what such a mean can be."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from calibrate.derive.roads import Prediction
+from hlmtheory.clusters import mean_over_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "pilot", "expected"),
+    [
+        ("uplink_bits_per_token", (2.0, 1.0), 0.0),  # 10 + 2 (1.5 - 10): heavy-tailed payloads
+        ("uplink_bits_per_token", (12.0, 13.0), 15.0),
+        ("skip_rate", (10.3, 10.3), 1.0),
+        ("throughput_tok_s@-15", (0.0, 0.0), 0.0),
+    ],
+)
+def test_a_few_prompts_of_a_pilot_lead_to_no_impossible_mean(name, pilot, expected):
+    def mean(*values: float):
+        return mean_over_tokens(np.array(values), np.arange(len(values)), len(values))
+
+    def means(of):
+        return {name: mean(*of.values)}
+
+    server = SimpleNamespace(values=(10.0, 10.0, 10.0, 10.0))
+    server.of_prompts = lambda place: SimpleNamespace(values=server.values[: len(place)])
+    share = mean(0.4, 0.4, 0.4, 0.4), mean(0.2, 0.2)
+    own = SimpleNamespace(values=pilot)
+    found = Prediction(server, own, *share, np.array([0, 1])).mean(means)[name]  # type: ignore[arg-type]
+    assert found.value == pytest.approx(expected)
+    assert np.isfinite(found.standard_error)
