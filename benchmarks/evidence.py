@@ -49,7 +49,9 @@ def measure(plan: dict[str, Any], setting: dict[str, Any], run: Path, again: boo
         hlm("calibrate", *words, "--output-path", folder)
     if again or lacks("operating_points.json"):
         words = ["--draft-from-sent", *repeated("--risk", plan["risks"])]
-        words += repeated("--theta", plan["thetas"])
+        words += repeated("--theta", plan["thetas"]) + repeated(
+            "--answer-risk", plan["answer_risks"]
+        )
         hlm("derive", folder, *words, *repeated("--importance", setting["importances"]), *replace)
     for name, words in setting["named"].items():
         if again or lacks(f"operating_points.{name}.json"):
