@@ -40,3 +40,19 @@ def dirichlet_pairs(rng: np.random.Generator) -> PairFactory:
         return x, y
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The faults that were injected, if any, as a table for docs/reliability.md."""
+    rows = getattr(terminalreporter.config, "faults", [])
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    names = ("fault", "tried", "told", "harmless", "silent", "tracebacks", "lost", "doubled")
+    terminalreporter.write_line(f"| {' | '.join((*names, 'message'))} |")
+    terminalreporter.write_line("| --- " * 9 + "|")
+    for row in rows:
+        told = row.tried - row.harmless - row.silent - row.tracebacks
+        cells = (row.name, row.tried, told, row.harmless, row.silent, row.tracebacks, row.lost,
+                 row.doubled, row.message)  # fmt: skip
+        terminalreporter.write_line(f"| {' | '.join(map(str, cells))} |")

@@ -96,7 +96,7 @@ def _preset_path(name: str, folder: str, option: str) -> Path:
 def _read_object(path: Path, option: str) -> dict[str, Any]:
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
+    except (ValueError, RecursionError) as error:  # not JSON, or not even text
         raise UsageError(f"{option} {path}: not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise UsageError(f"{option} {path}: give a JSON object")

@@ -95,8 +95,9 @@ def read_prompts(source: str | None) -> list[Prompt]:
 def _from_json(path: Path, number: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--prompts {path}, line {number}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise UserError(f"--prompts {path}, line {number}: not JSON ({reason})") from None
     text = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise UserError(f'--prompts {path}, line {number}: give an object with a "prompt" string')
