@@ -47,7 +47,7 @@ def link_from_dict(entry: dict[str, Any], where: str = "link") -> Link:
     """A link from its JSON object; `model` chooses which, `source` and `name` are notes."""
     values = dict(entry)
     model = values.pop("model", None)
-    if model not in LINK_MODELS:
+    if not isinstance(model, str) or model not in LINK_MODELS:
         raise UsageError(f"{where}: model = {model!r}; allowed are {', '.join(LINK_MODELS)}")
     link: Link = _build(LINK_MODELS[model], values, where)
     return link
@@ -120,6 +120,8 @@ def _build(kind: Any, entry: dict[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: needs {', '.join(sorted(names))}") from None
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
+    except OverflowError:
+        raise UsageError(f"{where}: a number is beyond what floating point holds") from None
 
 
 def published_numbers() -> list[PublishedNumber]:

@@ -44,6 +44,11 @@ def read_header(path: Path) -> GgufHeader:
                 "file, a model folder or a hub id"
             )
         reader = GGUFReader(path)
+        architecture, pre_tokenizer = (
+            None if (field := reader.get_field(key)) is None else str(field.contents())
+            for key in ("general.architecture", "tokenizer.ggml.pre")
+        )
+        num_elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
@@ -53,11 +58,6 @@ def read_header(path: Path) -> GgufHeader:
         ) from error
     if reader.byte_order != "I":
         raise UserError(f"{path} has another byte order than this machine: convert it again")
-    architecture, pre_tokenizer = (
-        None if (field := reader.get_field(key)) is None else field.contents()
-        for key in ("general.architecture", "tokenizer.ggml.pre")
-    )
-    num_elements = sum(tensor.n_elements for tensor in reader.tensors)
     return GgufHeader(num_elements, architecture, pre_tokenizer)
 
 
