@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,11 +33,12 @@ def compare_scores(
 ) -> tuple[tuple[EstimatorScore, ...], LearnedModel | None]:
     """Every score that the trace has the columns of, learned ones last, and the learned model."""
     beta, index, num_prompts = trace["rejection_prob"], trace.prompt_index, trace.num_prompts
-    compared = []
+    compared: list[EstimatorScore] = []
+    exact = _skip_rates(SkipAtoms.of_drafts(trace["uncertainty"], beta, index, num_prompts))
     for score in PLAIN_SCORES:
         if COLUMNS.get(score.name, score.name) in trace:
             drafts = SkipAtoms.of_drafts(score.of_draft(trace.step()), beta, index, num_prompts)
-            compared.append(compare_score(score.name, score.label, drafts, confidence))
+            compared.append(compare_score(score.name, score.label, drafts, confidence, exact))
     learned, model = _learned(trace, confidence)
     return (*compared, *learned), model
 
@@ -65,6 +66,7 @@ def _learned(trace: Trace, confidence: float) -> tuple[list[EstimatorScore], Lea
         intercept=fit.intercept,
     )
     compared = []
+    exact = _skip_rates(SkipAtoms.of_drafts(trace["uncertainty"][kept], beta, index, num_prompts))
     kinds: dict[Model, tuple[str, str]] = {
         "logistic": (LearnedScore.name, LearnedScore.label),
         "boosting": ("learned_boosting", "learned, boosting"),
@@ -72,43 +74,72 @@ def _learned(trace: Trace, confidence: float) -> tuple[list[EstimatorScore], Lea
     for kind, (name, label) in kinds.items():
         score = cross_fitted_score(features, beta, index, kind)
         drafts = SkipAtoms.of_drafts(score, beta, index, num_prompts)
-        compared.append(compare_score(name, label, drafts, confidence))
+        compared.append(compare_score(name, label, drafts, confidence, exact))
     return compared, model
 
 
+@dataclass(frozen=True)
+class SkipRates:
+    """Skip rates of a score at RISK_LEVELS, (L,), and of resampled prompts, (R, L)."""
+
+    sums: SkipRiskSums
+    whole: np.ndarray
+    resampled: np.ndarray
+    auroc: tuple[np.ndarray, np.ndarray]
+
+
+def _skip_rates(atoms: SkipAtoms) -> SkipRates:
+    """At SCORE_BINS quantiles of the score, ties kept together; the same prompts for all scores."""
+    counts = resample_prompts(atoms.num_prompts, NUM_RESAMPLES, np.random.default_rng(0))
+    sums = skip_risk_sums(atoms, atoms.quantiles(SCORE_BINS))
+    whole = np.ones((1, atoms.num_prompts), dtype=np.float32)
+    both = [sums.resampled(weights) for weights in (whole, counts)]
+    rates = [
+        np.stack([skip_rate_at_risk(*one.rates(), level) for level in RISK_LEVELS], -1)
+        for one in both
+    ]
+    return SkipRates(sums, rates[0][0], rates[1], (_auroc(both[0]), _auroc(both[1])))
+
+
 def compare_score(
-    name: str, label: str, atoms: SkipAtoms, confidence: float = 0.95, seed: int = 0
+    name: str,
+    label: str,
+    atoms: SkipAtoms,
+    confidence: float = 0.95,
+    exact: SkipRates | None = None,
 ) -> EstimatorScore:
     """Correlation, AUROC, skip rates and curve of one score, with cluster-bootstrap intervals.
 
-    All but the correlation are taken at SCORE_BINS quantiles of the score, ties kept together.
+    All but the correlation are taken at SCORE_BINS quantiles of the score. `exact` is of the exact
+    uncertainty on the same prompts, which differences are paired with, if there are to be any.
     """
-    counts = resample_prompts(atoms.num_prompts, NUM_RESAMPLES, np.random.default_rng(seed))
-    sums = skip_risk_sums(atoms, atoms.quantiles(SCORE_BINS))
+    counts = resample_prompts(atoms.num_prompts, NUM_RESAMPLES, np.random.default_rng(0))
     whole = np.ones((1, atoms.num_prompts), dtype=np.float32)
-    total, resampled = sums.resampled(whole), sums.resampled(counts)
-    moments = _moments(atoms)
+    moments, found = _moments(atoms), _skip_rates(atoms)
 
-    def interval(value: np.ndarray, values: np.ndarray) -> Figure:
+    def interval(value: float, values: np.ndarray) -> Figure:
         ends = percentile_interval(values, atoms.num_prompts, confidence)
-        return figure(value[0], *(ends or ()))
+        return figure(value, *(ends or ()))
 
-    def of_sums(statistic: Callable[[SkipRiskSums], np.ndarray]) -> Figure:
-        return interval(statistic(total), statistic(resampled))
+    def by_level(value: np.ndarray, values: np.ndarray) -> dict[str, Figure]:
+        return {
+            f"{level:g}": interval(float(value[place]), values[:, place])
+            for place, level in enumerate(RISK_LEVELS)
+        }
 
-    def skip_rate(level: float) -> Callable[[SkipRiskSums], np.ndarray]:
-        return lambda of: skip_rate_at_risk(*of.rates(), level)
-
-    rate, risk = sums.curve()
+    rate, risk = found.sums.curve()
     return EstimatorScore(
         name=name,
         label=label,
         correlation=interval(
-            line_of_totals(bootstrap_totals(moments, whole)).correlation,
+            line_of_totals(bootstrap_totals(moments, whole)).correlation[0],
             line_of_totals(bootstrap_totals(moments, counts)).correlation,
         ),
-        auroc=of_sums(_auroc),
-        skip_rate_at_risk={f"{level:g}": of_sums(skip_rate(level)) for level in RISK_LEVELS},
+        auroc=interval(found.auroc[0][0], found.auroc[1]),
+        skip_rate_at_risk=by_level(found.whole, found.resampled),
+        less_uncertainty={}
+        if exact is None
+        else by_level(found.whole - exact.whole, found.resampled - exact.resampled),
         risk=(0.0, *risk.tolist()),
         skip_rate=(0.0, *rate.tolist()),
     )

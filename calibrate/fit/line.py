@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from calibrate.run.figure import as_figure, figure
-from calibrate.run.records import Bin, Curve, Figure, Histogram, LineFit, Relation
+from calibrate.run.records import Bin, Curve, Figure, Histogram, LineFit, Relation, WaldTest
 from hlmtheory.clusters import (
     jackknife_correlation_interval,
     mean_over_tokens,
@@ -110,11 +110,39 @@ def fit_line(
         mean_rejection=mean(rejection_prob),
         delta=mean(can_reject.astype(float)),
         curvature=curvature,
+        lack_of_fit=_lack_of_fit(uncertainty, rejection_prob, groups, num_prompts),
         covariance=(
             (float(covariance[1, 1]), float(covariance[1, 0])),
             (float(covariance[0, 1]), float(covariance[0, 0])),
         ),
         num_bins=by_bin.shape[2],
+    )
+
+
+def _lack_of_fit(
+    uncertainty: np.ndarray, rejection_prob: np.ndarray, groups: np.ndarray | None, num_prompts: int
+) -> WaldTest | None:
+    """Whether bins of equal count have a level of their own beside the line.
+
+    A level for all bins but two, for a line goes through any two; Wald's test that all are 0, with
+    a covariance clustered by prompt. With G prompts and q levels, W (G - q) / (q (G - 1)) is read
+    as F(q, G - q), as Hotelling's statistic is: a chi-square would take the covariance as known.
+    """
+    of_token = binned_means(uncertainty, rejection_prob).bin_of_token
+    bins = np.unique(of_token)[1:-1]
+    if groups is None or len(bins) == 0 or num_prompts < 2 * len(bins):
+        return None
+    levels = [(of_token == one).astype(float) for one in bins]
+    fitted = _least_squares([uncertainty, *levels], rejection_prob, groups)
+    which = np.eye(2 + len(bins))[2:]
+    with np.errstate(all="ignore"):
+        test = fitted.wald_test(which, use_f=False, scalar=True)
+    if not np.isfinite(test.statistic):
+        return None  # the levels do not vary
+    q, rest = len(bins), num_prompts - len(bins)
+    ratio = float(test.statistic) * rest / (q * (num_prompts - 1))
+    return WaldTest(
+        statistic=float(test.statistic), degrees=q, p_value=float(stats.f.sf(ratio, q, rest))
     )
 
 

@@ -176,6 +176,14 @@ class RunRecord(StageRecord):
     """Null where none was asked for, or nothing can be skipped at its risk."""
 
 
+class WaldTest(Record):
+    """A chi-square statistic of a joint hypothesis, clustered by prompt."""
+
+    statistic: float
+    degrees: int
+    p_value: float
+
+
 class LineFit(Record):
     """Least squares of beta on u, everything clustered by prompt; docs/theory.md, (7)."""
 
@@ -188,6 +196,8 @@ class LineFit(Record):
     """P(y_d < x_d), the share of drafts that can be rejected at all."""
     curvature: Figure
     """Coefficient of u squared beside the line: 0 if the relation is one."""
+    lack_of_fit: WaldTest | None = None
+    """Do the bins' means lie on the line? Null with fewer than two prompts for every bin."""
     covariance: tuple[tuple[float, float], tuple[float, float]]
     """Cluster-robust, of (slope, intercept)."""
     num_bins: int
@@ -234,6 +244,8 @@ class EstimatorScore(Record):
     """Each token counted as rejected with weight beta."""
     skip_rate_at_risk: dict[str, Figure]
     """Largest share of tokens skipped with rejection risk at most the key."""
+    less_uncertainty: dict[str, Figure] = {}
+    """The same less that of the exact uncertainty, on the same resampled prompts."""
     risk: tuple[float, ...]
     """Rejection risk along the curve of the score, rising from 0."""
     skip_rate: tuple[float, ...]

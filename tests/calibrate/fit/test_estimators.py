@@ -92,6 +92,29 @@ def test_intervals_are_of_prompts(rng) -> None:
     assert once.auroc.low < once.auroc.value < once.auroc.high
 
 
+def test_differences_are_paired_by_resampled_prompts() -> None:
+    """Of the exact uncertainty from itself nothing; of a near copy, less than of either alone."""
+    trace = made_up_trace(2_000, FEW)
+    found = {entry.name: entry for entry in compare_scores(trace)[0]}
+    for level, rate in found["uncertainty"].skip_rate_at_risk.items():
+        own = found["uncertainty"].less_uncertainty[level]
+        assert (own.value, own.low, own.high) == (0, 0, 0)
+        other = found["entropy"]
+        less = other.less_uncertainty[level]
+        difference = other.skip_rate_at_risk[level].value - rate.value
+        assert less.value == pytest.approx(difference, abs=1e-12)
+    rng = np.random.default_rng(5)
+    near = trace["uncertainty"] + 0.01 * rng.normal(size=trace.num_tokens)
+    exact = estimators._skip_rates(drafts(trace, "uncertainty"))
+    atoms = SkipAtoms.of_drafts(
+        near, trace["rejection_prob"], trace.prompt_index, trace.num_prompts
+    )
+    copy = compare_score("near", "near", atoms, 0.95, exact)
+    alone, paired = copy.skip_rate_at_risk["0.05"], copy.less_uncertainty["0.05"]
+    assert paired.high - paired.low < 0.6 * (alone.high - alone.low)
+    assert paired.low <= 0 <= paired.high
+
+
 def test_every_score_of_the_trace_is_compared_and_only_those() -> None:
     trace = made_up_trace(1_500, FEW)
     found, model = compare_scores(trace)

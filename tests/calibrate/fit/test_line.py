@@ -74,6 +74,23 @@ def test_curvature_tells_a_parabola_from_a_line(rng) -> None:
     assert bent.low > 0
 
 
+def test_lack_of_fit_is_told_where_the_relation_bends_and_rarely_where_it_does_not(rng) -> None:
+    """An S that a parabola does not see; and 200 straight lines with errors that prompts share."""
+    u, beta, index, num = tokens(rng, 160)
+    found = fitted(u, np.clip(beta + 0.05 * np.sin(2 * np.pi * u), 0, 1), index, num)
+    assert found.lack_of_fit.degrees == found.num_bins - 2
+    assert found.lack_of_fit.p_value < 1e-3
+    low = 0
+    for _ in range(200):
+        index = np.repeat(np.arange(60), 12)
+        u = rng.uniform(size=len(index))
+        noise = 0.05 * rng.normal(size=60)[index] * u + 0.05 * rng.normal(size=len(index))
+        low += fitted(u, 0.5 * u + 0.2 + noise, index, 60).lack_of_fit.p_value < 0.05
+    least, most = stats.binom.interval(0.9999, 200, 0.05)
+    assert least <= low <= most
+    assert fitted(u[:24], beta[:24], index[:24], 2).lack_of_fit is None
+
+
 def test_one_prompt_has_values_and_no_intervals(rng) -> None:
     u, beta, _, _ = tokens(rng)
     index = np.zeros(len(u), dtype=int)
