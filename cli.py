@@ -794,13 +794,13 @@ def monitor(
     from calibrate.run.records import MonitorSettings
     from calibrate.terminal.progress import say, token_progress
     from calibrate.terminal.tables import print_monitor
-    from calibrate.validate.monitor import run_monitor, watched_point
+    from calibrate.validate.monitor import UNITS, run_monitor, watched_point
 
     if run is not None and point is not None:
         watched = watched_point(run, name, point)
         risk = watched.budget
         confidence = confidence or watched.confidence
-        unit = unit or ("answers" if watched.weighting == "prompts" else "tokens")
+        unit = unit or UNITS[watched.weighting]
     settings = MonitorSettings(
         risk=risk,  # type: ignore[arg-type]
         confidence=confidence or 0.95,

@@ -16,7 +16,8 @@ from hlmtheory.risk import SkipAtoms
 
 Certified = Literal["prompts", "tokens", "answers"]
 """What a budget is about: the mean over prompts of each prompt's mean risk, the risk over tokens,
-or the share of answers that differ from the server's; docs/theory.md, (33), (52)."""
+or whole answers: the share that differs from the server's, or the total variation of their law;
+docs/theory.md, (33), (48), (52)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Threshold:
     rule : str
         Which rule gave it, with its budget.
     family : str
-        The rule alone: risk-averse, risk-prone, risk, conformal or ltt.
+        The rule alone: risk-averse, risk-prone, risk, answer, conformal, ltt, or asymptotic, which
+        guarantees nothing.
     value : float
         The threshold; NaN where the rule has no solution.
     feasible : bool

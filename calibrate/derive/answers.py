@@ -55,7 +55,7 @@ def answer_threshold(
         return answer_divergence_estimate(tokens).value
 
     def found(value: float, feasible: bool, reason: str) -> Threshold:
-        return Threshold(f"{FAMILY}-{alpha:g}", FAMILY, value, feasible, reason, alpha, "prompts")
+        return Threshold(f"{FAMILY}-{alpha:g}", FAMILY, value, feasible, reason, alpha, "answers")
 
     scores = atoms.score[atoms.ends - 1]
     if np.isnan(distance(float(scores[0]))):

@@ -15,6 +15,7 @@ from hlmtheory.sampled_law import Sampling
 from hlmtheory.thresholds import Certified
 
 Share = Annotated[float, Field(ge=0, le=1)]
+MonitorUnit = Literal["tokens", "answers"]
 
 
 class Record(BaseModel):
@@ -321,12 +322,14 @@ class OperatingPoint(Record):
     """The threshold rule alone: none, risk-averse, risk-prone, risk, answer, conformal or
     ltt."""
     variant: str
-    """Label of a further setting (tolerance, importance); empty for the first."""
+    """Label of a further setting (tolerance, importance, answer cap); empty for the first."""
     score: str | None
     """What the gate compares with its threshold; null for a policy without a gate."""
     budget: float | None
     weighting: Certified | None
-    """What the budget is about."""
+    """What the budget is about: the rejection risk over tokens or over prompts, or whole answers:
+    the share that differs from the server's (ltt, conformal), or the distance of their law
+    (answer). Null where there is no budget."""
     confidence: float | None
     """1 - delta of a certified threshold; null where nothing is certified with confidence."""
     bound: float | None
@@ -860,7 +863,7 @@ class MonitorSettings(Record):
     confidence: float
     audit_rate: float
     """The least that any skipped draft is checked with."""
-    unit: Literal["tokens", "answers"]
+    unit: MonitorUnit
     """What the mean is over: tokens, or answers of each one's mean over its tokens."""
     window: int | None
     """Units after which the watch begins anew; null for never."""

@@ -22,15 +22,19 @@ from calibrate.run.records import (
     MonitorRecord,
     MonitorSettings,
     MonitorTally,
+    MonitorUnit,
     OpenAnswer,
     OperatingPoint,
 )
 from calibrate.run.stopping import Interrupted
 from hlmtheory.monitoring import Tally, audited_losses, window_level
+from hlmtheory.thresholds import Certified
 
 CHUNK_NUM_BYTES = 1 << 20
 TAIL_NUM_BYTES = 1024
 TOKENS = TypeAdapter(list[AuditedToken])
+UNITS: dict[Certified | None, MonitorUnit] = {"tokens": "tokens", "prompts": "answers"}
+"""What a watch is over, by what a budget is about; one for whole answers has no tokens to audit."""
 
 
 class Stream(Protocol):
@@ -42,23 +46,32 @@ class Stream(Protocol):
 
 
 def watched_point(run: Path, name: str, key: str) -> OperatingPoint:
-    """The operating point of a derivation whose budget is to be watched.
+    """The operating point of a derivation whose budget is to be watched, in :data:`UNITS`.
 
     Raises
     ------
     UsageError
-        If there is no such point, it is infeasible, or it has no budget.
+        If there is no such point, it is infeasible, or it has no budget of the rejection risk.
     """
     record = read_record(run, DerivationRecord, name)
     found = {point.key: point for point in record.operating_points}
     if key not in found:
-        known = ", ".join(key for key, point in found.items() if point.budget is not None)
-        raise UsageError(f"--point {key}: points with a budget there are {known}")
+        known = ", ".join(
+            name
+            for name, one in found.items()
+            if one.feasible and one.budget is not None and one.weighting in UNITS
+        )
+        raise UsageError(f"--point {key}: points with a budget to watch there are {known}")
     point = found[key]
     if not point.feasible:
         raise UsageError(f"--point {key}: is infeasible: {point.reason}")
     if point.budget is None:
         raise UsageError(f"--point {key}: has no risk budget; give --risk")
+    if point.weighting not in UNITS:
+        raise UsageError(
+            f"--point {key}: its budget is about whole {point.weighting}, which audited tokens do "
+            "not show; give --risk for the rejection risk"
+        )
     return point
 
 

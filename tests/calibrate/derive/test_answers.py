@@ -56,7 +56,7 @@ def test_a_budget_for_answers_is_kept_and_used(run, record, trace, name, alpha) 
     points = {point.rule: point for point in record.operating_points if point.policy == name}
     point = points[f"answer-{alpha:g}"]
     assert point.feasible
-    assert (point.family, point.budget, point.weighting) == ("answer", alpha, "prompts")
+    assert (point.family, point.budget, point.weighting) == ("answer", alpha, "answers")
     found = point.predicted["answer_divergence"]
     assert found.value <= alpha
     assert ("answer_divergence" in point.at_most) == (name == "coupled")

@@ -15,7 +15,7 @@ from paper_records import derivation_record, point, run_record
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record_file, write_record
 from calibrate.run.records import MonitorRecord, MonitorSettings
-from calibrate.validate.monitor import Watch, run_monitor, watched_point
+from calibrate.validate.monitor import UNITS, Watch, run_monitor, watched_point
 from hlmtheory.monitoring import Tally
 
 
@@ -194,6 +194,15 @@ def test_an_operating_point_says_what_is_watched(tmp_path: Path) -> None:
         plain.model_copy(update={"budget": 0.01, "weighting": "tokens"}),
         plain.model_copy(update={"rule": "risk-averse", "budget": None}),
         plain.model_copy(update={"rule": "ltt-0.01", "feasible": False, "reason": "too few"}),
+        plain.model_copy(
+            update={"rule": "answer-0.1", "family": "answer", "budget": 0.1, "weighting": "answers"}
+        ),
+        plain.model_copy(
+            update={"rule": "ltt-0.1", "family": "ltt", "budget": 0.1, "weighting": "answers"}
+        ),
+        plain.model_copy(
+            update={"rule": "ltt-0.2", "family": "ltt", "budget": 0.2, "weighting": "prompts"}
+        ),
     ]
     write_record(tmp_path, run_record())
     write_record(tmp_path, derivation_record(operating_points=tuple(several)))
@@ -202,5 +211,9 @@ def test_an_operating_point_says_what_is_watched(tmp_path: Path) -> None:
         watched_point(tmp_path, "default", "u-hlm/risk-averse")
     with pytest.raises(UsageError, match="infeasible: too few"):
         watched_point(tmp_path, "default", "u-hlm/ltt-0.01")
-    with pytest.raises(UsageError, match=r"points with a budget there are u-hlm/risk-0\.01"):
+    with pytest.raises(UsageError, match=r"there are u-hlm/risk-0\.01, u-hlm/ltt-0\.2$"):
         watched_point(tmp_path, "default", "r-hlm/risk-0.01")
+    for key in ("u-hlm/answer-0.1", "u-hlm/ltt-0.1"):
+        with pytest.raises(UsageError, match=rf"^--point {key}: its budget is about whole answers"):
+            watched_point(tmp_path, "default", key)
+    assert UNITS[watched_point(tmp_path, "default", "u-hlm/ltt-0.2").weighting] == "answers"
