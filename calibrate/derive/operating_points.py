@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,8 +23,9 @@ from calibrate.derive.predict import (
 )
 from calibrate.derive.roads import Roads
 from calibrate.fit.thresholds import DerivedThreshold, derive_thresholds
-from calibrate.run.errors import UsageError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import as_figure
+from calibrate.run.folder import read_record
 from calibrate.run.records import (
     CalibrationRecord,
     Certificate,
@@ -33,7 +35,7 @@ from calibrate.run.records import (
     OperatingPoint,
     PolicyInfo,
 )
-from calibrate.run.traces import Trace
+from calibrate.run.traces import Trace, read_calibration_trace
 from hlmtheory.policies import (
     DeriveOptions,
     Fitted,
@@ -236,6 +238,29 @@ def score_of(name: str, learned: LearnedModel | None) -> Score:
         return score_named(name, None if learned is None else learned.model_dump())
     except ValueError as error:
         raise UsageError(f"--score {name}: {error}") from None
+
+
+def plain_gate(run: Path, score_name: str) -> tuple[Trace, GatedPolicy, CalibrationRecord]:
+    """A run's trace, the gate that sees a score and nothing else, and what was fitted.
+
+    The gate is at a threshold that means nothing yet.
+
+    Raises
+    ------
+    UsageError
+        For an unknown score, or a learned one that the calibration did not fit.
+    UserError
+        If the run is not calibrated, or its trace lacks tokens or the score's columns.
+    """
+    calibration = read_record(run, CalibrationRecord)
+    score = score_of(score_name, calibration.learned)
+    trace = read_calibration_trace(run, calibration)
+    policy = GatedPolicy(threshold=max(score.low, 0.0), score=score)
+    try:
+        policy.atoms(trace.step(slice(0, 1)))
+    except ValueError as error:
+        raise UserError(f"RUN {run}: {error}; calibrate with --trace full") from None
+    return trace, policy, calibration
 
 
 def policy_infos(sources: Sequence[str]) -> tuple[PolicyInfo, ...]:

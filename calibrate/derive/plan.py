@@ -16,21 +16,18 @@ import numpy as np
 from scipy import stats
 
 from calibrate.derive.certify import TESTS, grid_losses
-from calibrate.derive.operating_points import score_of
+from calibrate.derive.operating_points import plain_gate
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.records import (
-    CalibrationRecord,
     PlanInterval,
     PlanRecord,
     PlanRow,
     RunRecord,
 )
-from calibrate.run.traces import read_trace, shard_paths
 from hlmtheory.answer_cap import suggested_cap
 from hlmtheory.clusters import ratio_of_sums
 from hlmtheory.guarantees import GridLosses
-from hlmtheory.policies import GatedPolicy
 from hlmtheory.risk_tests import (
     TestMethod,
     asymptotic_p_value_of,
@@ -86,14 +83,11 @@ def plan_run(
     Raises
     ------
     UsageError, UserError
-        If the run, the score or the skip rate do not allow it.
+        If the run or the score do not allow it.
     """
     info = read_record(run, RunRecord)
-    trace = read_trace(shard_paths(run))
-    learned = read_record(run, CalibrationRecord).learned if score_name == "learned" else None
-    score = score_of(score_name, learned)
-    policy = GatedPolicy(threshold=max(score.low, 0.0), score=score)
-    most = info.settings.max_new_tokens
+    trace, policy, calibration = plain_gate(run, score_name)
+    most = calibration.settings.max_new_tokens
     if trace.num_prompts < 2:
         raise UserError(f"{trace.num_prompts} prompt: a plan needs at least two; raise --limit")
 
@@ -153,7 +147,7 @@ def plan_run(
     return PlanRecord(
         num_prompts=trace.num_prompts,
         num_tokens=trace.num_tokens,
-        score=score.name,
+        score=policy.score.name,
         certified=certified,
         confidence=confidence,
         power=power,

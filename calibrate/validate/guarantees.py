@@ -17,6 +17,7 @@ grid which no calibration was looked at for, the score's own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,16 +27,14 @@ from typing import Literal
 import numpy as np
 
 from calibrate.derive.certify import AUTO, certificates, grid_losses
-from calibrate.derive.operating_points import score_of
+from calibrate.derive.operating_points import plain_gate
 from calibrate.derive.predict import policy_atoms
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import mean_figure, share_figure
 from calibrate.run.folder import provenance, read_record, write_record
-from calibrate.run.records import CalibrationRecord, GuaranteeRow, GuaranteesRecord, RunRecord
-from calibrate.run.traces import read_trace, shard_paths
+from calibrate.run.records import GuaranteeRow, GuaranteesRecord
 from hlmtheory.answer_cap import suggested_cap
 from hlmtheory.guarantees import GridLosses, num_passing
-from hlmtheory.policies import GatedPolicy
 from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
 from hlmtheory.risk_tests import (
     TestMethod,
@@ -48,7 +47,6 @@ from hlmtheory.risk_tests import (
     hoeffding_bentkus_p_value,
     wsr_p_value,
 )
-from hlmtheory.scores import LearnedScore
 from hlmtheory.thresholds import Certified
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
@@ -218,35 +216,24 @@ def write_guarantees(
     """
     if not replace:
         _check_same_study(run, score_name, risks, num_draws, seed)
-    learned = None
-    if score_name == LearnedScore.name:
-        learned = read_record(run, CalibrationRecord).learned
-    score = score_of(score_name, learned)
-    trace = read_trace(shard_paths(run))
-
-    def gate(cap: float | None) -> GatedPolicy:
-        return GatedPolicy(threshold=max(score.low, 0.0), score=score, cap=cap)
-
-    try:
-        atoms = policy_atoms(trace, gate(None))
-    except ValueError as error:
-        raise UserError(f"RUN {run}: {error}; calibrate with --trace full") from None
-    most = read_record(run, RunRecord).settings.max_new_tokens
+    trace, gate, calibration = plain_gate(run, score_name)
+    atoms = policy_atoms(trace, gate)
+    most = calibration.settings.max_new_tokens
 
     def grids(certified: Certified, cap: float | None) -> GridLosses:
-        return grid_losses(trace, gate(cap), certified, most)
+        return grid_losses(trace, dataclasses.replace(gate, cap=cap), certified, most)
 
-    bounded = bool(np.isfinite(score.low))
+    bounded = bool(np.isfinite(gate.score.low))
     rng = np.random.default_rng(seed)
     record = GuaranteesRecord(
-        score=score.name,
+        score=gate.score.name,
         num_draws=num_draws,
         num_prompts=trace.num_prompts,
         num_tokens=trace.num_tokens,
         confidence=confidence,
         seed=seed,
         provenance=provenance(command),
-        certificates=certificates(trace, gate(None), risks, confidence, CERTIFIED, (AUTO,), most)
+        certificates=certificates(trace, gate, risks, confidence, CERTIFIED, (AUTO,), most)
         if bounded
         else (),
         rows=study_guarantees(

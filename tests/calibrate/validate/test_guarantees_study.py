@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from paper_records import run_record
+from paper_records import calibration_record, run_record
 from scipy import stats
 
+from calibrate.derive.plan import plan_run
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import GuaranteesRecord
@@ -247,6 +248,8 @@ def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> 
     ids = [str(number) for number in range(12)]
     write_shard(tmp_path / "traces" / "shard-00000.parquet", columns, ids, {}, Axes(50))
     write_record(tmp_path, run_record())
+    told = {"num_prompts": 12, "num_tokens": 72}
+    write_record(tmp_path, calibration_record().model_copy(update=told))
     written = write_guarantees(tmp_path, "entropy", (0.1,), num_draws=8, seed=3)
     assert read_record(tmp_path, GuaranteesRecord) == written
     assert (written.score, written.num_draws, written.num_tokens) == ("entropy", 8, 72)
@@ -255,10 +258,22 @@ def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> 
     assert len(written.rows) == len(SOURCES) * sum(not rule.capped for rule in RULES) + len(capped)
     assert {one.certified for one in written.certificates} == {"prompts", "tokens", "answers"}
     assert [one.guaranteed for one in written.certificates if one.test == "t"] == [False] * 3
-    with pytest.raises(UserError, match=r"head_prob.* calibrate with --trace full"):
+    lacks = rf"^RUN {tmp_path}: .*head_prob.* calibrate with --trace full$"
+    with pytest.raises(UserError, match=lacks):
         write_guarantees(tmp_path, replace=True)
+    with pytest.raises(UserError, match=lacks):
+        plan_run(tmp_path, (0.1,))
+    assert plan_run(tmp_path, (0.5,), score_name="entropy").num_tokens == 72
     with pytest.raises(UsageError, match="score = 'luck'"):
         write_guarantees(tmp_path, "luck", replace=True)
+    write_record(tmp_path, calibration_record())
+    for asked in (
+        lambda: plan_run(tmp_path, (0.1,)),
+        lambda: write_guarantees(tmp_path, replace=True),
+    ):
+        with pytest.raises(UserError, match="a shard was lost or added"):
+            asked()
+    write_record(tmp_path, calibration_record().model_copy(update=told))
     assert write_guarantees(tmp_path, "entropy", (0.1,), num_draws=8, seed=3).rows == written.rows
     for change, says in (
         ({"seed": 4}, "--seed 4: guarantees.json in .* has 3"),
