@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from calibrate.decode.memory import release_freed_buffers
+
 SPARE_POSITIONS = 128
-SPARE_ROWS = 16
 
 
 class RowCache:
@@ -40,7 +41,14 @@ class RowCache:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may come more than once."""
+        before = self._room_for()
         self.cache.batch_select_indices(rows)
+        if self._room_for() > before:
+            release_freed_buffers()
+
+    def _room_for(self) -> int:
+        """Rows that there is room for; 0 where layers keep their own."""
+        return max((getattr(layer, "capacity", 0) for layer in self.cache.layers), default=0)
 
 
 def make_cache(config: Any, num_rows: int) -> RowCache:
@@ -55,6 +63,11 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
         values: Any
         _room: tuple[torch.Tensor, torch.Tensor] | None = None
         _num_rows: int
+
+        @property
+        def capacity(self) -> int:
+            """Rows that there is room for."""
+            return 0 if self._room is None else int(self._room[0].shape[0])
 
         def _reserve(self, like: tuple[Any, Any], num_rows: int, num_positions: int) -> None:
             # Masked positions are multiplied by zero, so they must hold finite numbers.
@@ -107,13 +120,16 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
             sources = [wanted[place] for place in moved]
             # Read before anything is written, for a row may be a source and a place.
             taken = [room[sources, :, :used] for room in self._room]
-            if len(wanted) > self._room[0].shape[0]:
+            if len(wanted) > self.capacity:
                 earlier = (self.keys, self.values)
-                self._reserve(self._room, len(wanted) + SPARE_ROWS, self._room[0].shape[-2])
+                # By half, and seldom: each growth leaves holes that the next is too large for.
+                rows = max(len(wanted), self.capacity * 3 // 2)
+                self._reserve(self._room, rows, self._room[0].shape[-2])
                 for room, before in zip(self._room, earlier, strict=True):
                     room[: before.shape[0], :, :used] = before
-            for room, rows in zip(self._room, taken, strict=True):
-                room[moved, :, :used] = rows
+                del earlier
+            for room, rows_taken in zip(self._room, taken, strict=True):
+                room[moved, :, :used] = rows_taken
             self._num_rows = len(wanted)
             self._show(used)
 

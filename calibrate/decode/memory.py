@@ -22,13 +22,11 @@ MAX_ROWS_ACCELERATOR = 256
 WORKING_SET_BYTES = 5 * 2**28
 """Room for everything but the weights, 1.25 GiB, where the machine has twice that to spare."""
 
-MANY_POLICIES = 3
+MANY_POLICIES = 4
 """Working sets that several policies may take: fewer prompts together would be slower."""
 
 # Arrays of one row's vocabulary that are alive at once in a step of a full trace, as float32.
 VOCABULARY_ARRAYS = 16
-ROW_ARRAYS = 5
-"""Those of a row whose policy waits for its turn: logits and laws, and the models' own copies."""
 
 
 def release_freed_buffers() -> None:
@@ -72,8 +70,7 @@ def automatic_batch_size(
     models = (pair.slm, pair.llm)
     cache = sum(_cache_bytes(model, longest + max_new_tokens) for model in models)
     vocabulary = 4 * pair.vocab_size
-    row = cache + VOCABULARY_ARRAYS * vocabulary
-    row += (num_policies - 1) * (cache + ROW_ARRAYS * vocabulary)
+    row = num_policies * (cache + VOCABULARY_ARRAYS * vocabulary)
     fixed = max(_prefill_bytes(model, longest) for model in models)
     if torch.device(pair.device).type == "cuda":
         budget, most = torch.cuda.mem_get_info(pair.device)[0] // 2, MAX_ROWS_ACCELERATOR

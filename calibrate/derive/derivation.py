@@ -143,6 +143,7 @@ def _derived(
         policies=infos,
         operating_points=tuple(point for point, _ in points),
         optima=tuple(optima(study, paths + resized)),
+        pilot=study.roads.info,
         certificates=study.certificates(),
         thresholds=curves.threshold_curves(study),
         answers=curves.answer_curves(study, runnable),

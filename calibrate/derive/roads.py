@@ -18,7 +18,7 @@ from calibrate.derive.predict import (
 )
 from calibrate.fit.pilot import policy_of
 from calibrate.run.folder import read_record
-from calibrate.run.records import CalibrationRecord, RunRecord
+from calibrate.run.records import CalibrationRecord, Pilot, RunRecord
 from calibrate.run.traces import Trace, pilot_paths, read_calibration_trace, read_trace
 from hlmtheory.clusters import RatioEstimate, estimate_of, mean_over_tokens
 from hlmtheory.context_shift import on_own_road, parted_before
@@ -78,13 +78,13 @@ class Roads:
         The calibration's.
     pilot : Trace or None
         A policy's own, on some of its prompts; others are left out.
-    pilot_policy : Policy or None
-        That policy.
+    info : Pilot or None
+        What it ran.
     """
 
     server: Trace
     pilot: Trace | None = None
-    pilot_policy: Policy | None = None
+    info: Pilot | None = None
 
     def __post_init__(self) -> None:
         if self.pilot is None:
@@ -99,8 +99,8 @@ class Roads:
 
     @cached_property
     def _pilot_parted(self) -> RatioEstimate:
-        assert self.pilot_policy is not None
-        tokens = predicted_tokens(self.server, self.pilot_policy).of_prompts(self._place)
+        assert self.info is not None
+        tokens = predicted_tokens(self.server, policy_of(self.info)).of_prompts(self._place)
         return parted_share(tokens)
 
     def prediction(self, policy: Policy) -> Prediction:
@@ -146,4 +146,4 @@ def read_roads(run: Path, calibration: CalibrationRecord) -> Roads:
     info = read_record(run, RunRecord).pilot
     if info is None:
         return Roads(server)
-    return Roads(server, read_trace(pilot_paths(run)), policy_of(info))
+    return Roads(server, read_trace(pilot_paths(run)), info)

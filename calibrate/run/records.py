@@ -540,6 +540,9 @@ class DerivationRecord(StageRecord):
     policies: tuple[PolicyInfo, ...]
     operating_points: tuple[OperatingPoint, ...]
     optima: tuple[Optimum, ...]
+    pilot: Pilot | None = None
+    """What predictions were moved by, each to its policy's own road; null: they stand on the
+    server's."""
     certificates: tuple[Certificate, ...] = ()
     thresholds: ThresholdCurves | None
     answers: tuple[AnswerCurve, ...] = ()
@@ -707,6 +710,9 @@ class GuaranteesRecord(StageRecord):
     confidence: float
     seed: int
     provenance: Provenance
+    pilot: Pilot | None = None
+    """What predictions were moved by, each to its policy's own road; null: they stand on the
+    server's."""
     certificates: tuple[Certificate, ...]
     """What each test certifies from the run's own prompts."""
     rows: tuple[GuaranteeRow, ...]

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calibrate.run.figure import number_text
-from calibrate.run.records import Timings, ValidationRecord
+from calibrate.run.records import DerivationRecord, Timings, ValidationRecord
 
 BUSY_SHARE = 0.1
 UNSTEADY_RATIO = 1.5
+
+
+def pilot_text(derivation: DerivationRecord) -> str:
+    """Where the predictions of a derivation stand, in one sentence."""
+    pilot = derivation.pilot
+    if pilot is None:
+        return "predictions are along the server's outputs: the calibration has no pilot"
+    return (
+        f"predictions are on each policy's own road, by a pilot of {len(pilot.prompt_ids)} prompts "
+        f"({pilot.policy} at threshold {number_text(pilot.threshold)})"
+    )
 
 
 def coverage_text(validation: ValidationRecord) -> str:

@@ -22,7 +22,7 @@ from calibrate.run.records import (
     PlanRecord,
     ValidationRecord,
 )
-from calibrate.run.wording import coverage_text, promise_texts
+from calibrate.run.wording import coverage_text, pilot_text, promise_texts
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import ModelDescription, PairDescription
@@ -192,6 +192,7 @@ def print_operating_points(result: DerivationRecord) -> None:
         f"{result.accounting}; score {result.request.score}; intervals "
         f"{result.confidence:.0%}, clustered by prompt)"
     )
+    page.say(f"  {pilot_text(result)}")
     points = [point for point in result.operating_points if point.feasible]
     page.table(
         ("policy", "rule", ">threshold", ">skip rate", ">risk", ">TV bias"),
