@@ -291,6 +291,8 @@ def calibrate(
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     chosen = _sampling(given)
+    if 0 < pilot < 16:
+        raise UsageError(f"--pilot {pilot}: allowed are 0, for none, and at least 16 prompts")
     _one_of("--trace", trace, "full", "minimal")
     _one_of("--order", order, "random", "file")
     if pair is None and slm is None and llm is None:

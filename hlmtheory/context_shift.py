@@ -21,12 +21,12 @@ def along_answers(prompt_index: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def parted_before(bias: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
-    r"""Probability that an answer has left the server's before each token, (N,).
+    r"""How likely an answer has left the server's before each token, to first order, (N,).
 
     .. math:: q_t = 1 - \prod_{s < t} (1 - b_s)
 
-    with b_s the bias, the total variation between the laws that token s is drawn from. Under the
-    coupling by accepting and resampling it is the very probability that the two tokens differ.
+    with b_s the bias, the total variation between the laws that token s is drawn from. It stands in
+    for the probability, which (47) has and which needs the law at the output.
 
     Parameters
     ----------
@@ -54,8 +54,9 @@ def on_own_road(
     .. math:: \hat\theta = \hat\theta_{server} + \frac{q}{q_0}
               \left(\hat\theta_{pilot} - \hat\theta_{paired}\right)
 
-    Assumes that a token after the parting is moved by as much as one of the pilot's. Its error is
-    that of all five, to first order, prompt by prompt.
+    Assumes that a token after the parting is moved by as much as one of the pilot's: what that is
+    wrong by is not in the error, which is the sampling error of all five, to first order, prompt by
+    prompt. The pilot's part is as large as N prompts of their own make it.
 
     Parameters
     ----------
@@ -78,9 +79,12 @@ def on_own_road(
         return server
     scale = parted.value / pilot_parted.value
     shift = pilot.value - paired.value
-    influence = np.array(server.influence)
+    influence = np.nan_to_num(server.influence)
     influence += shift / pilot_parted.value * np.nan_to_num(parted.influence)
     of_pilot = scale * (pilot.influence - paired.influence)
     of_pilot = of_pilot - shift * scale / pilot_parted.value * pilot_parted.influence
+    few, all_prompts = len(place), len(influence)
+    if few > 1:  # n prompts lose one degree of freedom, and so do the pilot's N
+        of_pilot = of_pilot * np.sqrt(few * (all_prompts - 1) / ((few - 1) * all_prompts))
     influence[place] += np.nan_to_num(of_pilot)
     return estimate_of(server.value + scale * shift, influence)

@@ -135,8 +135,10 @@ class ExactUncertainty(Score):
         return xp.concat([u, u[:, -1:]], axis=-1), *with_beyond(step)
 
     def num_candidates(self, threshold: float, vocab_size: int) -> int:
-        """floor(1/(1 - u_th)) and one more."""
-        return max(HEAD_SIZE, skip_set_bound(threshold, vocab_size) + 1)
+        """floor(1/(1 - u_th)) and one more; no more than a head where everything is skipped."""
+        if threshold >= self.high:
+            return HEAD_SIZE
+        return max(HEAD_SIZE, min(vocab_size, skip_set_bound(threshold, vocab_size) + 1))
 
 
 def skip_set_bound(threshold: float, vocab_size: int) -> int:

@@ -20,6 +20,7 @@ from calibrate.run.records import (
     GivenModels,
     ModelIdentity,
     PairIdentity,
+    Pilot,
     RunRecord,
     RunSettings,
     Timings,
@@ -171,6 +172,21 @@ def make_calibration(
     info = run_record(pair, prompts, names, len(columns["row"]))
     write_record(run, info)
     write_record(run, summarise(read_trace(shard_paths(run)), info))
+
+
+def add_pilot(run: Path) -> Pilot:
+    """A pilot on every prompt of a calibration, along other contexts."""
+    info = read_record(run, RunRecord)
+    columns = synthetic_columns(3)
+    categories = CATEGORIES * (NUM_PROMPTS // 2)
+    path = next_shard(run / "pilot")
+    write_shard(path, columns, list(info.prompt_ids), {}, AXES, categories)
+    pilot = Pilot(
+        policy="u-hlm", threshold=0.5, risk=0.02, prompt_ids=info.prompt_ids,
+        num_tokens=len(columns["row"]), wall_s=1.0,
+    )  # fmt: skip
+    write_record(run, info.model_copy(update={"pilot": pilot}))
+    return pilot
 
 
 def make_run(run: Path, prompts_file: str = "p.jsonl", prompt_name: str = "prompt") -> None:

@@ -15,7 +15,8 @@ from calibrate.derive.predict import (
     Economics,
     PolicyTokens,
     drawn_tokens,
-    throughputs,
+    rate_of,
+    token_times,
     uplink_bits,
 )
 from calibrate.run.figure import curve
@@ -135,10 +136,12 @@ def throughput_curves(
         return {
             f"{name}@{snr:g}": one
             for snr in snr_db
-            for name, one in throughputs(seen, economics_at(economics, snr), bits).items()
+            for name, one in token_times(seen, economics_at(economics, snr), bits).items()
         }
 
     found = tokens.mean(at_every_snr)
+    for snr in snr_db:
+        found[f"throughput_tok_s@{snr:g}"] = rate_of(found[f"token_time_ms@{snr:g}"])
     both = {
         name: curve(snr_db, [found[f"{name}@{snr:g}"] for snr in snr_db], confidence)
         for name in THROUGHPUTS

@@ -6,19 +6,17 @@ Assumption: the importance is ours, docs/theory.md, (31); see hlmtheory.importan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from calibrate.derive.operating_points import Study
 from calibrate.derive.optimum import thin_prompts
-from calibrate.derive.predict import UNITS, PolicyTokens, metrics
+from calibrate.derive.predict import UNITS, metrics, predicted_tokens
 from calibrate.fit.thresholds import DerivedThreshold
 from calibrate.run.figure import as_figure
 from calibrate.run.records import ImportancePlane, PlaneCell
 from calibrate.run.traces import Trace
-from hlmtheory.clusters import RatioEstimate
 
 MAX_TOKENS = 200_000
 NUM_GAMMAS = 9
@@ -64,16 +62,11 @@ def importance_plane(study: Study, gammas: Sequence[float] | None = None) -> Imp
     threshold = _plain_threshold(study, found[0]).threshold
     ks = study.trace.axes.attention_sizes
     thinned = thin_prompts(study.trace, MAX_TOKENS)
-    roads = replace(study.roads, server=thinned)
-
-    def means(tokens: PolicyTokens) -> dict[str, RatioEstimate]:
-        return metrics(tokens, study.economics)
-
     cells: list[PlaneCell] = []
     for k in ks if threshold.feasible else ():
         for gamma in gammas:
             moved = found[0].with_importance(k, gamma).with_threshold(threshold.value)
-            estimates = roads.prediction(moved).mean(means)
+            estimates = metrics(predicted_tokens(thinned, moved), study.economics)
             predicted = {
                 name: as_figure(estimates[name], UNITS[name], study.request.confidence)
                 for name in PLANE_METRICS

@@ -219,7 +219,7 @@ class Study:
         And which of them are upper bounds.
         """
         prediction = self.roads.prediction(policy)
-        found = prediction.mean(lambda tokens: metrics(tokens, self.economics))
+        found = metrics(prediction, self.economics)
         confidence = self.request.confidence
         figures = {
             name: as_figure(found[name], UNITS[name], confidence, *BOUNDS.get(name, ()))

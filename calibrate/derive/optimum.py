@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 
 from calibrate.derive.operating_points import Study
-from calibrate.derive.predict import Economics, PolicyTokens, path_means
-from calibrate.derive.roads import Roads
+from calibrate.derive.predict import Economics, path_means, predicted_tokens
 from calibrate.run.records import Optimum, PolicyPath
 from calibrate.run.traces import Trace
-from hlmtheory.clusters import RatioEstimate
 from hlmtheory.optimise import Choice, Objective, PolicyCurve, best_choice
 from hlmtheory.policies import GatedPolicy, Policy
 
@@ -85,35 +83,28 @@ def path_thresholds(study: Study, policy: GatedPolicy) -> np.ndarray:
     return np.unique(np.clip(both, policy.score.low, policy.score.high))
 
 
-def policy_path(roads: Roads, economics: Economics, policy: Policy, thresholds: np.ndarray) -> Path:
-    """A policy along these thresholds of its gate; as it is, if it has none."""
+def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: np.ndarray) -> Path:
+    """A policy along these thresholds of its gate, or as it is; at the server's contexts."""
     moved: list[Policy] = [policy]
     if isinstance(policy, GatedPolicy):
         moved = [policy.with_threshold(threshold) for threshold in thresholds]
-
-    def means(tokens: PolicyTokens) -> dict[str, RatioEstimate]:
-        return path_means(tokens, economics)
-
-    rows = []
-    for one in moved:
-        found = roads.prediction(one).mean(means)
-        rows.append([estimate.value for estimate in found.values()])
+    found = [path_means(predicted_tokens(trace, one), economics) for one in moved]
+    rows = [[estimate.value for estimate in means.values()] for means in found]
     return Path(policy, thresholds, *np.array(rows).T)
 
 
 def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:
     """Paths of the first setting of every policy, and those with another fixed size."""
-    trace = in_double(thin_prompts(study.roads.server))
-    roads = replace(study.roads, server=trace)
+    trace = in_double(thin_prompts(study.trace))
     first, resized = [], []
     for offers in study.offers.values():
         for offer in offers[:1]:
             policy, thresholds = offer.policy, np.zeros(1)
             if isinstance(policy, GatedPolicy):
                 thresholds = path_thresholds(study, policy)
-            first.append(policy_path(roads, study.economics, policy, thresholds))
+            first.append(policy_path(trace, study.economics, policy, thresholds))
             resized += [
-                policy_path(roads, study.economics, other, thresholds)
+                policy_path(trace, study.economics, other, thresholds)
                 for other in _other_sizes(policy, trace)
             ]
     return first, resized

@@ -283,21 +283,24 @@ def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
     return np.asarray(sent * bits)
 
 
-def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstimate]:
+def metrics(averaged: Averaged, economics: Economics) -> dict[str, RatioEstimate]:
     """Every metric of METRICS as a mean over tokens with its prompt-clustered standard error.
 
     docs/theory.md, (11), (18), (27), (28), (29). Throughput is 1/E[token time], mean throughput
     E[1/token time], expected over skipping and sending; they answer different questions.
     """
+    found = averaged.mean(lambda tokens: _plain_means(tokens, economics))
+    found["throughput_tok_s"] = rate_of(found["token_time_ms"])
+    return {name: found[name] for name in METRICS}
+
+
+def _plain_means(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstimate]:
     bits = uplink_bits(tokens, economics)
-    found = {
+    return {
         "skip_rate": _mean(tokens, tokens.skip),
         "rejection_risk": _mean(tokens, tokens.risk),
         "uplink_bits_per_token": _mean(tokens, bits),
-        "token_time_ms": _mean(
-            tokens, _expected(tokens, *_priced(token_time_ms, tokens, economics, bits))
-        ),
-        **throughputs(tokens, economics, bits),
+        **token_times(tokens, economics, bits),
         "energy_j_per_token": _mean(
             tokens, _expected(tokens, *_priced(token_energy_j, tokens, economics, bits))
         ),
@@ -307,7 +310,6 @@ def metrics(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstima
             tokens_in_agreement(_exact(tokens), tokens.prompt_index, tokens.num_prompts)
         ),
     }
-    return {name: found[name] for name in METRICS}
 
 
 def path_means(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEstimate]:
@@ -320,19 +322,26 @@ def path_means(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioEst
     }
 
 
-def throughputs(
+def token_times(
     tokens: PolicyTokens, economics: Economics, bits: np.ndarray
 ) -> dict[str, RatioEstimate]:
-    """Both throughputs of tokens whose uplink bits are known."""
+    """Mean time of a token, and mean throughput, of tokens whose uplink bits are known."""
     skipped_ms, sent_ms = _priced(token_time_ms, tokens, economics, bits)
-    time = _mean(tokens, _expected(tokens, skipped_ms, sent_ms))
-    scale = 1e3 / time.value**2
     return {
-        "throughput_tok_s": RatioEstimate(
-            1e3 / time.value, scale * time.standard_error, time.num_prompts, -scale * time.influence
-        ),
+        "token_time_ms": _mean(tokens, _expected(tokens, skipped_ms, sent_ms)),
         "mean_throughput_tok_s": _mean(tokens, _expected(tokens, 1e3 / skipped_ms, 1e3 / sent_ms)),
     }
+
+
+def rate_of(time_ms: RatioEstimate) -> RatioEstimate:
+    """Throughput, 1/E[token time], in tokens a second."""
+    scale = 1e3 / time_ms.value**2
+    return RatioEstimate(
+        1e3 / time_ms.value,
+        scale * time_ms.standard_error,
+        time_ms.num_prompts,
+        -scale * time_ms.influence,
+    )
 
 
 def _priced(

@@ -55,17 +55,20 @@ class Prediction:
         own, paired = means(self.pilot), means(self.server.of_prompts(self.place))
         parted = (self.parted, self.pilot_parted, self.place)
         moved = {
-            name: _in_range(name, on_own_road(one, own[name], paired[name], *parted))
+            name: _in_range(name, one, on_own_road(one, own[name], paired[name], *parted))
             for name, one in found.items()
             if name not in OF_SERVER_ANSWERS
         }
         return found | moved
 
 
-def _in_range(name: str, estimate: RatioEstimate) -> RatioEstimate:
-    """What a few prompts of a pilot moved beyond the range of a mean, at the end of it."""
+def _in_range(name: str, server: RatioEstimate, moved: RatioEstimate) -> RatioEstimate:
+    """The moved mean; where it left the range of a mean, the server's with the error of both.
+
+    Heavy-tailed payloads do that to a small pilot, which then says nothing of where they go.
+    """
     most = 1.0 if UNITS.get(name) == "" else np.inf
-    return replace(estimate, value=float(np.clip(estimate.value, 0.0, most)))
+    return moved if 0.0 <= moved.value <= most else replace(moved, value=server.value)
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,25 @@ class Roads:
         return np.searchsorted(self.server.prompt_ids, self.pilot.prompt_ids)
 
     @cached_property
+    def _paired(self) -> Trace:
+        """The server's road on the pilot's prompts."""
+        assert self.pilot is not None
+        return self.server.of_prompts(self.pilot.prompt_ids)
+
+    @cached_property
     def _pilot_parted(self) -> RatioEstimate:
         assert self.info is not None
         tokens = predicted_tokens(self.server, policy_of(self.info)).of_prompts(self._place)
         return parted_share(tokens)
 
     def prediction(self, policy: Policy) -> Prediction:
-        """What the policy is expected to do."""
+        """What the policy is expected to do.
+
+        A device alone is not moved: nothing that a pilot learned of answers that parted once says
+        where those go that part ever again.
+        """
         server = predicted_tokens(self.server, policy)
-        if self.pilot is None or policy.follows_server:
+        if self.pilot is None or policy.follows_server or policy.role != "both":
             return Prediction(server)
         pilot = predicted_tokens(self.pilot, policy)
         return Prediction(server, pilot, parted_share(server), self._pilot_parted, self._place)
@@ -115,7 +128,7 @@ class Roads:
         """What its own road changes of a mean over a trace; None without a pilot."""
         if self.pilot is None:
             return None
-        server, paired = mean(self.server), mean(self.server.of_prompts(self.pilot.prompt_ids))
+        server, paired = mean(self.server), mean(self._paired)
         parted = parted_share(predicted_tokens(self.server, policy))
         moved = on_own_road(
             server, mean(self.pilot), paired, parted, self._pilot_parted, self._place

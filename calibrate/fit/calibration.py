@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibrate.fit.pilot import DEFAULT_PROMPTS, plan_pilot, policy_of
+from calibrate.fit.pilot import DEFAULT_PROMPTS, MIN_PROMPTS, plan_pilot, policy_of
 from calibrate.fit.summary import summarise
 from calibrate.run.errors import UserError
 from calibrate.run.folder import (
@@ -100,8 +100,9 @@ class CalibrationRequest:
     command: tuple[str, ...] = ()
 
     def num_pilot(self, prompts: Sequence[Prompt]) -> int:
-        """Prompts of the pilot; none for a minimal trace, of which nothing is predicted."""
-        return min(self.pilot, len(prompts)) if self.trace == "full" else 0
+        """Prompts of the pilot; none if too few, or of a minimal trace: nothing is predicted."""
+        num = min(self.pilot, len(prompts)) if self.trace == "full" else 0
+        return num if num >= MIN_PROMPTS else 0
 
     def settings(self) -> RunSettings:
         """What decides the tokens of the trace, as it is stored in run.json."""

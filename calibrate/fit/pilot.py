@@ -14,7 +14,7 @@ import numpy as np
 from calibrate.run.prompts import Prompt, draw_prompts
 from calibrate.run.records import Pilot
 from calibrate.run.traces import Trace
-from hlmtheory.policies import Policy, pilot_policy
+from hlmtheory.policies import Policy, pilot_policy, policy_from_settings
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import ExactUncertainty
 from hlmtheory.thresholds import risk_budget_threshold
@@ -22,12 +22,15 @@ from hlmtheory.thresholds import risk_budget_threshold
 PILOT_RISK = 0.02
 """Large enough for answers to part within their length, small enough for first order to hold."""
 
+MIN_PROMPTS = 16
+"""Fewer say nothing of their own spread."""
+
 DEFAULT_PROMPTS = 64
 """More narrow the intervals little: the sampling of prompts in the calibration is most of them."""
 
 
 def plan_pilot(trace: Trace, prompts: Sequence[Prompt], num: int, seed: int) -> Pilot | None:
-    """A pilot at PILOT_RISK on some prompts; None where no threshold takes a risk within it.
+    """A pilot at PILOT_RISK; None with fewer than MIN_PROMPTS, or where nothing is within it.
 
     Parameters
     ----------
@@ -39,10 +42,9 @@ def plan_pilot(trace: Trace, prompts: Sequence[Prompt], num: int, seed: int) -> 
     seed : int
     """
     score, beta = trace["uncertainty"], trace["rejection_prob"]
-    counts = np.bincount(trace.prompt_index, minlength=trace.num_prompts).astype(float)
-    atoms = SkipAtoms(score, np.ones_like(score), beta, trace.prompt_index, counts)
+    atoms = SkipAtoms.of_drafts(score, beta, trace.prompt_index, trace.num_prompts)
     threshold = risk_budget_threshold(atoms, PILOT_RISK, ExactUncertainty().high)
-    if num == 0 or not threshold.feasible:
+    if num < MIN_PROMPTS or not threshold.feasible:
         return None
     risk = float(np.mean(beta * (score <= threshold.value)))
     if risk == 0:
@@ -60,4 +62,4 @@ def plan_pilot(trace: Trace, prompts: Sequence[Prompt], num: int, seed: int) -> 
 
 def policy_of(pilot: Pilot) -> Policy:
     """The policy that a pilot runs."""
-    return pilot_policy(pilot.threshold)
+    return policy_from_settings(pilot.policy, {}, pilot.threshold)

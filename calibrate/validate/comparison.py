@@ -143,11 +143,10 @@ def compare(
         drawn_tokens(roads.server, policy),
         measured_tokens(rerun, policy),
     )
-    averaged, drawn, measured = (
-        one.mean(lambda tokens: metrics(tokens, economics)) for one in seen
-    )
+    averaged, drawn, measured = (metrics(one, economics) for one in seen)
     strata = common_strata(roads.server.categories, rerun.categories)
     out: list[Comparison] = []
+    said: list[tuple[float, ErrorTerms | None]] = []
     for metric in METRICS:
         predicted, found = point.predicted[metric], measured[metric]
         value = predicted.value
@@ -161,7 +160,7 @@ def compare(
             policy=point.policy,
             rule=point.rule,
             metric=metric,
-            source="implied" if _is_said(error, out) else SOURCES[metric],
+            source="implied" if _is_said(found.value - value, error, said) else SOURCES[metric],
             predicted=figure(value, low, high, UNITS[metric]),
             measured=as_figure(found, UNITS[metric], confidence),
             covered=covered,
@@ -171,6 +170,8 @@ def compare(
         )
         plain = _judge(value, found.value, difference_error(*influence, None), confidence)
         out.append(Comparison(cell, error, plain[2]))
+        if cell.source == "counted":
+            said.append((found.value - value, error))
     return out
 
 
@@ -225,13 +226,17 @@ def coverage(comparisons: Sequence[Comparison], confidence: float) -> CoverageSu
     )
 
 
-def _is_said(error: ErrorTerms | None, counted: Sequence[Comparison]) -> bool:
-    """Whether an error is a multiple of one that was counted: the same figure in another unit."""
-    for one in counted:
-        if error is None or one.error is None:
+def _is_said(
+    missed: float, error: ErrorTerms | None, before: Sequence[tuple[float, ErrorTerms | None]]
+) -> bool:
+    """Whether miss and error are those of an earlier figure, in another unit."""
+    for other_missed, other in before:
+        if error is None or other is None:
             continue
-        lengths = error.standard_error * one.error.standard_error
-        if lengths > 0 and abs(error.terms @ one.error.terms) >= (1 - 1e-9) * lengths:
+        lengths = error.standard_error * other.standard_error
+        if abs(error.terms @ other.terms) >= (1 - 1e-9) * lengths > 0 and np.isclose(
+            abs(missed) / error.standard_error, abs(other_missed) / other.standard_error, atol=1e-6
+        ):
             return True
     return False
 

@@ -138,14 +138,15 @@ def pooled_shift(
     strata = _strata(roads.server, rerun)
     pooled = _average([one.below_threshold for one in shifts])
     error = error_terms(pooled.influence, strata)
-    ratio = abs(pooled.value) / error.standard_error if error.standard_error > 0 else np.inf
+    spread = error.standard_error
+    p_value = 2 * stats.t.sf(abs(pooled.value) / spread, error.freedom) if spread > 0 else None
     known = [one.predicted for one in shifts if one.predicted is not None]
     starts = shifts[0].record.by_step.grid
     alike = [one.by_part for one in shifts if one.record.by_step.grid == starts]
     parts = [_average(list(part)) for part in zip(*alike, strict=True)]
     return PooledShift(
         below_threshold=_figure(pooled, strata, confidence),
-        p_value=float(2 * stats.t.sf(ratio, error.freedom)) if error.freedom else None,
+        p_value=None if p_value is None else float(p_value),
         predicted=_figure(_average(known), stratum_numbers(roads.server.categories), confidence)
         if len(known) == len(shifts)
         else Figure(value=None),

@@ -332,27 +332,28 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     """
     from calibrate.derive.predict import economics_of, measured_tokens
     from calibrate.derive.roads import read_roads
-    from calibrate.validate.comparison import Comparison, common_strata, compare, coverage
+    from calibrate.validate.comparison import common_strata, compare, coverage
     from calibrate.validate.context_shift import context_shift, is_reference, pooled_shift
 
     derivation, confidence = plan.derivation, plan.derivation.confidence
     economics = economics_of(derivation)
     roads = read_roads(plan.run, plan.calibration)
     calibration = roads.server
-    compared: list[Comparison] = []
-    reruns, shifts = [], []
-    judged: set[Path] = set()  # reruns that two points share count once
+    cells, counted, reruns, shifts = [], [], [], []
+    judged: set[Path] = set()  # a rerun that two points share counts once
     references = [
         plan.trace(point) for point in plan.points if is_reference(plan.policies[point.key])
     ]
     for point in plan.points:
         policy = plan.policies[point.key]
         trace = plan.trace(point)
-        compared += compare(point, policy, roads, trace, economics, confidence)
+        compared = compare(point, policy, roads, trace, economics, confidence)
+        cells += [one.cell for one in compared]
         shift = context_shift(point, policy, roads, trace, references, confidence)
-        if shift is not None and plan.paths[point.key] not in judged:
-            shifts.append(shift)
+        if plan.paths[point.key] not in judged:
             judged.add(plan.paths[point.key])
+            counted += compared
+            shifts += [] if shift is None else [shift]
         tokens = measured_tokens(trace, policy)
         reruns.append(_rerun_info(point, plan.paths[point.key].name, tokens, economics, derivation))
     strata = common_strata(calibration.categories, [prompt.category for prompt in plan.prompts])
@@ -372,8 +373,8 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
         infeasible=plan.infeasible,
         context_shift=tuple(shift.record for shift in shifts),
         pooled_shift=pooled_shift(shifts, roads, references[0], confidence) if shifts else None,
-        cells=tuple(one.cell for one in compared),
-        coverage=coverage(compared, confidence),
+        cells=tuple(cells),
+        coverage=coverage(counted, confidence),
     )
     write_record(plan.run, result, plan.name)
     return result

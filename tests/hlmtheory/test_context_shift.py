@@ -103,6 +103,26 @@ def test_what_is_left_out_is_of_second_order(seed: int) -> None:
     assert relative[-2] / relative[-1] == pytest.approx(2.0, abs=0.25)
 
 
+@pytest.mark.parametrize("few", [2, 4, 16])
+def test_a_small_pilot_counts_with_its_own_spread(few: int) -> None:
+    """Of N prompts the variance of the moved mean is unbiased; without its factor it is not."""
+    rng, num, repeats = np.random.default_rng(2), 40, 4000
+    variances, values = [], []
+    for _ in range(repeats):
+        change = rng.normal(size=few)
+        zero = RatioEstimate(0.0, 0.0, num, np.zeros(num))
+        own = RatioEstimate(float(change.mean()), 0.0, few, (change - change.mean()) / few)
+        flat = RatioEstimate(0.0, 0.0, few, np.zeros(few))
+        share = RatioEstimate(0.5, 0.0, num, np.zeros(num))
+        of_pilot = RatioEstimate(0.5, 0.0, few, np.zeros(few))
+        found = on_own_road(zero, own, flat, share, of_pilot, np.arange(few))
+        variances.append(found.standard_error**2)
+        values.append(found.value)
+    error = np.std(variances) / repeats**0.5 + np.var(values) * (2 / repeats) ** 0.5
+    assert np.mean(variances) == pytest.approx(np.var(values), abs=4 * error)
+    assert np.mean(variances) == pytest.approx(1 / few, abs=4 * error)
+
+
 def test_intervals_hold_the_policys_own_mean_where_the_servers_do_not() -> None:
     """200 calibrations of 300 prompts, 100 of them in the pilot, judged by the exact mean."""
     chain, num, of_pilot = Chain(11), 300, 100

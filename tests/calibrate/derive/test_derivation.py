@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from synthetic_run import add_validation, make_calibration, make_run
+from synthetic_run import add_pilot, add_validation, make_calibration, make_run
 
 from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
 from calibrate.derive.plan import plan_run
@@ -55,7 +55,15 @@ def test_derivations_are_kept_by_name_and_read_back_as_they_were(run: Path) -> N
 
 def test_every_field_goes_both_ways(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    record = read_record(tmp_path / "run", DerivationRecord)
+    before = read_record(tmp_path / "run", DerivationRecord)
+    pilot = add_pilot(tmp_path / "run")
+    record = derive_run(tmp_path / "run", before.request)
+    assert record.pilot == pilot
+    # The server's road is its own; a gated policy's is where the pilot led.
+    for name, moved in (("hlm", False), ("u-hlm", True)):
+        one, other = (points_of(each, name) for each in (before, record))
+        changed = [one[rule].predicted != other[rule].predicted for rule in one]
+        assert any(changed) == moved
     # Nothing that a full trace can give is missing, so that the comparison is of everything.
     for name in DerivationRecord.model_fields:
         assert getattr(record, name) not in (None, (), {}), name

@@ -14,10 +14,11 @@ from hlmtheory.clusters import mean_over_tokens
 @pytest.mark.parametrize(
     ("name", "pilot", "expected"),
     [
-        ("uplink_bits_per_token", (2.0, 1.0), 0.0),  # 10 + 2 (1.5 - 10): heavy-tailed payloads
+        # 10 + 2 (1.5 - 10) is no payload: where it goes the pilot cannot tell, and it stays.
+        ("uplink_bits_per_token", (2.0, 1.0), 10.0),
         ("uplink_bits_per_token", (12.0, 13.0), 15.0),
-        ("skip_rate", (10.3, 10.3), 1.0),
-        ("throughput_tok_s@-15", (0.0, 0.0), 0.0),
+        ("skip_rate", (10.3, 10.3), 10.0),
+        ("token_time_ms@-15", (0.0, 0.0), 10.0),
     ],
 )
 def test_a_few_prompts_of_a_pilot_lead_to_no_impossible_mean(name, pilot, expected):

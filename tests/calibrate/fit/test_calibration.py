@@ -98,10 +98,10 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
 ):
     """Common random numbers: the same steps up to there, other contexts behind."""
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
-    request = toy_pair.request(folder, tmp_path / "run", limit=16, max_new_tokens=12, pilot=10)
+    request = toy_pair.request(folder, tmp_path / "run", limit=20, max_new_tokens=12, pilot=16)
     steps = []
     calibrate(request, prepare(request), pair, lambda *two: steps.append(sum(two)))
-    assert sum(steps) == (16 + 10) * 12
+    assert sum(steps) == (20 + 16) * 12
     run = tmp_path / "run"
     info = read_record(run, RunRecord)
     server, pilot = (read_trace(paths(run)) for paths in (shard_paths, pilot_paths))
@@ -127,13 +127,13 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
 
 def test_an_interrupted_pilot_goes_on(folder, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
-    settings = {"batch_size": 4, "max_new_tokens": 4}
+    settings = {"batch_size": 8, "max_new_tokens": 6, "limit": 16}
     request = toy_pair.request(folder, tmp_path / "run", **settings)
     written = []
     write = calibration.write_shard
 
     def some_shards(*arguments) -> None:
-        if len(written) == 4:
+        if len(written) == 3:
             raise Stop
         written.append(write(*arguments))
 

@@ -363,6 +363,8 @@ def test_one_test_of_all_reruns_takes_a_prompts_part_in_them_as_one_term(rng):
     assert both.p_value == pytest.approx(expected.pvalue)
     assert both.below_threshold.value == pytest.approx(np.mean(change), abs=1e-12)
     assert pooled_shift([], Roads(cal), cal, 0.95) is None
+    still = pooled_shift(shifts(cal, [cal], base), Roads(cal), cal, 0.95)
+    assert (still.below_threshold.value, still.p_value) == (0.0, None)
 
 
 def test_under_no_shift_the_pooled_test_rings_as_often_as_it_says(rng):
@@ -380,11 +382,13 @@ def test_under_no_shift_the_pooled_test_rings_as_often_as_it_says(rng):
 
 def test_a_figure_said_in_two_units_is_counted_once(rng):
     terms = rng.normal(size=20)
-    counted = [comparison(terms, 0.1)]
-    assert _is_said(ErrorTerms(-3e4 * terms, 20, 18), counted)
-    assert not _is_said(ErrorTerms(terms + 0.01 * rng.normal(size=20), 20, 18), counted)
-    assert not _is_said(ErrorTerms(np.zeros(20), 20, 18), counted)
-    assert not _is_said(None, counted)
+    said = [(0.2, ErrorTerms(terms, 20, 18))]
+    assert _is_said(-6e3, ErrorTerms(-3e4 * terms, 20, 18), said)
+    # Parallel errors about another miss: a wrong constant in one of them must not hide.
+    assert not _is_said(-9e3, ErrorTerms(-3e4 * terms, 20, 18), said)
+    assert not _is_said(0.2, ErrorTerms(terms + 0.01 * rng.normal(size=20), 20, 18), said)
+    assert not _is_said(0.0, ErrorTerms(np.zeros(20), 20, 18), said)
+    assert not _is_said(0.2, None, said)
     cells = [comparison(terms, 0.1), comparison(terms, 9.0)]
     implied = dataclasses.replace(
         cells[1], cell=cells[1].cell.model_copy(update={"source": "implied"})
