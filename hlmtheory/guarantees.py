@@ -45,6 +45,7 @@ from hlmtheory.risk_tests import (
     TestMethod,
     check_level,
     conformal_bound,
+    conformal_prompts_needed,
     p_value,
     prompts_needed,
     risk_upper_bound,
@@ -99,13 +100,18 @@ def prompt_losses(
     if certified == "prompts":
         values = rejected / np.maximum(lengths, 1.0)
     else:
-        if max_tokens is None or lengths.max() > max_tokens:
-            raise ValueError(
-                f"max_tokens = {max_tokens}: a prompt has {int(lengths.max())} tokens; give the "
-                "cap that the calibration ran under"
-            )
-        values = (rejected + alpha * (max_tokens - lengths)) / max_tokens
+        most = _most_tokens(num_tokens, max_tokens)
+        values = (rejected + alpha * (most - lengths)) / most
     return np.minimum(values / bound, 1.0), alpha / bound
+
+
+def _most_tokens(num_tokens: np.ndarray, max_tokens: int | None) -> int:
+    if max_tokens is None or num_tokens.max() > max_tokens:
+        raise ValueError(
+            f"max_tokens = {max_tokens}: a prompt has {int(num_tokens.max())} tokens; give the "
+            "cap that the calibration ran under"
+        )
+    return max_tokens
 
 
 def conformal_threshold(
@@ -138,7 +144,7 @@ def conformal_threshold(
     Returns
     -------
     Threshold
-        Infeasible when n < 1/alpha - 1: too few prompts for the budget.
+        Infeasible when n < 1/alpha - 1: too few prompts for the budget; about tokens, more.
 
     Raises
     ------
@@ -163,7 +169,7 @@ def conformal_threshold(
         max_tokens,
         lambda losses: bound(losses) <= alpha,
         bound,
-        _too_few_for_conformal(num_prompts, alpha),
+        _too_few_for_conformal(num_prompts, alpha, _mean_filler(atoms.num_tokens, max_tokens)),
     )
 
 
@@ -221,16 +227,20 @@ def learn_then_test_threshold(
         max_tokens,
         lambda losses: bool(p_value(losses, alpha, delta, method) <= delta),
         lambda losses: float(risk_upper_bound(losses, delta, method)),
-        _too_few(num_prompts, alpha, alpha, delta, method),
+        _too_few(
+            num_prompts, alpha, alpha, delta, method, _mean_filler(atoms.num_tokens, max_tokens)
+        ),
         1 - delta,
     )
 
 
-def _too_few(num_prompts: int, alpha: float, level: float, delta: float, method: TestMethod) -> str:
+def _too_few(
+    num_prompts: int, alpha: float, level: float, delta: float, method: TestMethod, filler: float
+) -> str:
     return (
         f"{num_prompts} prompts certify no threshold at risk {alpha:g} with confidence "
-        f"{1 - delta:g}; even without any loss it takes {prompts_needed(level, delta, method)} "
-        "prompts"
+        f"{1 - delta:g}; even without any loss it takes "
+        f"{prompts_needed(level, delta, method, filler)} prompts"
     )
 
 
@@ -258,6 +268,28 @@ class GridLosses:
         return prompt_losses(
             sums.rejected, sums.num_tokens, alpha, self.certified, most, self.cap
         )  # fmt: skip
+
+    def risks(self) -> np.ndarray:
+        """What the budget is about at each threshold, (G,): no filler, no cap in it; (52)."""
+        if self.certified == "answers":
+            return np.asarray(self.sums.rejected.mean(axis=0))
+        return self.sums.curve(self.certified)[1]
+
+    @property
+    def filler(self) -> float:
+        """Mean share of its level that a prompt is charged with though it loses nothing."""
+        most = self.max_tokens if self.certified == "tokens" else None
+        return _mean_filler(self.sums.num_tokens, most)
+
+
+def _mean_filler(num_tokens: np.ndarray, max_tokens: int | None) -> float:
+    r"""How far prompts are filled up to T_max, in the mean: :math:`1 - \bar T/T_{max}` for tokens.
+
+    So much of alpha a prompt without any loss is charged with; without T_max none; (33).
+    """
+    if max_tokens is None:
+        return 0.0
+    return 1.0 - float(np.mean(num_tokens)) / _most_tokens(num_tokens, max_tokens)
 
 
 def num_passing(passed: np.ndarray) -> np.ndarray:
@@ -296,7 +328,7 @@ def fixed_sequence_threshold(
         num = int(num_passing(rejected))
         place = max(num - 1, 0)
         bound = alpha / level * float(risk_upper_bound(losses[:, place], delta, method))
-        why_not = _too_few(len(losses), alpha, level, delta, method)
+        why_not = _too_few(len(losses), alpha, level, delta, method, grid.filler)
     family, label = ("asymptotic", "t") if method == "t" else ("ltt", "ltt")
     everything = num == len(sums.thresholds) and grid.cap is None
     reason = "certified even when every token is skipped" if everything else ""
@@ -332,7 +364,7 @@ def conformal_on_grid(grid: GridLosses, alpha: float) -> Threshold:
         "conformal",
         float(grid.sums.thresholds[num - 1]) if num else float("nan"),
         num > 0,
-        "" if num else _too_few_for_conformal(len(losses), alpha),
+        "" if num else _too_few_for_conformal(len(losses), alpha, grid.filler),
         alpha,
         grid.certified,
         None,
@@ -340,11 +372,11 @@ def conformal_on_grid(grid: GridLosses, alpha: float) -> Threshold:
     )
 
 
-def _too_few_for_conformal(num_prompts: int, alpha: float) -> str:
+def _too_few_for_conformal(num_prompts: int, alpha: float, filler: float) -> str:
     return (
         f"{num_prompts} prompts: the bound (n R + 1)/(n + 1) is above {alpha:g} for every "
         f"threshold; a budget of {alpha:g} needs at least "
-        f"{int(np.ceil(1 / alpha - 1 - 1e-9))} prompts"
+        f"{conformal_prompts_needed(alpha, filler)} prompts"
     )
 
 

@@ -39,6 +39,14 @@ def conformal_bound(mean_loss: np.ndarray, num_prompts: int) -> np.ndarray:
     return np.asarray((num_prompts * np.asarray(mean_loss) + 1.0) / (num_prompts + 1.0))
 
 
+def conformal_prompts_needed(alpha: float, filler: float = 0.0) -> int:
+    r"""Fewest prompts, none with a loss beyond its filler, whose conformal bound is within alpha.
+
+    .. math:: n \ge (1 - \alpha) / (\alpha (1 - f))
+    """
+    return int(np.ceil((1 - alpha) / (alpha * (1 - filler)) - 1e-9))
+
+
 def hoeffding_bentkus_p_value(mean_loss: np.ndarray, num_prompts: int, alpha: float) -> np.ndarray:
     r"""P-value of "the risk is at least alpha" from the mean of losses in [0, 1].
 
@@ -237,13 +245,26 @@ def risk_upper_bound(
     return np.asarray(high)
 
 
-def prompts_needed(alpha: float, delta: float = 0.05, method: TestMethod = "betting") -> int:
-    """Fewest prompts with which a test can reject anything: all of them without loss."""
+def prompts_needed(
+    alpha: float, delta: float = 0.05, method: TestMethod = "betting", filler: float = 0.0
+) -> int:
+    r"""Fewest prompts with which a test can reject anything: all of them without loss.
+
+    Parameters
+    ----------
+    alpha, delta : float
+    method : {"betting", "hoeffding-bentkus", "wsr", "t"}
+    filler : float
+        In [0, 1): share of alpha that a prompt is charged with though it loses nothing;
+        :attr:`hlmtheory.guarantees.GridLosses.filler`. Taken to be that of every prompt; where it
+        differs between them the bet, concave in each loss, needs somewhat more.
+    """
     check_level(alpha, "alpha")
     check_level(delta, "delta")
 
     def certifies(num_prompts: int) -> bool:
-        return bool(p_value(np.zeros(num_prompts), alpha, delta, method) <= delta)
+        losses = np.full(num_prompts, alpha * filler)
+        return bool(p_value(losses, alpha, delta, method) <= delta)
 
     high = 1
     while not certifies(high):

@@ -33,6 +33,7 @@ from hlmtheory.risk_tests import (
     asymptotic_p_value_of,
     betting_p_value_of,
     conformal_bound,
+    conformal_prompts_needed,
     growth,
     hoeffding_bentkus_p_value,
     prompts_needed,
@@ -95,15 +96,13 @@ def plan_run(
     def grid(cap: float | None) -> GridLosses:
         return grid_losses(trace, replace(policy, cap=cap), certified, most)
 
-    plain = grid(None).sums
+    plain, risks, filler = grid(None).sums, grid(None).risks(), grid(None).filler
     rates = plain.skipped.sum(axis=0) / plain.num_tokens.sum()
     ms_per_prompt = 1e3 * info.wall_s / trace.num_prompts
     rows, intervals = [], []
     delta = 1 - confidence
     for alpha in budgets:
-        losses, level = grid(None).losses(alpha)
-        spent = losses.mean(axis=0) * alpha / level
-        place = max(int(np.searchsorted(spent, GOAL * alpha, side="right")) - 1, 0)
+        place = max(int(np.searchsorted(risks, GOAL * alpha, side="right")) - 1, 0)
         goal = float(rates[place]) if skip_rate is None else skip_rate
         for name, test, capped in (
             *((one, one, False) for one in TESTS),
@@ -122,7 +121,7 @@ def plan_run(
                     guaranteed=test not in ("t", None),
                     cap=cap,
                     goal_skip_rate=goal,
-                    without_loss=_without_loss(alpha, delta, test, capped),
+                    without_loss=_without_loss(alpha, delta, test, capped, filler),
                     num_prompts=num,
                     wall_s=None if num is None else num * ms_per_prompt / 1e3,
                 )
@@ -217,15 +216,17 @@ def passing_share(
     return float(np.mean(found <= delta))
 
 
-def _without_loss(alpha: float, delta: float, test: TestMethod | None, capped: bool) -> int:
+def _without_loss(
+    alpha: float, delta: float, test: TestMethod | None, capped: bool, filler: float
+) -> int:
     """Prompts of which not one may lose anything; under the largest cap that is suggested for."""
     if test is None:
-        return int(np.ceil(1 / alpha - 1 - 1e-9))
+        return conformal_prompts_needed(alpha, filler)
     if not capped:
-        return prompts_needed(alpha, delta, test)
+        return prompts_needed(alpha, delta, test, filler)
     for num in SIZES.tolist():
-        cap = suggested_cap(alpha, delta, num)
-        if cap is None or (cap > alpha and prompts_needed(alpha / cap, delta, test) <= num):
+        cap = suggested_cap(alpha, delta, num) or 1.0
+        if cap > alpha and prompts_needed(alpha / cap, delta, test, filler) <= num:
             return int(num)
     return MOST
 

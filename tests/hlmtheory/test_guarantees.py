@@ -7,6 +7,7 @@ nothing, must break it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hlmtheory.guarantees import conformal_threshold, learn_then_test_threshold
-from hlmtheory.risk import SkipAtoms, skip_risk_sums
+from hlmtheory.guarantees import (
+    GridLosses,
+    conformal_on_grid,
+    conformal_threshold,
+    fixed_sequence_threshold,
+    learn_then_test_threshold,
+)
+from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
 from hlmtheory.risk_tests import (
     betting_p_value,
     conformal_bound,
@@ -369,6 +376,38 @@ def test_prompts_needed():
                     p_value = hoeffding_bentkus_p_value(np.zeros(()), count, alpha)
                 assert bool(p_value <= delta) == enough
     assert prompts_needed(0.01, 0.05, "hoeffding-bentkus") == 299
+
+
+@pytest.mark.parametrize(("length", "least"), [(40, 1), (10, 4)])
+def test_a_prompt_without_loss_gains_what_it_is_not_filled_with(length: int, least: int) -> None:
+    """About tokens a loss-free prompt gains alpha T/T_max: too few is told as what does pass."""
+    alpha, most = 0.05, 40
+
+    def atoms(num: int) -> SkipAtoms:
+        index = np.repeat(np.arange(num), length)
+        return SkipAtoms.of_drafts(np.full(len(index), 0.5), np.zeros(len(index)), index, num)
+
+    def grid(num: int) -> GridLosses:
+        return GridLosses(skip_risk_sums(atoms(num), np.array([1.0])), "tokens", most)
+
+    rules = (
+        lambda num: conformal_threshold(atoms(num), alpha, max_tokens=most),
+        lambda num: learn_then_test_threshold(atoms(num), alpha, max_tokens=most),
+        lambda num: conformal_on_grid(grid(num), alpha),
+        lambda num: fixed_sequence_threshold(grid(num), alpha),
+        lambda num: fixed_sequence_threshold(grid(num), alpha, method="hoeffding-bentkus"),
+    )
+    for rule in rules:
+        told = int(re.findall(r"(\d+) prompts$", rule(5).reason)[0])
+        assert rule(told).feasible
+        assert not rule(told - 1).feasible
+    assert told > 58 * least
+    rejected = np.array([[1.0, 4.0], [0.0, 2.0]])
+    sums = SkipRiskSums(np.array([0.1, 0.2]), rejected, rejected, np.array([10.0, 40.0]))
+    for certified, risks in (("tokens", [0.02, 0.12]), ("prompts", [0.05, 0.225])):
+        assert GridLosses(sums, certified, most).risks() == pytest.approx(risks)
+    assert GridLosses(sums, "tokens", most).filler == pytest.approx(1 - 25 / 40)
+    assert GridLosses(sums, "prompts", most).filler == 0
 
 
 ONE = SkipAtoms.of_drafts(np.full(3, 0.5), np.full(3, 0.5), np.arange(3), 3)

@@ -12,8 +12,15 @@ from calibrate.derive.derivation import derive_run, parse_importance, replaced_n
 from calibrate.derive.plan import plan_run
 from calibrate.derive.predict import point_policy
 from calibrate.run.errors import UsageError
-from calibrate.run.folder import read_record, record_names, record_path, write_text
+from calibrate.run.folder import (
+    read_record,
+    record_names,
+    record_path,
+    write_record,
+    write_text,
+)
 from calibrate.run.records import (
+    CalibrationRecord,
     DerivationRecord,
     DeriveRequest,
     OperatingPoint,
@@ -189,6 +196,26 @@ def test_answers_are_certified_where_their_law_is_known(run: Path) -> None:
     assert not other["ltt-0.9"].feasible
     assert "accept/resample" in other["ltt-0.9"].reason
     assert own["risk-0.9"].uncertainty_threshold == other["risk-0.9"].uncertainty_threshold
+
+
+def test_a_plan_about_tokens_has_the_goal_of_its_risk_whatever_the_limit(run: Path) -> None:
+    """Half the budget is spent at one threshold; only what it takes to certify it grows."""
+    near, over = plan_run(run, (0.2,), certified="tokens"), plan_run(run, (0.2,))
+    info = read_record(run, RunRecord)
+    for kind in (RunRecord, CalibrationRecord):
+        record = read_record(run, kind)
+        settings = record.settings.model_copy(update={"max_new_tokens": 64})
+        write_record(run, record.model_copy(update={"settings": settings}))
+    far = plan_run(run, (0.2,), certified="tokens")
+    grown = 64 / info.settings.max_new_tokens
+    assert far.rows[0].goal_skip_rate == near.rows[0].goal_skip_rate > 0
+    assert far.rows[0].goal_skip_rate == pytest.approx(over.rows[0].goal_skip_rate, abs=0.2)
+    for one, other, plain in zip(near.rows, far.rows, over.rows, strict=True):
+        if one.rule in ("betting", "conformal"):
+            assert other.without_loss == pytest.approx(grown * one.without_loss, rel=0.35, abs=3)
+            assert one.without_loss >= plain.without_loss
+        if None not in (one.num_prompts, other.num_prompts):
+            assert other.num_prompts >= one.num_prompts
 
 
 def test_a_plan_is_of_the_runs_own_prompts_and_clock(run: Path) -> None:
