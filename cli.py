@@ -494,7 +494,7 @@ def derive(
     _inside("--theta", theta, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
     _one_of("--certify", certify, "prompts", "tokens", "answers")
-    from calibrate.derive.certify import parse_cap
+    from calibrate.derive.certify import check_caps
     from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
     from calibrate.run.folder import check_name, read_record
     from calibrate.run.lock import locked
@@ -505,8 +505,7 @@ def derive(
 
     for text in importance or ():
         parse_importance(text)
-    for text in answer_cap or ():
-        parse_cap(text)
+    check_caps(answer_cap or (), certify)  # type: ignore[arg-type]
     lists = {
         "risks": risk, "answer_risks": answer_risk, "thetas": theta, "importances": importance,
         "answer_caps": answer_cap,

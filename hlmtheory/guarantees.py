@@ -66,8 +66,8 @@ def prompt_losses(
     .. math:: \frac{A_i}{\kappa T_i}, \qquad
               \frac{A_i + \alpha (T_{max} - T_i)}{\kappa T_{max}}, \qquad A_i
 
-    for prompts, tokens and answers, each at level alpha/kappa; kappa = 1 without a cap, and for
-    answers, whose loss a cap does not bound.
+    for prompts, tokens and answers, each at level alpha/kappa; kappa = 1 without a cap, which
+    answers cannot have: it does not bound their loss.
 
     Parameters
     ----------
@@ -91,10 +91,12 @@ def prompt_losses(
     Raises
     ------
     ValueError
-        If a prompt has more than max_tokens tokens, or that is missing.
+        If a prompt has more than max_tokens tokens, or that is missing; for answers under a cap.
     """
     lengths = num_tokens.reshape(-1, *[1] * (rejected.ndim - 1))
     if certified == "answers":
+        if cap is not None:
+            raise ValueError(f"cap = {cap}: it does not bound the loss of answers; leave it out")
         return np.minimum(rejected, 1.0), alpha
     bound = 1.0 if cap is None else cap
     if certified == "prompts":

@@ -67,6 +67,11 @@ def empty_prompts(tmp_path: Path) -> Path:
         (["derive", "nowhere", "--name", "a/b"], 2, ["--name", "a/b"]),
         (["derive", "nowhere", "--certify", "luck"], 2, ["--certify luck", "answers"]),
         (["derive", "nowhere", "--answer-cap", "1.2"], 2, ["--answer-cap 1.2", "0.001", "auto"]),
+        (
+            ["derive", "nowhere", "--answer-cap", "0.4", "--certify", "answers"],
+            2,
+            ["--answer-cap 0.4", "--certify answers"],
+        ),
         (["plan", "nowhere"], 2, ["nowhere"]),
         (["plan", "nowhere", "--risk", "2"], 2, ["--risk 2"]),
         (["plan", "nowhere", "--power", "1"], 2, ["--power 1", "below 1"]),

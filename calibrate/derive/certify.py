@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +52,22 @@ def parse_cap(text: str) -> float | None:
         ) from None
 
 
+def check_caps(texts: Sequence[str], certified: Certified) -> None:
+    """Refuse texts that are no caps, and any beside answers, whose loss no cap bounds; (52).
+
+    Raises
+    ------
+    UsageError
+    """
+    for text in texts:
+        parse_cap(text)
+    if texts and certified == "answers":
+        raise UsageError(
+            f"--answer-cap {texts[0]}: a cap does not bound the loss of --certify answers; leave "
+            "it out, or certify prompts or tokens"
+        )
+
+
 def caps_at(texts: Sequence[str], alpha: float, delta: float, num_prompts: int) -> list[float]:
     """Caps of one budget, rising; `auto` is none where the budget needs none."""
     found = (parse_cap(text) for text in texts)
@@ -75,6 +91,7 @@ def grid_losses(
     trace : Trace
         A lossless one.
     policy : GatedPolicy
+        Without a cap for answers.
     certified : {"prompts", "tokens", "answers"}
     max_tokens : int, optional
         That the trace ran under.
@@ -92,7 +109,7 @@ def grid_losses(
     sums = (
         _averaged(trace, plain, certified, grid)
         if policy.cap is None
-        else _drawn(trace, plain, policy.cap, certified, grid)
+        else _drawn(trace, plain, policy.cap, grid)
     )
     return GridLosses(sums, certified, max_tokens, policy.cap)
 
@@ -121,19 +138,15 @@ def _averaged(
     return SkipRiskSums(grid, skipped, -np.expm1(log_kept), num_tokens)
 
 
-def _drawn(
-    trace: Trace, policy: GatedPolicy, cap: float, certified: Certified, grid: np.ndarray
-) -> SkipRiskSums:
+def _drawn(trace: Trace, policy: GatedPolicy, cap: float, grid: np.ndarray) -> SkipRiskSums:
     step = Step(trace.axes, remembered(trace, policy))
     wanted = [policy.with_threshold(one).gate_of_draft(step) for one in grid]
     index, num = trace.prompt_index, trace.num_prompts
     done = capped_skips(np.stack(wanted, axis=-1), index, cap)
-    lost = ~trace["accepted"].astype(bool) if certified == "answers" else trace["rejection_prob"]
+    lost = trace["rejection_prob"][:, None]
     skipped, rejected = (
-        sum_by_prompt(values.astype(float), index, num) for values in (done, done * lost[:, None])
+        sum_by_prompt(values.astype(float), index, num) for values in (done, done * lost)
     )
-    if certified == "answers":
-        rejected = (rejected > 0).astype(float)
     return SkipRiskSums(grid, skipped, rejected, np.bincount(index, minlength=num).astype(float))
 
 
@@ -169,8 +182,7 @@ def certified_thresholds(
         reason = (
             "answers are certified for accept/resample with the whole of x, and this sends less"
         )
-        families = ("ltt",) if policy.cap is not None else ("conformal", "ltt")
-        return [_refused(family, alpha, reason) for family in families]
+        return [_refused(family, alpha, reason) for family in ("conformal", "ltt")]
     grid = grid_losses(trace, policy, certified, max_tokens)
     tested = fixed_sequence_threshold(grid, alpha, delta)
     return [tested] if policy.cap is not None else [conformal_on_grid(grid, alpha), tested]
@@ -186,7 +198,7 @@ def certificates(
     policy: GatedPolicy,
     budgets: Sequence[float],
     confidence: float,
-    certified: Iterable[Certified],
+    certified: Certified,
     cap_texts: Sequence[str],
     max_tokens: int,
 ) -> tuple[Certificate, ...]:
@@ -202,26 +214,24 @@ def certificates(
         At any threshold, without a cap.
     budgets : sequence of float
     confidence : float
-    certified : iterable of {"prompts", "tokens", "answers"}
+    certified : {"prompts", "tokens", "answers"}
     cap_texts : sequence of str
-        As --answer-cap takes them.
+        As --answer-cap takes them; none for answers.
     max_tokens : int
     """
     out = []
-    for kind in certified:
-        grids: dict[float | None, GridLosses] = {}
-        for alpha in budgets:
-            caps = caps_at(cap_texts, alpha, 1 - confidence, trace.num_prompts)
-            caps = [] if kind == "answers" else caps  # a cap does not bound their loss
-            for cap in (None, *caps):
-                if cap not in grids:
-                    capped = replace(policy, cap=cap)
-                    grids[cap] = grid_losses(trace, capped, kind, max_tokens)
-                share = 1 if cap is None else len(caps)
-                for test in TESTS if cap is None else CAPPED_TESTS:
-                    out.append(
-                        _certificate(grids[cap], alpha, (1 - confidence) / share, test, confidence)
-                    )
+    grids: dict[float | None, GridLosses] = {}
+    for alpha in budgets:
+        caps = caps_at(cap_texts, alpha, 1 - confidence, trace.num_prompts)
+        for cap in (None, *caps):
+            if cap not in grids:
+                capped = replace(policy, cap=cap)
+                grids[cap] = grid_losses(trace, capped, certified, max_tokens)
+            share = 1 if cap is None else len(caps)
+            for test in TESTS if cap is None else CAPPED_TESTS:
+                out.append(
+                    _certificate(grids[cap], alpha, (1 - confidence) / share, test, confidence)
+                )
     return tuple(out)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibrate.derive.certify import check_caps
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import (
     DEFAULT_NAME,
@@ -63,6 +64,7 @@ def derive_run(
         If the name's derivation was validated and would change, or the request is not possible.
     """
     request = tidy(request)
+    check_caps(request.answer_caps, request.certify)
     replaced_note(run, request, name, replace)
     record = _derived(run, request, name, command)
     judges = _judges(run, name)

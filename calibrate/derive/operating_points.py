@@ -201,7 +201,7 @@ class Study:
             return ()
         request = self.request
         return certificates(
-            self.trace, first, request.risks, request.confidence, (request.certify,),
+            self.trace, first, request.risks, request.confidence, request.certify,
             request.answer_caps, self.max_tokens,
         )  # fmt: skip
 

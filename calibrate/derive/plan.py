@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from calibrate.derive.certify import TESTS, grid_losses
+from calibrate.derive.certify import CAPPED_TESTS, TESTS, grid_losses
 from calibrate.derive.operating_points import plain_gate
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
@@ -106,12 +106,10 @@ def plan_run(
         goal = float(rates[place]) if skip_rate is None else skip_rate
         for name, test, capped in (
             *((one, one, False) for one in TESTS),
-            *((f"{one}@cap", one, True) for one in ("betting", "wsr")),
+            *((f"{one}@cap", one, True) for one in CAPPED_TESTS if certified != "answers"),
             ("conformal", None, False),
         ):
-            found = None
-            if not (capped and certified == "answers"):
-                found = _least(grid, alpha, delta, power, test, capped, goal, seed)
+            found = _least(grid, alpha, delta, power, test, capped, goal, seed)
             num, cap = found or (None, None)
             rows.append(
                 PlanRow(

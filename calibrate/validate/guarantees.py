@@ -99,7 +99,8 @@ RULES = (
     Rule("ltt-tokens@cap", "ltt", "tokens", "betting", True),
     Rule("asymptotic (t)", "asymptotic", "prompts", "t"),
 )
-CERTIFIED: tuple[Certified, ...] = ("prompts", "tokens", "answers")
+CERTIFIED: dict[Certified, tuple[str, ...]] = {"prompts": (AUTO,), "tokens": (AUTO,), "answers": ()}
+"""What certificates are about, and the caps that they are tried under."""
 Grids = Callable[[Certified, float | None], GridLosses]
 """Losses on the score's grid by what is certified and answer cap."""
 
@@ -233,7 +234,11 @@ def write_guarantees(
         confidence=confidence,
         seed=seed,
         provenance=provenance(command),
-        certificates=certificates(trace, gate, risks, confidence, CERTIFIED, (AUTO,), most)
+        certificates=tuple(
+            one
+            for certified, caps in CERTIFIED.items()
+            for one in certificates(trace, gate, risks, confidence, certified, caps, most)
+        )
         if bounded
         else (),
         rows=study_guarantees(

@@ -136,6 +136,10 @@ def test_a_broken_derivation_is_replaced_if_nothing_rests_on_it(run: Path) -> No
         ({"policies": ("ui-hlm",), "importances": ("topk:3:1",)}, "--policy ui-hlm: k = 3: allow"),
         ({"policies": ("ui-hlm",), "importances": ("mean:1:1",)}, "variant = 'mean': allowed"),
         ({"importances": ("topk:1",)}, "--importance topk:1: k and gamma are two numbers"),
+        (
+            {"certify": "answers", "answer_caps": ("auto",)},
+            "^--answer-cap auto: a cap does not bound the loss of --certify answers",
+        ),
         ({"score": "doubt"}, "--score doubt: .*known are uncertainty,"),
         ({"link": "pigeon"}, "--link pigeon: no such file or preset"),
         ({"profile": "abacus"}, "--profile abacus: no such file or preset"),
@@ -240,5 +244,7 @@ def test_a_plan_is_of_the_runs_own_prompts_and_clock(run: Path) -> None:
     )
     for budget, num in wide.items():
         assert narrow[budget] == pytest.approx(4 * num, abs=4)
+    about_answers = plan_run(run, (0.5,), certified="answers").rows
+    assert {row.rule for row in about_answers} == {rule for rule, _ in rows if "@" not in rule}
     with pytest.raises(UsageError, match="score max_logit has no bounds"):
         plan_run(run, (0.05,), score_name="max_logit")

@@ -93,8 +93,10 @@ def test_thresholds_are_those_of_the_rules(
 
 
 @pytest.mark.parametrize("test", ["betting", "wsr", "hoeffding-bentkus", "t"])
-@pytest.mark.parametrize("certified", ["tokens", "prompts", "answers"])
-@pytest.mark.parametrize("cap", [None, 0.4])
+@pytest.mark.parametrize(
+    ("certified", "cap"),
+    [("tokens", None), ("tokens", 0.4), ("prompts", None), ("prompts", 0.4), ("answers", None)],
+)
 def test_sequences_are_those_of_the_rule(rng: np.random.Generator, test, certified, cap) -> None:
     """Many calibrations at once against one at a time, with losses that rise and fall."""
     lengths = rng.integers(5, 13, size=40).astype(float)
