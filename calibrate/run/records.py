@@ -933,10 +933,14 @@ class MonitorRecord(StageRecord):
     num_checked: int
     expected_checked: float
     """Sum of the audit rates of all skipped drafts."""
+    as_audited: bool
+    """Whether num_checked is within chance of expected_checked: five times its square root."""
     window: int
     """The present window, from 1."""
     tally: MonitorTally
     open_answer: OpenAnswer | None
+    closed_answers: tuple[str, ...]
+    """The last that others have followed: none of them may come back."""
     place: MonitorPlace | None
     """Null after reading from a pipe."""
 

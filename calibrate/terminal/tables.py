@@ -418,11 +418,9 @@ def print_monitor(result: MonitorRecord) -> None:
         f"  {result.num_checked:,} of {result.num_skipped:,} skipped drafts checked, "
         f"{result.expected_checked:,.0f} expected at the audit rate"
     )
-    num, left = result.num_checked, asked.unit == "answers" and result.open_answer
-    spread = max(result.expected_checked, 1.0) ** 0.5
-    if abs(num - result.expected_checked) > 5 * spread:
+    if not result.as_audited:
         page.say("  that is more than chance allows: the audit rate is not what it is said to be")
-    if left:
+    if asked.unit == "answers" and result.open_answer:
         page.say("  the last answer counts once another has begun")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,10 @@ from hlmtheory.thresholds import Certified
 
 CHUNK_NUM_BYTES = 1 << 20
 TAIL_NUM_BYTES = 1024
+AUDIT_SPREADS = 5.0
+"""Distance of checked drafts from those expected, over the root of these, that is no chance."""
+NUM_CLOSED = 256
+"""Answers remembered, so that of so many whose lines are mixed none passes for two."""
 TOKENS = TypeAdapter(list[AuditedToken])
 UNITS: dict[Certified | None, MonitorUnit] = {"tokens": "tokens", "prompts": "answers"}
 """What a watch is over, by what a budget is about; one for whole answers has no tokens to audit."""
@@ -194,12 +199,14 @@ class Watch:
         self.expected_checked, self.window = 0.0, 1
         self.alarm: MonitorAlarm | None = None
         self._open: OpenAnswer | None = None
+        self._closed: deque[str] = deque(maxlen=NUM_CLOSED)
         self._tally = Tally(1.0 / settings.audit_rate)
         if state is not None:
             self.num_lines, self.num_units = state.num_lines, state.num_units
             self.num_skipped, self.num_checked = state.num_skipped, state.num_checked
             self.expected_checked, self.window = state.expected_checked, state.window
             self.alarm, self._open = state.alarm, state.open_answer
+            self._closed.extend(state.closed_answers)
             kept = state.tally
             self._tally = Tally(
                 self._tally.bound, kept.num, kept.total, np.array(kept.rising),
@@ -267,6 +274,7 @@ class Watch:
             names = [token.answer for token in tokens]
             absent = np.array([name is None for name in names], dtype=bool)
             self._refuse(number, absent, lambda i: "answer is missing; --unit answers needs it")
+            self._closed = self._closing(names, number)
             losses, ends = self._close_answers(np.array(names, dtype=object), losses)
         else:
             ends = np.arange(1, len(losses) + 1)
@@ -302,6 +310,22 @@ class Watch:
                     f"{', '.join(AuditedToken.model_fields)}"
                 ) from None
         return out
+
+    def _closing(self, names: Sequence[str | None], number: np.ndarray) -> deque[str]:
+        """The answers that are closed once these lines are read; none may come back."""
+        closed = self._closed.copy()
+        present = None if self._open is None else self._open.answer
+        for place, name in enumerate(names):
+            if name == present or name is None:
+                continue
+            self._refuse(number[[place]], np.array([name in closed]), lambda i, name=name: (
+                f"answer {name!r} comes back after another began; the lines of an answer follow "
+                "one another"
+            ))  # fmt: skip
+            if present is not None:
+                closed.append(present)
+            present = name
+        return closed
 
     def _close_answers(
         self, names: np.ndarray, losses: np.ndarray
@@ -364,6 +388,8 @@ class Watch:
             num_skipped=self.num_skipped,
             num_checked=self.num_checked,
             expected_checked=self.expected_checked,
+            as_audited=abs(self.num_checked - self.expected_checked)
+            <= AUDIT_SPREADS * max(self.expected_checked, 1.0) ** 0.5,
             window=self.window,
             tally=MonitorTally(
                 num=tally.num,
@@ -372,5 +398,6 @@ class Watch:
                 falling=tuple(tally.falling.tolist()),
             ),
             open_answer=self._open,
+            closed_answers=tuple(self._closed),
             place=place,
         )

@@ -144,6 +144,32 @@ def test_answers_need_a_name() -> None:
         )
 
 
+def test_an_answer_does_not_come_back(tmp_path: Path) -> None:
+    """Mixed lines of two answers would pass for many short ones, in one file or over a state."""
+    asked, state, log = settings(unit="answers"), tmp_path / "state.json", tmp_path / "log.jsonl"
+    log.write_text(lines([{"skipped": False, "answer": name} for name in "aabb"]))
+    assert run_monitor(log, asked, state).closed_answers == ("a",)
+    before = state.read_bytes()
+    for names, number, name in (("bba", 7, "a"), ("bcb", 7, "b"), ("ca", 6, "a")):
+        grown = lines([{"skipped": False, "answer": one} for one in "aabb" + names])
+        log.write_text(grown)
+        with pytest.raises(UserError, match=rf"line {number}: answer '{name}' comes back"):
+            run_monitor(log, asked, state)
+        assert state.read_bytes() == before
+    log.write_text(lines([{"skipped": False, "answer": one} for one in "aabbbcc"]))
+    assert run_monitor(log, asked, state).closed_answers == ("a", "b")
+    assert run_monitor(log, settings()).closed_answers == ()
+
+
+@pytest.mark.parametrize(("num_checked", "holds"), [(100, True), (130, True), (155, False)])
+def test_another_audit_rate_than_was_said_is_found(num_checked: int, holds: bool) -> None:
+    watch = Watch(settings(audit_rate=0.1))
+    drafts = [{"skipped": True, "rejection": 0.0}] * num_checked
+    drafts += [{"skipped": True}] * (1000 - num_checked)
+    watch.read(lines(drafts).encode().splitlines())
+    assert watch.record().as_audited is holds
+
+
 def test_a_state_goes_on_only_as_it_began_and_where_it_was(tmp_path: Path, log: Path) -> None:
     state = tmp_path / "state.json"
     run_monitor(log, settings(), state)
