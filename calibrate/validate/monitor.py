@@ -315,16 +315,18 @@ class Watch:
         """The answers that are closed once these lines are read; none may come back."""
         closed = self._closed.copy()
         present = None if self._open is None else self._open.answer
+        back = np.zeros(len(names), dtype=bool)
         for place, name in enumerate(names):
             if name == present or name is None:
                 continue
-            self._refuse(number[[place]], np.array([name in closed]), lambda i, name=name: (
-                f"answer {name!r} comes back after another began; the lines of an answer follow "
-                "one another"
-            ))  # fmt: skip
+            back[place] = name in closed
             if present is not None:
                 closed.append(present)
             present = name
+        self._refuse(number, back, lambda i: (
+            f"answer {names[i]!r} comes back after another began; the lines of an answer follow one "
+            "another"
+        ))  # fmt: skip
         return closed
 
     def _close_answers(
