@@ -324,8 +324,8 @@ class Watch:
                 closed.append(present)
             present = name
         self._refuse(number, back, lambda i: (
-            f"answer {names[i]!r} comes back after another began; the lines of an answer follow one "
-            "another"
+            f"answer {names[i]!r} comes back after another began; the lines of an answer follow "
+            "one another"
         ))  # fmt: skip
         return closed
 
