@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
-from calibrate.run import records
+from calibrate.run import records, traces
 from calibrate.run.checksums import BLANK, KEY
 from calibrate.run.folder import write_text
 from hlmtheory import steps
@@ -31,11 +31,13 @@ its validation and its text scores are kept under a name: `operating_points.json
 
 BLANK_TEXT = BLANK.decode().rstrip("0")
 AXES = ", ".join(f"`{name}`" for name in steps.Axes(1).to_dict())
-COLUMNS_TEXT = f"""## traces/*.parquet and reruns/*.parquet
+COLUMNS_TEXT = f"""## traces/*.parquet, pilot/*.parquet and reruns/POLICY-HASH/*.parquet
 
-One row a token, one shard a batch, numbers in single precision. The metadata key `hlmtheory` of
-each shard holds its header as JSON: schema version, provenance, and the axes that give the columns
-their meaning ({AXES}). The key `checksum`
+The calibration prompts, those that were decoded again on a policy's own road, and the reruns of
+`hlm validate`: one row a token, one shard a batch, numbers in single precision. The metadata key
+`hlmtheory` of each shard holds its header as JSON: schema version {traces.SCHEMA_VERSION} (version
+{traces.EARLIER_VERSION} is read too, without its `truncation_bias`), provenance, and the axes that
+give the columns their meaning ({AXES}). The key `checksum`
 is `{BLANK_TEXT}` and the SHA-256 of the whole file, taken with zeros in the place of
 its 64 digits; it is checked before anything is decoded. A column with
 several numbers a token is a list of fixed length along one of them, or along the head: the
@@ -55,10 +57,13 @@ def formats_text() -> str:
     parts = [INTRODUCTION]
     for name, kind in stages.items():
         parts.append(f"## {kind.file_name}\n\nWritten by `{kind.made_by}`. {_table(classes[name])}")
-    rows = (
+    rows = [
         (f"`{name}`", f"`{column.axis}`" if column.axis else "", column.text)
         for name, column in steps.COLUMNS.items()
         if column.text
+    ]
+    rows.insert(
+        1, ("`category`", "", "that of the prompt; absent unless all of the shard have one")
     )
     parts.append(COLUMNS_TEXT + _rows(("column", "list along", "meaning"), rows))
     parts.append("## Shapes inside the JSON files\n")

@@ -122,7 +122,8 @@ class Shard:
         if not intact(data):
             raise UserError(
                 f"{path}: not a trace shard, cut off or changed: its checksum does not match; "
-                "restore it, or remove it and run its command again, `hlm calibrate` with --resume"
+                "restore it, or remove it and make it again: `hlm validate` for a rerun's, else "
+                "`hlm calibrate --resume`"
             )
         self._file = pq.ParquetFile(pa.BufferReader(data))
         schema = self._file.schema_arrow

@@ -25,6 +25,10 @@ def test_every_field_and_column_stands_in_it() -> None:
     for kind in kinds:
         assert set(kind.model_fields) <= keys, kind
     assert {name for name, column in steps.COLUMNS.items() if column.text} <= keys
+    assert {"prompt_id", "category"} <= keys
+    heading = next(line for line in lines if ".parquet" in line)
+    for folder in ("traces/", "pilot/", "reruns/POLICY-HASH/"):
+        assert f"{folder}*.parquet" in heading
     for stage in records.STAGES:
         assert f"## {stage.file_name}" in lines
     fit = lines[lines.index("### LineFit") :]
