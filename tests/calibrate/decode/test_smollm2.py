@@ -203,7 +203,7 @@ def test_trace_identities_hold_on_real_tokens(run: Path) -> None:
 
 
 def test_derived_points_follow_the_contract(run: Path) -> None:
-    from calibrate.derive.predict import METRICS
+    from calibrate.derive.predict import METRICS, OF_SERVER_ANSWERS
     from hlmtheory.policies import policy_names
 
     points = json.loads((run / "operating_points.json").read_text())["operating_points"]
@@ -213,12 +213,16 @@ def test_derived_points_follow_the_contract(run: Path) -> None:
         if not point["feasible"]:
             assert point["reason"]
             continue
-        for figure in point["predicted"].values():
+        for metric, figure in point["predicted"].items():
             assert set(figure) == {"value", "low", "high", "unit"}
-            assert figure["low"] <= figure["value"] <= figure["high"]
+            if figure["value"] is None:  # what recorded steps of a truncation cannot tell
+                assert metric in OF_SERVER_ANSWERS
+            else:
+                assert figure["low"] <= figure["value"] <= figure["high"]
     by_key = {(p["policy"], p["rule"]): p["predicted"] for p in points if p["feasible"]}
     rule = "risk-0.02"
-    assert by_key["u-hlm", rule]["rejection_risk"]["value"] <= 0.02
+    # The budget is kept along the server's outputs, the prediction is of the policy's own road.
+    assert by_key["u-hlm", rule]["rejection_risk"]["low"] <= 0.02
     entries = {p: by_key[p, rule]["uplink_bits_per_token"]["value"] for p in ("u-hlm", "r-hlm")}
     assert entries["r-hlm"] < entries["u-hlm"] / 1000
 
@@ -233,8 +237,13 @@ def test_validation_on_own_prompts(run: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["num_prompts"] == 4
-    assert report["coverage"]["total"] == len(report["cells"]) == 16
-    assert report["coverage"]["covered"] == sum(cell["covered"] for cell in report["cells"])
+    own = [c for c in report["cells"] if c["source"] == "counted" and not c["fixed"]]
+    judged = [cell["covered"] for cell in own if cell["covered"] is not None]
+    assert report["coverage"]["total"] == len(judged)
+    assert report["coverage"]["covered"] == sum(judged)
+    # The payload of full verification is its skip rate in another unit; that of r-hlm is not.
+    bits = {c["policy"]: c["source"] for c in report["cells"] if "uplink" in c["metric"]}
+    assert bits == {"u-hlm": "implied", "r-hlm": "counted"}
     assert len(list((run / "reruns").iterdir())) == 2
 
 
