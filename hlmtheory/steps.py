@@ -86,17 +86,14 @@ class Axes:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Axes:
-        """Axes from their JSON object; every field is needed, none may be unknown.
-
-        But for filters: a trace that names none is from before there were any.
-        """
+        """Axes from their JSON object; every field is needed, none may be unknown."""
         sampling, own = ({one.name for one in fields(kind)} for kind in (Sampling, cls))
         own -= {"sampling"}
-        needed = own | {"temperature"}
-        odd = sorted((needed - entry.keys()) | (entry.keys() - own - sampling))
+        needed = own | sampling
+        odd = sorted(needed ^ entry.keys())
         if odd:
             raise ValueError(f"axes: {odd[0]} is {'missing' if odd[0] in needed else 'unknown'}")
-        found = Sampling(**{name: entry[name] for name in sampling & entry.keys()})
+        found = Sampling(**{name: entry[name] for name in sampling})
         return cls(sampling=found, **{name: entry[name] for name in own})
 
 

@@ -219,8 +219,7 @@ def drawn_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
 def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
     """What a rerun under the policy did."""
     skipped = trace["skipped"].astype(np.float64)
-    unknown = np.full(trace.num_tokens, np.nan)  # of a rerun from before it was recorded
-    ratio = trace.columns.get("policy_log_ratio", unknown)
+    ratio = trace["policy_log_ratio"]
     return PolicyTokens(
         policy,
         skipped,

@@ -20,8 +20,6 @@ from hlmtheory.steps import COLUMNS, Axes, Step
 
 HEADER_KEY = b"hlmtheory"
 SCHEMA_VERSION = 3
-EARLIER_VERSION = 2
-"""Read as well: its `truncation_bias` knew no gate, and is left out."""
 FLOAT_DTYPE = np.float32
 
 
@@ -127,11 +125,9 @@ class Shard:
             )
         self._file = pq.ParquetFile(pa.BufferReader(data))
         schema = self._file.schema_arrow
-        self.names: list[str] = [name for name in schema.names if name != "truncation_bias"]
+        self.names: list[str] = list(schema.names)
         self.header: dict[str, Any] = json.loads((schema.metadata or {}).get(HEADER_KEY, b"{}"))
-        if self.header.get("schema_version") == EARLIER_VERSION:
-            self.header["axes"].pop("truncation_bias_sizes", None)
-        elif self.header.get("schema_version") != SCHEMA_VERSION:
+        if self.header.get("schema_version") != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema version {self.header.get('schema_version')}, this is "
                 f"{SCHEMA_VERSION}; calibrate again"

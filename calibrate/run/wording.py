@@ -78,8 +78,8 @@ PROMISES = {
     "same random numbers, on the policy's own road; no score in [0, 1] of an answer moves by more",
 }
 COMMON_PROMISES = (
-    "all: about the gate with accept/resample on what is sent (u-hlm, and r-hlm's bias token by "
-    "token); cu-hlm, coupled and ask-llm add biases of their own, which are not certified",
+    "all: about the risk that the gate takes, which is the bias of full and, token by token, of "
+    "residual verification; what truncation, shared or asked draws add to it is not certified",
     "all: each certificate alone. Whoever looks at n of them and takes one has n times the chance "
     "of a broken budget, but among caps asked for together, which share it. betting stands for "
     "prompts stratified by category too; wsr and conformal need draws of one population",

@@ -184,12 +184,14 @@ def _payload(loaded: LoadedRun) -> str:
     titles = ["policy", *(f"bit/token {rule}" for rule in rules),
               *(f"TV bias {rule}" for rule in rules), "from"]  # fmt: skip
     accounting = "" if loaded.derivation is None else loaded.derivation.accounting
-    least = [row[0] for row in rows if row[1:4] == rows[0][1:4]]
+    low = [rows[0][place].split()[0] for place in (1, 2, 3)]
+    least = [row[0] for row in rows if [row[i].split()[0] for i in (1, 2, 3)] == low]
+    verb = "sends" if len(least) == 1 else "send"
     twins = [b[0] for a, b in pairwise(rows) if a[1:7] == b[1:7]]
     same = f"({', '.join(twins)}: all figures of the row before, for it skips the same.) "
     same = same if twins else ""
     return (
-        f"**3. What sending less costs in bias: {' and '.join(least)} send least.** "
+        f"**3. What sending less costs in bias: {' and '.join(least)} {verb} least.** "
         "Every gated policy at the thresholds of three risk budgets, by rising payload in "
         f"'{accounting}' accounting, which bills unseen tokens and the server's reply as well. "
         f"{same}Where the score alone decides, all of them skip the same "

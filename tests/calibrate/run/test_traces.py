@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy_models import law_step, random_logits, stored
 
-from calibrate.derive.predict import mean_bias, predicted_tokens
+from calibrate.derive.predict import predicted_tokens
 from calibrate.run.errors import UserError
 from calibrate.run.traces import (
     HEADER_KEY,
@@ -25,7 +24,7 @@ from calibrate.run.traces import (
     write_shard,
     write_table,
 )
-from hlmtheory.policies import DeriveOptions, Fitted, policy_class, policy_from_settings
+from hlmtheory.policies import policy_from_settings
 from hlmtheory.sampled_law import Sampling
 from hlmtheory.steps import Axes
 
@@ -171,45 +170,10 @@ def test_the_same_columns_read_under_other_axes_say_something_else(tmp_path, rng
         np.testing.assert_array_equal(after[name], before[name])
 
 
-def test_a_trace_of_the_version_before_says_all_but_the_bias_of_truncation(tmp_path, rng):
-    path = write(tmp_path / "old.parquet", rng)
-    before = prediction(path)
-    table = pq.read_table(path).drop_columns(["truncation_table"])
-    flat = pa.array(np.zeros(2 * NUM, dtype=np.float32))
-    table = table.append_column("truncation_bias", pa.FixedSizeListArray.from_arrays(flat, 2))
-    header = json.loads(pq.read_schema(path).metadata[HEADER_KEY])
-    header["schema_version"] = 2
-    header["axes"]["truncation_bias_sizes"] = [1, 30]
-    write_table(path, table.replace_schema_metadata({HEADER_KEY: json.dumps(header)}))
-    after = prediction(path)
-    for name, values in after.items():
-        if name.startswith("cu-hlm"):
-            assert np.isnan(values[2]).all()
-            values = np.delete(values, 2, axis=0)
-            before[name] = np.delete(before[name], 2, axis=0)
-        np.testing.assert_array_equal(values, before[name])
-    trace = read_trace([path])
-    assert "truncation_bias" not in trace
-    kind = policy_class("cu-hlm-offline")
-    assert kind.variants(Fitted(0.5, 0.0, trace.step()), DeriveOptions()) == []
-    tokens = predicted_tokens(trace, policy_from_settings("cu-hlm-offline", {"num_entries": 4}, 0))
-    with pytest.raises(UserError, match="calibrate again"):
-        mean_bias(tokens)
-
-
 # --- what does not match is refused --------------------------------------------------------------
 
 
-FILTERS = ("top_k", "top_p", "repetition_penalty")
-
-
-def test_a_header_without_filters_is_of_a_trace_without_filters(tmp_path, rng):
-    path = write(tmp_path / "one.parquet", rng)
-    rewrite_header(path, lambda header: [header["axes"].pop(name) for name in FILTERS])
-    assert read_axes(path) == AXES
-
-
-@pytest.mark.parametrize("name", sorted(AXES.to_dict().keys() - set(FILTERS)))
+@pytest.mark.parametrize("name", sorted(AXES.to_dict()))
 def test_a_header_without_an_axis_is_refused(tmp_path, rng, name):
     path = write(tmp_path / "one.parquet", rng)
     rewrite_header(path, lambda header: header["axes"].pop(name))
