@@ -710,9 +710,6 @@ class GuaranteesRecord(StageRecord):
     confidence: float
     seed: int
     provenance: Provenance
-    pilot: Pilot | None = None
-    """What predictions were moved by, each to its policy's own road; null: they stand on the
-    server's."""
     certificates: tuple[Certificate, ...]
     """What each test certifies from the run's own prompts."""
     rows: tuple[GuaranteeRow, ...]
