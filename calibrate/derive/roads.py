@@ -17,6 +17,7 @@ from calibrate.derive.predict import (
     predicted_tokens,
 )
 from calibrate.fit.pilot import policy_of
+from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, Pilot, RunRecord
 from calibrate.run.traces import Trace, pilot_paths, read_calibration_trace, read_trace
@@ -159,4 +160,10 @@ def read_roads(run: Path, calibration: CalibrationRecord) -> Roads:
     info = read_record(run, RunRecord).pilot
     if info is None:
         return Roads(server)
-    return Roads(server, read_trace(pilot_paths(run)), info)
+    pilot = read_trace(pilot_paths(run))
+    if pilot.num_tokens != info.num_tokens:
+        raise UserError(
+            f"{run}/pilot holds {pilot.num_tokens} tokens, run.json is of {info.num_tokens}: a "
+            "shard was lost or added; restore it, or calibrate again"
+        )
+    return Roads(server, pilot, info)

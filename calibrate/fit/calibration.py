@@ -145,8 +145,10 @@ def finished(request: CalibrationRequest) -> CalibrationRecord | None:
     if state != "finished":
         return None
     info = read_record(request.run, RunRecord)
-    if finished_prompts(shard_paths(request.run)) != set(info.prompt_ids):
-        return None
+    pilot = info.pilot.prompt_ids if info.pilot else ()
+    for part, wanted in ((shard_paths, info.prompt_ids), (pilot_paths, pilot)):
+        if finished_prompts(part(request.run)) != set(wanted):
+            return None
     try:
         return read_record(request.run, CalibrationRecord)
     except UserError:  # fitted anew, which takes seconds
@@ -288,7 +290,7 @@ def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord, axes: Axes
                     f"--resume: {what}{key} was {before.get(key)!r} in {run}, now "
                     f"{after.get(key)!r}; name another folder"
                 )
-    for path in shard_paths(run):
+    for path in (*shard_paths(run), *pilot_paths(run)):
         before = read_axes(path).to_dict()
         for name, value in axes.to_dict().items():
             if before[name] != value:

@@ -11,7 +11,7 @@ from synthetic_run import add_pilot, add_validation, make_calibration, make_run
 from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
 from calibrate.derive.plan import plan_run
 from calibrate.derive.predict import point_policy
-from calibrate.run.errors import UsageError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import (
     read_record,
     record_names,
@@ -78,6 +78,18 @@ def test_every_field_goes_both_ways(tmp_path: Path) -> None:
     assert record == derive_run(tmp_path / "run", record.request).model_copy(
         update={"provenance": record.provenance}
     )
+
+
+def test_a_pilot_that_lost_a_shard_moves_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    request = read_record(tmp_path / "run", DerivationRecord).request
+    add_pilot(tmp_path / "run")
+    info = read_record(tmp_path / "run", RunRecord)
+    assert info.pilot is not None
+    more = info.pilot.model_copy(update={"num_tokens": info.pilot.num_tokens + 7})
+    write_record(tmp_path / "run", info.model_copy(update={"pilot": more}))
+    with pytest.raises(UserError, match=r"pilot holds \d+ tokens, run.json is of \d+: a shard was"):
+        derive_run(tmp_path / "run", request)
 
 
 def test_what_nobody_validated_is_replaced_with_a_note(run: Path) -> None:

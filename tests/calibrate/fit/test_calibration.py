@@ -150,6 +150,9 @@ def test_an_interrupted_pilot_goes_on(folder, pair, tmp_path, monkeypatch):
     first, second = (read_trace(pilot_paths(tmp_path / name)) for name in ("run", "whole"))
     assert (first["output_token"] == second["output_token"]).all()
     assert all(path.read_bytes() == content for path, content in kept.items())
+    assert finished(again) is not None
+    pilot_paths(tmp_path / "run")[1].unlink()
+    assert finished(again) is None
 
 
 def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path, monkeypatch):
