@@ -211,6 +211,43 @@ def p_value(losses: np.ndarray, alpha: float, delta: float, method: TestMethod) 
     raise ValueError(f"method = {method!r}: allowed are {', '.join(get_args(TestMethod))}")
 
 
+def p_value_of_counts(
+    losses: np.ndarray, counts: np.ndarray, alpha: float, method: TestMethod
+) -> np.ndarray:
+    """P-values (D, G) of :func:`p_value` for many draws at once, each a number of every prompt.
+
+    Of tests that do not look at the order of prompts: all but wsr.
+
+    Parameters
+    ----------
+    losses : float array (P, G)
+        Of the prompts that are drawn from, at each of G thresholds.
+    counts : int or float array (D, P)
+        How often each prompt was drawn; every draw of equally many.
+    alpha : float
+    method : {"betting", "hoeffding-bentkus", "t"}
+
+    Raises
+    ------
+    ValueError
+        For another test.
+    """
+    check_level(alpha, "alpha")
+    num = int(counts[0].sum())
+    mean = counts @ losses / num
+    if method == "betting":
+        # A stake lost whole stays lost: its growth is minus infinity, which 0 counts of cannot
+        # multiply.
+        return betting_p_value_of(counts @ np.maximum(growth(losses, alpha), -1e4))
+    if method == "hoeffding-bentkus":
+        return hoeffding_bentkus_p_value(mean, num, alpha)
+    if method == "t":
+        square = np.maximum(counts @ losses**2 / num - mean**2, 0.0)
+        spread = np.where(square > 1e-15, square, 0.0)
+        return asymptotic_p_value_of(mean, np.sqrt(spread / max(num - 1, 1)), num, alpha)
+    raise ValueError(f"method = {method!r}: allowed are tests that do not look at the order")
+
+
 def risk_upper_bound(
     losses: np.ndarray, delta: float, method: TestMethod = "betting"
 ) -> np.ndarray:

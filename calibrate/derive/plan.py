@@ -30,12 +30,9 @@ from hlmtheory.clusters import ratio_of_sums
 from hlmtheory.guarantees import GridLosses
 from hlmtheory.risk_tests import (
     TestMethod,
-    asymptotic_p_value_of,
-    betting_p_value_of,
     conformal_bound,
     conformal_prompts_needed,
-    growth,
-    hoeffding_bentkus_p_value,
+    p_value_of_counts,
     prompts_needed,
     wsr_p_value,
 )
@@ -199,18 +196,9 @@ def passing_share(
         drawn = losses[rng.integers(len(losses), size=(NUM_DRAWS, num_prompts))]
         return float(np.mean(wsr_p_value(drawn, level, delta) <= delta))
     counts = rng.multinomial(num_prompts, np.full(len(losses), 1 / len(losses)), size=NUM_DRAWS)
-    mean = counts @ losses / num_prompts
     if test is None:
-        return float(np.mean(conformal_bound(mean, num_prompts) <= level))
-    if test == "betting":
-        total = np.maximum(growth(losses, level), -1e4) @ counts.T
-        found = betting_p_value_of(total)
-    elif test == "t":
-        spread = np.maximum(counts @ losses**2 / num_prompts - mean**2, 0.0)
-        error = np.sqrt(spread / (num_prompts - 1))
-        found = asymptotic_p_value_of(mean, error, num_prompts, level)
-    else:
-        found = hoeffding_bentkus_p_value(mean, num_prompts, level)
+        return float(np.mean(conformal_bound(counts @ losses / num_prompts, num_prompts) <= level))
+    found = p_value_of_counts(losses[:, None], counts, level, test)
     return float(np.mean(found <= delta))
 
 

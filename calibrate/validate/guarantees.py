@@ -38,13 +38,10 @@ from hlmtheory.guarantees import GridLosses, num_passing
 from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
 from hlmtheory.risk_tests import (
     TestMethod,
-    asymptotic_p_value_of,
     betting_p_value,
-    betting_p_value_of,
     check_level,
     conformal_bound,
-    growth,
-    hoeffding_bentkus_p_value,
+    p_value_of_counts,
     wsr_p_value,
 )
 from hlmtheory.thresholds import Certified
@@ -175,7 +172,7 @@ def study_guarantees(
         }
         for drawn, others in _draws(source, atoms.num_prompts, num_draws, rng):
             for rule, alpha in found:
-                if rule.on_grid and grids is not None:
+                if rule.on_grid and rule.test is not None and grids is not None:
                     grid = grids(rule.certified, caps[alpha] if rule.capped else None)
                     last = last_in_sequence(grid, alpha, 1 - confidence, rule.test, drawn)
                     held = grid.sums
@@ -324,7 +321,7 @@ def last_passing(
 
 
 def last_in_sequence(
-    grid: GridLosses, alpha: float, delta: float, test: TestMethod | None, drawn: np.ndarray
+    grid: GridLosses, alpha: float, delta: float, test: TestMethod, drawn: np.ndarray
 ) -> np.ndarray:
     """The last threshold before the first that a test does not reject, (D,); -1 for none.
 
@@ -342,23 +339,11 @@ def last_in_sequence(
     losses, level = grid.losses(alpha)  # (P, G)
     if level >= 1:
         return np.full(len(drawn), losses.shape[1] - 1)
-    num = drawn.shape[1]
     if test == "wsr":
         found = np.stack([wsr_p_value(losses[one].T, level, delta) for one in drawn])
     else:
         counts = np.stack([np.bincount(one, minlength=len(losses)) for one in drawn]).astype(float)
-        mean = counts @ losses / num
-        if test == "betting":
-            # A stake lost whole stays lost: its growth is minus infinity, which 0 counts of cannot
-            # multiply.
-            grown = np.maximum(growth(losses, level), -1e4)
-            found = betting_p_value_of(counts @ grown)
-        elif test == "t":
-            square = np.maximum(counts @ losses**2 / num - mean**2, 0.0)
-            spread = np.where(square > 1e-15, square, 0.0)
-            found = asymptotic_p_value_of(mean, np.sqrt(spread / max(num - 1, 1)), num, level)
-        else:
-            found = hoeffding_bentkus_p_value(mean, num, level)
+        found = p_value_of_counts(losses, counts, level, test)
     return num_passing(found <= delta) - 1
 
 

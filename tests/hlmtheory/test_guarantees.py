@@ -29,6 +29,8 @@ from hlmtheory.risk_tests import (
     betting_p_value,
     conformal_bound,
     hoeffding_bentkus_p_value,
+    p_value,
+    p_value_of_counts,
     prompts_needed,
     risk_upper_bound,
 )
@@ -174,14 +176,14 @@ def test_betting_is_its_definition():
     losses = rng.beta(0.4, 4, size=(6, 40))
     losses[0, 3] = 1.0  # the largest stake is lost whole
     for alpha in (0.05, 0.3):
-        for row, p_value in zip(losses, betting_p_value(losses, alpha), strict=True):
+        for row, found in zip(losses, betting_p_value(losses, alpha), strict=True):
             capital = 0.0
             for j in range(1, 17):
                 money = 0.75 if j == 16 else 0.25 / 15
                 for loss in row:
                     money *= 1 + j / 16 * (alpha - loss) / (1 - alpha)
                 capital += money
-            assert p_value == pytest.approx(min(1, 1 / capital), rel=1e-9)
+            assert found == pytest.approx(min(1, 1 / capital), rel=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -428,3 +430,25 @@ ONE = SkipAtoms.of_drafts(np.full(3, 0.5), np.full(3, 0.5), np.arange(3), 3)
 def test_refusals_name_argument_value_and_range(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("method", ["betting", "hoeffding-bentkus", "t"])
+@pytest.mark.parametrize("alpha", [0.02, 0.3])
+def test_counts_of_prompts_are_as_good_as_the_prompts(rng: np.random.Generator, method, alpha):
+    """Draws by count against draws written out, with a whole loss and a column without spread."""
+    losses = rng.beta(0.3, 3, size=(20, 6))
+    losses[3, 2] = 1.0
+    losses[:, 4], losses[:, 5] = 0.0, alpha / 2
+    drawn = rng.integers(20, size=(30, 12))
+    counts = np.stack([np.bincount(one, minlength=20) for one in drawn])
+    found = p_value_of_counts(losses, counts, alpha, method)
+    expected = [p_value(losses[one].T, alpha, DELTA, method) for one in drawn]
+    known = slice(0, 5) if method == "t" else slice(0, 6)  # of t, without spread but for rounding
+    assert found[:, known] == pytest.approx(np.array(expected)[:, known], rel=1e-6, abs=1e-12)
+    if method == "t":  # a mean below alpha is taken for certain
+        assert not found[:, 5].any()
+
+
+def test_a_test_of_the_order_has_no_counts() -> None:
+    with pytest.raises(ValueError, match="do not look at the order"):
+        p_value_of_counts(np.zeros((3, 1)), np.ones((1, 3)), 0.1, "wsr")
