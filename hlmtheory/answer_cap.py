@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from hlmtheory.clusters import answer_rows
 from hlmtheory.domain import Array
 
 STEPS = 1000
@@ -65,8 +66,7 @@ def capped_skips(wanted: np.ndarray, prompt_index: np.ndarray, cap: float) -> np
     bool array (N, G)
     """
     out = np.zeros_like(wanted)
-    starts = np.flatnonzero(np.diff(prompt_index, prepend=-1) != 0)
-    lengths = np.diff(np.append(starts, len(wanted)))
+    starts, lengths = answer_rows(prompt_index)
     count = np.zeros((len(starts), wanted.shape[1]), dtype=np.int64)
     for step in range(int(lengths.max(initial=0))):
         live = lengths > step

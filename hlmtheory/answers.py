@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from hlmtheory.clusters import answer_rows
+
 
 def log_weights(
     log_ratio: np.ndarray, prompt_index: np.ndarray, num_prompts: int, num_steps: int | None = None
@@ -38,11 +40,11 @@ def log_weights(
     ValueError
         If the tokens of an answer do not stand together.
     """
-    starts = np.flatnonzero(np.diff(prompt_index, prepend=-1) != 0)
+    starts, lengths = answer_rows(prompt_index)
     if len(np.unique(prompt_index[starts])) < len(starts):
         raise ValueError("prompt_index returns to a prompt: tokens of one answer stand together")
-    step = np.arange(len(prompt_index)) - np.repeat(starts, np.diff([*starts, len(prompt_index)]))
-    longest = int(step.max(initial=-1)) + 1
+    step = np.arange(len(prompt_index)) - np.repeat(starts, lengths)
+    longest = int(lengths.max(initial=0))
     num_steps = longest if num_steps is None else num_steps
     steps = np.zeros((num_prompts, max(num_steps, longest)))
     steps[prompt_index, step] = log_ratio

@@ -25,6 +25,12 @@ def sum_by_prompt(values: np.ndarray, prompt_index: np.ndarray, num_prompts: int
     return np.stack([sum_by_prompt(v, prompt_index, num_prompts) for v in values.T], axis=1)
 
 
+def answer_rows(prompt_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First rows and lengths of the answers, in their order: tokens of one stand together."""
+    starts = np.flatnonzero(np.diff(prompt_index, prepend=-1) != 0)
+    return starts, np.diff(np.append(starts, len(prompt_index)))
+
+
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}: allowed is (0, 1); give 0.95 for 95 %")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hlmtheory.clusters import RatioEstimate, estimate_of
+from hlmtheory.clusters import RatioEstimate, answer_rows, estimate_of
 
 
 def along_answers(prompt_index: np.ndarray) -> Iterator[np.ndarray]:
@@ -14,8 +14,7 @@ def along_answers(prompt_index: np.ndarray) -> Iterator[np.ndarray]:
 
     `prompt_index` (N,) holds each token's prompt, ordered by prompt and step.
     """
-    starts = np.flatnonzero(np.diff(prompt_index, prepend=-1) != 0)
-    lengths = np.diff(np.append(starts, len(prompt_index)))
+    starts, lengths = answer_rows(prompt_index)
     for step in range(1, int(lengths.max(initial=0))):
         yield starts[lengths > step] + step
 
