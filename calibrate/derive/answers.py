@@ -15,12 +15,12 @@ from calibrate.derive.predict import (
 from calibrate.run.figure import curve
 from calibrate.run.records import AnswerCurve, OperatingPoint
 from calibrate.run.traces import Trace
+from calibrate.run.wording import UNKNOWN_ANSWERS
 from hlmtheory.policies import GatedPolicy
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.thresholds import Threshold
 
 FAMILY = "answer"
-UNKNOWN = "recorded steps do not hold the law of what it emits; a rerun measures its answers"
 NUM_TRIED, NUM_ROUNDS = 16, 3
 """Thresholds tried a round, and rounds: each looks between two neighbours of the one before."""
 NUM_LENGTHS = 24
@@ -59,7 +59,7 @@ def answer_threshold(
 
     scores = atoms.score[atoms.ends - 1]
     if np.isnan(distance(float(scores[0]))):
-        return found(float("nan"), False, UNKNOWN)
+        return found(float("nan"), False, UNKNOWN_ANSWERS)
     top = policy.score.high if np.isfinite(policy.score.high) else float(scores[-1])
     if distance(top) <= alpha:
         return found(top, True, "budget is met even when every token is skipped")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from calibrate.run.figure import number_text
 from calibrate.run.records import DerivationRecord, Timings, ValidationRecord
 
+UNKNOWN_ANSWERS = "recorded steps do not hold the law of what it emits"
+"""Why nothing is said of a policy's whole answers."""
 BUSY_SHARE = 0.1
 UNSTEADY_RATIO = 1.5
 

@@ -22,7 +22,7 @@ from calibrate.run.records import (
     PlanRecord,
     ValidationRecord,
 )
-from calibrate.run.wording import coverage_text, pilot_text, promise_texts
+from calibrate.run.wording import UNKNOWN_ANSWERS, coverage_text, pilot_text, promise_texts
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import ModelDescription, PairDescription
@@ -47,7 +47,6 @@ FIT = {
     "delta": "share of drafts that can be rejected at all, P(y_d < x_d)",
 }
 ANSWERS = ("answer_divergence", "tokens_in_agreement")
-UNKNOWN_ANSWERS = "recorded steps do not hold the law of what they emit; a rerun measures it"
 WEAKER = {"t": "asymptotic, no guarantee", "conformal": "a promise on average"}
 WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic_run import NUM_STEPS, make_calibration
 
-from calibrate.derive.answers import NUM_TRIED, UNKNOWN, _last_within, answer_threshold
+from calibrate.derive.answers import NUM_TRIED, _last_within, answer_threshold
 from calibrate.derive.derivation import derive_run
 from calibrate.derive.predict import (
     answer_divergence_estimate,
@@ -20,6 +20,7 @@ from calibrate.derive.predict import (
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, DerivationRecord, DeriveRequest
 from calibrate.run.traces import Trace, read_trace, shard_paths
+from calibrate.run.wording import UNKNOWN_ANSWERS
 from hlmtheory.policies import GatedPolicy, policy_from_settings
 
 POLICIES = ("slm", "hlm", "u-hlm", "r-hlm", "coupled", "ask-llm", "cu-hlm-offline")
@@ -89,7 +90,7 @@ def test_each_policy_has_its_own_threshold(record) -> None:
 def test_what_is_not_recorded_is_infeasible_with_its_reason(record) -> None:
     points = [p for p in record.operating_points if p.policy == "cu-hlm-offline"]
     answers = [point for point in points if point.family == "answer"]
-    assert [(point.feasible, point.reason) for point in answers] == [(False, UNKNOWN)] * 2
+    assert [(point.feasible, point.reason) for point in answers] == [(False, UNKNOWN_ANSWERS)] * 2
     others = [point for point in points if point.feasible]
     assert others
     assert all(point.predicted["answer_divergence"].value is None for point in others)
