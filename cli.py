@@ -283,6 +283,8 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
+    from calibrate.fit.pilot import MIN_PROMPTS
+
     _check_decoding(limit, max_new_tokens, batch_size, seed, device, dtype, num_threads)
     _one_of("--sampling", sampling, "options", "generation-config")
     given = {
@@ -291,8 +293,8 @@ def calibrate(
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     chosen = _sampling(given)
-    if 0 < pilot < 16:
-        raise UsageError(f"--pilot {pilot}: allowed are 0, for none, and at least 16 prompts")
+    if 0 < pilot < MIN_PROMPTS:
+        raise UsageError(f"--pilot {pilot}: allowed are 0, for none, and at least {MIN_PROMPTS}")
     _one_of("--trace", trace, "full", "minimal")
     _one_of("--order", order, "random", "file")
     if pair is None and slm is None and llm is None:
