@@ -154,7 +154,8 @@ def conformal_threshold(
         If alpha is outside (0, 1), or a prompt has more than max_tokens tokens.
 
     Source: Angelopoulos et al. 2022 (conformal risk control).
-    Valid when fresh prompts are exchangeable with the calibration prompts.
+    Valid when fresh prompts are exchangeable with the calibration prompts, in contexts of the
+    calibration policy; approximate for a learned score that was fitted on these prompts.
     """
     check_level(alpha, "alpha")
     num_prompts = atoms.num_prompts
@@ -213,7 +214,8 @@ def learn_then_test_threshold(
         max_tokens tokens.
 
     Source: Angelopoulos et al. 2021 (Learn then Test); the tests are those of hlmtheory.risk_tests.
-    Valid when calibration prompts are independent draws of the population of fresh prompts.
+    Valid when calibration prompts are independent draws of the population of fresh prompts, in
+    contexts of the calibration policy; approximate for a learned score fitted on these prompts.
     """
     check_level(alpha, "alpha")
     check_level(delta, "delta")

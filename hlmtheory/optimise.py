@@ -37,8 +37,8 @@ class PolicyCurve:
         Threshold of the policy's score, 0 for a policy without a gate; share of tokens emitted
         without the server.
     risk, bias : float array (G,)
-        R, expected rejection risk of the skipped tokens, docs/theory.md, (11); bias of truncation
-        on top of it, 0 for rules without.
+        R, expected rejection risk of the skipped tokens, docs/theory.md, (11); what the
+        bias exceeds it by, (B - R)_+; 0 under accept/resample.
     payload_bits : float array (G,)
         Mean uplink bits of one *sent* token.
     num_entries : int, optional
@@ -167,7 +167,7 @@ def best_choice(
     r"""The fastest, or least hungry, point within a bias budget.
 
     .. math:: \max_{\text{policy},\, u_{th},\, k} \; \frac{1}{E[t]}
-              \quad \text{subject to} \quad R + \text{truncation bias} \le \alpha
+              \quad \text{subject to} \quad R + (B - R)_+ \le \alpha
 
     docs/theory.md, (30), over one curve for each policy and k. Ties go to the smaller bias, then to
     the curve given first. Infeasible, with the least bias there is as the reason, where no point

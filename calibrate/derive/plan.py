@@ -2,7 +2,8 @@
 
 The run's prompts are the population: calibrations of any size are drawn from them with replacement,
 and the least size is taken at which the test passes often enough. What these prompts have not seen,
-the plan does not know: after a pilot without a single loss it is an optimist.
+the plan does not know: after a calibration without a single loss it is an
+optimist.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MOST = 30_000
 SIZES = np.unique(np.ceil(np.geomspace(10, MOST, 100)).astype(int))
 """Sizes that are tried, 8 % apart."""
 GOAL = 0.5
-"""Share of the budget that the pilot's threshold spends, unless a skip rate is asked for."""
+"""Share of the budget that the run's threshold spends, unless a skip rate is asked for."""
 
 
 def plan_run(

@@ -752,7 +752,7 @@ class PlanRecord(StageRecord):
     """What `hlm plan --json` prints; it is kept in no file."""
 
     num_prompts: int
-    """Of the pilot."""
+    """Of the run's calibration."""
     num_tokens: int
     score: str
     certified: Certified

@@ -194,9 +194,10 @@ def _payload(loaded: LoadedRun) -> str:
         f"**3. What sending less costs in bias: {' and '.join(least)} {verb} least.** "
         "Every gated policy at the thresholds of three risk budgets, by rising payload in "
         f"'{accounting}' accounting, which bills unseen tokens and the server's reply as well. "
-        f"{same}Where the score alone decides, all of them skip the same "
-        "tokens at the same risk, and no policy's bias can be below that risk: what is above it is "
-        f"the price.\n\n{_table(titles, rows)}\n\n"
+        f"{same}In one context all of them skip the same drafts where the score alone decides, at "
+        "the same risk, and no policy's bias is below its own risk: what is above it is the price. "
+        "On their own roads, where these figures are predicted, skip rates and risks "
+        f"differ a little (docs/theory.md, (60)).\n\n{_table(titles, rows)}\n\n"
         + _figure("payload_bias", "uplink payload against TV bias for all policies")
     )
 
