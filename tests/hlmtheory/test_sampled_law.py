@@ -113,8 +113,6 @@ def test_filters_keep_the_least_likely_enough_prefix(seed, vocab, temperature, t
     if temperature == 0:
         assert list(np.flatnonzero(kept)) == [int(np.argmax(z))]
         return
-    assert (x[kept] > 0).all()
-    assert not kept.all() or z[kept].min() == z.min()
     assert kept.all() or z[kept].min() > z[~kept].max()  # a prefix, ties whole
     order = np.argsort(-z, kind="stable")
     assert (np.diff(x[order]) <= 1e-18).all()

@@ -197,6 +197,7 @@ def test_trace_identities_hold_on_real_tokens(run: Path) -> None:
     # (22): exact truncation bias within N(k)/2, where both are recorded.
     sizes = trace.axes.truncation_sizes
     kept = trace.step(np.flatnonzero(trace.step().recorded("truncation_table")))
+    assert len(kept["step"])
     for i, k in enumerate(sizes):
         bias = recorded_bias(kept, no_skip(kept), np.full(len(kept["step"]), k))
         assert (bias <= kept["tail_deviation"][:, i] / 2 + 1e-5).all()

@@ -120,12 +120,12 @@ def test_the_search_stops_at_the_first_that_fails() -> None:
             return not peak <= score < peak + 100
 
         last = _last_within(scores, first, keeps)
-        assert last == peak - 1 or (peak == 999 and last >= 998)
+        assert last == peak - 1
         assert max(tried) < peak + 150
     assert _last_within(scores, first, lambda score: True) == 999
 
 
-def test_curves_along_the_length_rise_to_the_predicted_figure(record) -> None:
+def test_curves_along_the_length_end_at_the_predicted_figure(record) -> None:
     points = {point.key: point for point in record.operating_points}
     curves = {f"{one.policy}/{one.rule}": one for one in record.answers}
     assert {"slm/none", "u-hlm/risk-0.02", "u-hlm/answer-0.1", "coupled/risk-0.05"} <= curves.keys()
@@ -136,8 +136,9 @@ def test_curves_along_the_length_rise_to_the_predicted_figure(record) -> None:
         whole = points[key].predicted["answer_divergence"].value
         assert one.divergence.value[-1] == pytest.approx(whole, abs=1e-12)
         assert one.at_most == ("answer_divergence" in points[key].at_most)
-    # At one token it is the mean of the first token's (1 - w)+; at all it is much more.
-    assert curves["u-hlm/risk-0.05"].divergence.value[0] < 0.5 * whole
+    # At one token of an answer little has been lost yet.
+    one = curves["u-hlm/risk-0.05"].divergence.value
+    assert one[0] < 0.5 * one[-1]
 
 
 def test_the_device_alone_and_the_server_alone(record) -> None:
