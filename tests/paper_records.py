@@ -140,8 +140,8 @@ TIMINGS = Timings(t_slm_ms=fig(20, "ms"), t_llm_ms=fig(60, "ms"), t_uncertainty_
 def run_record(prompts: str = "shipped") -> RunRecord:
     return RunRecord(
         complete=True, pair=pair(), settings=settings(prompts), prompt_ids=("a",),
-        prompt_keys=("k",), provenance=PROVENANCE, timings=TIMINGS, num_prompts=NUM_PROMPTS,
-        num_tokens=NUM_TOKENS, wall_s=12.5, forward_s=10.0,
+        prompt_keys=("k",), provenance=PROVENANCE, timings=TIMINGS, num_threads=2,
+        num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS, wall_s=12.5, forward_s=10.0,
     )  # fmt: skip
 
 
@@ -176,6 +176,7 @@ def calibration_record(prompts: str = "shipped") -> CalibrationRecord:
             correlation_binned=fig(0.97, width=0.01), mean_rejection=fig(1 / 3), delta=fig(0.9),
             curvature=fig(1.0), covariance=((0.01, 0.0), (0.0, 0.01)), num_bins=10,
         ),
+        rejection_excess=fig(0.0),
         relation=Relation(
             bins=tuple(
                 Bin(uncertainty=x, rejection_prob=fig(x**2), num_tokens=48) for x in u.tolist()

@@ -148,6 +148,7 @@ def run_record(pair: str, prompts: str, prompt_ids: tuple[str, ...], num_tokens:
         prompt_keys=(),
         provenance=provenance(["hlm", "calibrate", "--prompts", prompts]),
         timings=Timings(**{key: Figure(value=one, unit="ms") for key, one in times.items()}),
+        num_threads=1,
         num_prompts=len(prompt_ids),
         num_tokens=num_tokens,
         wall_s=1.0,

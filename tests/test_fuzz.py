@@ -135,7 +135,7 @@ def test_records_of_every_stage(kind: Any, num: int, run: Path, tmp_path: Path) 
     shipped = data_path("results", "qwen2.5-coder", kind.file_name)
     source = next((path for path in (made, shipped) if path.is_file()), None)
     kinds = []
-    if source is not None and len(source.read_bytes()) < 400_000:
+    if source is not None and len(source.read_bytes()) < 500_000:
         kinds = [changed(source.read_bytes()), edited(json.loads(source.read_bytes()))]
     check(
         lambda path: read_record_file(path, kind, kind.made_by), tmp_path / kind.file_name, num,

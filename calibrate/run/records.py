@@ -165,8 +165,8 @@ class RunRecord(StageRecord):
     """Hashes of their texts, so that nobody validates on them."""
     provenance: Provenance
     timings: Timings
-    num_threads: int | None = None
-    """Processor threads of the models; null where nobody noted them."""
+    num_threads: int
+    """Processor threads of the models."""
     num_prompts: int
     num_tokens: int
     wall_s: float
@@ -284,7 +284,7 @@ class CalibrationRecord(StageRecord):
     num_tokens: int
     confidence: float
     fit: LineFit
-    rejection_excess: Figure | None = None
+    rejection_excess: Figure
     """Mean of beta less total variation: 0 but for the draws; docs/theory.md, (49)."""
     relation: Relation
     estimators: tuple[EstimatorScore, ...]

@@ -173,9 +173,8 @@ def print_calibration(summary: CalibrationRecord, run: Path) -> None:
     times = (
         f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings.medians.items()
     )
-    if summary.rejection_excess is not None:
-        excess = number_text(summary.rejection_excess)
-        page.say(f"mean rejection less mean total variation: {excess}, 0 but for the draws")
+    excess = number_text(summary.rejection_excess)
+    page.say(f"mean rejection less mean total variation: {excess}, 0 but for the draws")
     page.say(
         f"one token of one user on this machine: {', '.join(times)}\n"
         f"in {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"

@@ -27,13 +27,16 @@ EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
 FULL = "full"
 """Name of the derivation that bills everything that crosses the link."""
 FIGURES = ("relation", "validation", "context_shift", "payload_bias", "guarantees")
+MISFIT = 0.01
+"""A p-value below which the line is said not to fit."""
 BITS, BIAS = "uplink_bits_per_token", "tv_bias"
 
 
 def findings(runs: Sequence[LoadedRun], real: LoadedRun, full: LoadedRun) -> str:
     """Markdown of the findings: of the runs together, and of the real pair at temperature 1."""
     validated = [(run, run.validation) for run in runs if run.validation is not None]
-    parts = [_relation(real), _coverage(validated), _payload(full), _guarantees(real)]
+    drawn = real.validation is not None
+    parts = [_relation(real), _coverage(validated, drawn), _payload(full), _guarantees(real)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -69,9 +72,8 @@ def _relation(loaded: LoadedRun) -> str:
         f"{calibration.num_prompts} prompts, {calibration.num_tokens:,} tokens: "
         f"slope {number_text(fit.slope)}, intercept {number_text(fit.intercept)}; correlation of "
         f"binned means {number_text(fit.correlation_binned)}, token by token "
-        f"{number_text(fit.correlation)}; curvature {number_text(fit.curvature)}. "
-        f"The bins leave the line all the same, in an S that a curvature does not see{_wald(fit)} "
-        "(lower panel). At 1 % risk the exact "
+        f"{number_text(fit.correlation)}; curvature {number_text(fit.curvature)}. {_wald(fit)}"
+        "At 1 % risk the exact "
         f"uncertainty skips {_percent(rates['uncertainty'])} of the tokens, that of twenty draws "
         f"{_percent(rates['uncertainty_sampled'])}, a difference of "
         f"{number_text(scaled(less, 100), 2)} points on the same prompts: it takes 21 values only, "
@@ -84,13 +86,16 @@ def _wald(fit: LineFit) -> str:
     test = fit.lack_of_fit
     if test is None:
         return ""
+    leave = "leave the line all the same" if test.p_value < MISFIT else "do not leave the line"
     return (
-        f": a level of its own for each bin, {test.statistic:.0f} on {test.degrees} degrees of "
-        f"freedom (Wald, clustered by prompt), p = {test.p_value:.1g}"
+        f"The bins {leave}: a level of its own for each bin, {test.statistic:.0f} on "
+        f"{test.degrees} degrees of freedom (Wald, clustered by prompt), "
+        f"p = {test.p_value:.1g} (lower panel). "
     )
 
 
-def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
+def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]], drawn: bool) -> str:
+    """What reruns said; with figures where the run that is drawn has some."""
     if not runs:
         return "**2. Predictions against reruns.** None of the shipped runs was rerun yet."
     rows = []
@@ -110,7 +115,7 @@ def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
     level = " or ".join(f"{100 * each:g}" for each in sorted({v.confidence for _, v in runs}))
     titles = ["run", "prompts", "tokens", "inside", "to expect", "as few",
               "widest error in standard errors, as wide", "inside if independent"]  # fmt: skip
-    return (
+    text = (
         "**2. Predictions against reruns.** Every policy at derived settings, decoded again on "
         "prompts and random numbers that the derivation has not seen; a cell is one figure of one "
         f"rerun, held to its {level} % interval. Cells that a policy fixes by itself, "
@@ -120,14 +125,18 @@ def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
         'share their prompts and many say nearly the same, so a count is a weak witness: "to '
         f'expect" is where {level} % of the counts would lie if the predictions held, "as few" how '
         "often one would be as small. The runs share their validation prompts, so they are not "
-        f"independent either.\n\n{_table(titles, rows)}\n\n"
-        + _figure("validation", "predicted against measured, cell by cell")
-        + "\n\n"
-        + _context_shift(runs)
+        "independent either."
     )
+    parts = [text, _table(titles, rows), *_context_shift(runs)]
+    if drawn:
+        parts.insert(2, _figure("validation", "predicted against measured, cell by cell"))
+        parts.append(
+            _figure("context_shift", "change of contexts in every rerun, paired by prompt")
+        )
+    return "\n\n".join(parts)
 
 
-def _context_shift(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
+def _context_shift(runs: list[tuple[LoadedRun, ValidationRecord]]) -> tuple[str, str]:
     """What did not hold, and how far policies leave the contexts that predictions start from."""
     rows = []
     for loaded, validation in runs:
@@ -145,16 +154,15 @@ def _context_shift(runs: list[tuple[LoadedRun, ValidationRecord]]) -> str:
         outside = ", ".join(f"`{name}` {count}" for name, count in counts.items()) or "none"
         rows.append([loaded.run.name, outside, *told])
     titles = ["run", "outside", "shift", "no shift: p", "shift, as predicted", "in the last part"]
-    return (
+    text = (
         "A policy leads itself into other contexts than the server's outputs would. The table has "
         "the cells outside by policy; the mean change, over all gated reruns, of the share of "
         "tokens below the threshold, in percentage points, against the mean of the reruns that "
         "follow the server's law on the same prompts; the one test of it; what the calibration's "
         "pilot said it would be, which "
-        "is in every prediction above; and the change in the last quarter of the answers.\n\n"
-        f"{_table(titles, rows)}\n\n"
-        + _figure("context_shift", "change of contexts in every rerun, paired by prompt")
+        "is in every prediction above; and the change in the last quarter of the answers."
     )
+    return text, _table(titles, rows)
 
 
 def _payload(loaded: LoadedRun) -> str:

@@ -43,6 +43,16 @@ def test_a_changed_result_is_a_changed_finding(loaded: LoadedRun) -> None:
     assert findings([moved], moved, moved) != findings([loaded], loaded, loaded)
 
 
+def test_figures_of_reruns_are_shown_where_the_drawn_run_has_some(loaded: LoadedRun) -> None:
+    """Another run's reruns alone fill the tables."""
+    bare = replace(loaded, validation=None)
+    both, other = findings([loaded], loaded, loaded), findings([loaded], bare, loaded)
+    for name in ("validation.png", "context_shift.png"):
+        assert name in both
+        assert name not in other
+    assert both.count("| run |") == other.count("| run |") == 2
+
+
 def payload_rows(loaded: LoadedRun) -> dict[str, list[str]]:
     """Rows of the third finding, by policy and in their order."""
     part = findings([loaded], loaded, loaded).split("**3. ")[1].split("**4. ")[0]

@@ -49,6 +49,7 @@ def run_record(trace: Trace) -> RunRecord:
         prompt_keys=(),
         provenance=Provenance(versions={}, revision=None, command=()),
         timings=Timings(t_slm_ms=time, t_llm_ms=time, t_uncertainty_ms=time),
+        num_threads=1,
         num_prompts=trace.num_prompts,
         num_tokens=trace.num_tokens,
         wall_s=1.0,
