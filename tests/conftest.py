@@ -1,8 +1,9 @@
-"""What several test files share: one seeded generator and pairs of random distributions."""
+"""What several test files share: a seeded generator, random laws, a toy pair, a finished run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,28 @@ def dirichlet_pairs(rng: np.random.Generator) -> PairFactory:
         return x, y
 
     return make
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two models of the toy pair and its prompts.txt; tests write their runs elsewhere."""
+    import toy_pair
+
+    path = tmp_path_factory.mktemp("toy")
+    toy_pair.make_pair(path)
+    toy_pair.write_prompts(path / "prompts.txt")
+    return path
+
+
+@pytest.fixture(scope="session")
+def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic run that was calibrated, derived and validated; left as it is found."""
+    import synthetic_run
+
+    run = tmp_path_factory.mktemp("judged") / "run"
+    synthetic_run.make_run(run)
+    synthetic_run.add_validation(run)
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import synthetic_run
 import toy_pair
 
 from calibrate.fit.calibration import calibrate, finished, prepare
@@ -57,15 +56,6 @@ def fault(request: pytest.FixtureRequest) -> Callable[[str], Fault]:
         return row
 
     return make
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was calibrated, derived and validated."""
-    run = tmp_path_factory.mktemp("judged") / "run"
-    synthetic_run.make_run(run)
-    synthetic_run.add_validation(run)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +99,9 @@ FILES = {
 @pytest.mark.parametrize("times", FEW_OR_MANY)
 @pytest.mark.parametrize("name", list(FILES))
 def test_one_changed_byte_is_told_or_changes_nothing(
-    name: str, times: int, judged: Path, weights: Path, fault: Callable[[str], Fault], rng: Any
+    name: str, times: int, judged_run: Path, weights: Path, fault: Callable[[str], Fault], rng: Any
 ) -> None:
-    read, folder = FILES[name], weights if name.startswith("model") else judged
+    read, folder = FILES[name], weights if name.startswith("model") else judged_run
     path = folder / name.strip()
     if path.is_dir():
         path = shards_in(sorted(path.iterdir())[0])[0]
@@ -139,14 +129,6 @@ def test_one_changed_byte_is_told_or_changes_nothing(
 
 
 # --- kills ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("toy")
-    toy_pair.make_pair(path)
-    toy_pair.write_prompts(path / "prompts.txt")
-    return path
 
 
 def killed(work: Callable[[], Any], delay_s: float) -> bool:
@@ -207,7 +189,7 @@ code=$?; ls -A "$1/run"; exit $code
 
 @pytest.mark.long
 def test_a_full_disk_is_told_with_the_file_and_leaves_nothing_half_written(
-    judged: Path, tmp_path: Path, fault: Callable[[str], Fault]
+    judged_run: Path, tmp_path: Path, fault: Callable[[str], Fault]
 ) -> None:
     """A tmpfs with room for the run and hardly more, in a namespace of its own."""
     room = subprocess.run(
@@ -216,7 +198,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing_half_written(
     if room.returncode:
         pytest.skip("no namespace to mount a small tmpfs in")
     source = tmp_path / "source"
-    shutil.copytree(judged, source)
+    shutil.copytree(judged_run, source)
     for path in source.glob("*_points.json"):
         path.unlink()
     (source / "validation.json").unlink()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic_run
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -119,19 +118,11 @@ def test_links_and_profiles(folder: str, name: str, num: int, tmp_path: Path) ->
     check(read, tmp_path / f"{folder}.json", num, changed(whole), edited(json.loads(whole)))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("fuzz") / "run"
-    synthetic_run.make_run(path)
-    synthetic_run.add_validation(path)
-    return path
-
-
 @pytest.mark.parametrize("num", NUM_CASES)
 @pytest.mark.parametrize("kind", STAGES, ids=lambda kind: kind.__name__)
-def test_records_of_every_stage(kind: Any, num: int, run: Path, tmp_path: Path) -> None:
+def test_records_of_every_stage(kind: Any, num: int, judged_run: Path, tmp_path: Path) -> None:
     """Edited ones are sealed anew, so that the typed record itself has to tell."""
-    made = run / kind.file_name
+    made = judged_run / kind.file_name
     shipped = data_path("results", "qwen2.5-coder", kind.file_name)
     source = next((path for path in (made, shipped) if path.is_file()), None)
     kinds = []
@@ -144,8 +135,8 @@ def test_records_of_every_stage(kind: Any, num: int, run: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("num", NUM_CASES)
-def test_shards(num: int, run: Path, tmp_path: Path) -> None:
-    whole = (run / "traces" / "shard-00000.parquet").read_bytes()
+def test_shards(num: int, judged_run: Path, tmp_path: Path) -> None:
+    whole = (judged_run / "traces" / "shard-00000.parquet").read_bytes()
     check(lambda path: read_trace([path]), tmp_path / "shard.parquet", num, changed(whole))
 
 

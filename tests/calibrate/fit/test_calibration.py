@@ -22,16 +22,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("toy")
-    toy_pair.make_pair(path)
-    toy_pair.write_prompts(path / "prompts.txt")
-    return path
-
-
-@pytest.fixture(scope="module")
-def pair(folder: Path):
-    return toy_pair.load(folder)
+def pair(toy: Path):
+    return toy_pair.load(toy)
 
 
 class Stop(Exception):
@@ -54,13 +46,13 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, request, pair) -> None:
     monkeypatch.undo()
 
 
-def test_the_draw_is_stored_and_reaches_the_whole_file(folder, pair, tmp_path, monkeypatch) -> None:
-    request = toy_pair.request(folder, tmp_path / "run", limit=6, max_new_tokens=3)
+def test_the_draw_is_stored_and_reaches_the_whole_file(toy, pair, tmp_path, monkeypatch) -> None:
+    request = toy_pair.request(toy, tmp_path / "run", limit=6, max_new_tokens=3)
     prompts = prepare(request)
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
     calibrate(request, prompts, pair)
     info = read_record(tmp_path / "run", RunRecord)
-    everything = read_prompts(str(folder / "prompts.txt"))
+    everything = read_prompts(str(toy / "prompts.txt"))
     expected = draw_prompts(everything, "calibration", 6, 0)
     assert info.settings.order == "random"
     assert info.prompt_ids == tuple(prompt.prompt_id for prompt in expected)
@@ -69,7 +61,7 @@ def test_the_draw_is_stored_and_reaches_the_whole_file(folder, pair, tmp_path, m
     trace = read_trace(shard_paths(tmp_path / "run"))
     assert set(trace.prompt_ids) == set(info.prompt_ids)
     assert (info.complete, info.num_tokens) == (True, trace.num_tokens)
-    by_file = prepare(toy_pair.request(folder, tmp_path / "other", limit=6, order="file"))
+    by_file = prepare(toy_pair.request(toy, tmp_path / "other", limit=6, order="file"))
     assert by_file == everything[:6]
     # Fresh prompts have other texts, whatever the order.
     for order in ("random", "file"):
@@ -78,15 +70,15 @@ def test_the_draw_is_stored_and_reaches_the_whole_file(folder, pair, tmp_path, m
         assert not {text_key(prompt.text) for prompt in fresh} & set(info.prompt_keys)
 
 
-def test_a_resumed_run_has_the_tokens_of_one_that_was_not(folder, pair, tmp_path, monkeypatch):
-    request = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=4)
+def test_a_resumed_run_has_the_tokens_of_one_that_was_not(toy, pair, tmp_path, monkeypatch):
+    request = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=4)
     interrupted(monkeypatch, request, pair)
     assert len(shard_paths(tmp_path / "run")) == 1
     assert not read_record(tmp_path / "run", RunRecord).complete
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
-    again = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=4, resume=True)
+    again = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=4, resume=True)
     calibrate(again, prepare(again), pair)
-    whole = toy_pair.request(folder, tmp_path / "whole", max_new_tokens=4, batch_size=4)
+    whole = toy_pair.request(toy, tmp_path / "whole", max_new_tokens=4, batch_size=4)
     calibrate(whole, prepare(whole), pair)
     first, second = (read_trace(shard_paths(tmp_path / name)) for name in ("run", "whole"))
     assert first.prompt_ids == second.prompt_ids
@@ -94,11 +86,11 @@ def test_a_resumed_run_has_the_tokens_of_one_that_was_not(folder, pair, tmp_path
 
 
 def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected(
-    folder, pair, tmp_path, monkeypatch
+    toy, pair, tmp_path, monkeypatch
 ):
     """Common random numbers: the same steps up to there, other contexts behind."""
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
-    request = toy_pair.request(folder, tmp_path / "run", limit=20, max_new_tokens=12, pilot=16)
+    request = toy_pair.request(toy, tmp_path / "run", limit=20, max_new_tokens=12, pilot=16)
     steps = []
     calibrate(request, prepare(request), pair, lambda *two: steps.append(sum(two)))
     assert sum(steps) == (20 + 16) * 12
@@ -125,10 +117,10 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
     assert parted > 0
 
 
-def test_an_interrupted_pilot_goes_on(folder, pair, tmp_path, monkeypatch):
+def test_an_interrupted_pilot_goes_on(toy, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
     settings = {"batch_size": 8, "max_new_tokens": 6, "limit": 16}
-    request = toy_pair.request(folder, tmp_path / "run", **settings)
+    request = toy_pair.request(toy, tmp_path / "run", **settings)
     written = []
     write = calibration.write_shard
 
@@ -143,9 +135,9 @@ def test_an_interrupted_pilot_goes_on(folder, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "write_shard", write)
     kept = {path: path.read_bytes() for path in pilot_paths(tmp_path / "run")}
     assert len(kept) == 1
-    again = toy_pair.request(folder, tmp_path / "run", resume=True, **settings)
+    again = toy_pair.request(toy, tmp_path / "run", resume=True, **settings)
     calibrate(again, prepare(again), pair)
-    whole = toy_pair.request(folder, tmp_path / "whole", **settings)
+    whole = toy_pair.request(toy, tmp_path / "whole", **settings)
     calibrate(whole, prepare(whole), pair)
     first, second = (read_trace(pilot_paths(tmp_path / name)) for name in ("run", "whole"))
     assert (first["output_token"] == second["output_token"]).all()
@@ -155,9 +147,9 @@ def test_an_interrupted_pilot_goes_on(folder, pair, tmp_path, monkeypatch):
     assert finished(again) is None
 
 
-def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path, monkeypatch):
+def test_shards_of_other_axes_are_not_mixed_with_new_ones(toy, pair, tmp_path, monkeypatch):
     """One line with both values; the run stays as it is."""
-    request = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=2)
+    request = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2)
     interrupted(monkeypatch, request, pair)
     (shard,) = shard_paths(tmp_path / "run")
     sizes = read_axes(shard).attention_sizes
@@ -165,7 +157,7 @@ def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path
     monkeypatch.setattr(
         calibration, "read_axes", lambda path: replace(read_axes(path), attention_sizes=(1, 3))
     )
-    again = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=2, resume=True)
+    again = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2, resume=True)
     with pytest.raises(UserError, match=r"attention_sizes = \(1, 3\), this version") as caught:
         calibrate(again, prepare(again), pair)
     assert str(sizes) in str(caught.value)
@@ -175,15 +167,15 @@ def test_shards_of_other_axes_are_not_mixed_with_new_ones(folder, pair, tmp_path
 
 
 def test_a_finished_run_says_so_and_a_lost_shard_is_made_again(
-    folder, pair, tmp_path, monkeypatch
+    toy, pair, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
     run = tmp_path / "run"
-    request = toy_pair.request(folder, run, batch_size=4, max_new_tokens=4)
+    request = toy_pair.request(toy, run, batch_size=4, max_new_tokens=4)
     assert finished(request) is None
     made = calibrate(request, prepare(request), pair)
     before = read_trace(shard_paths(run))
-    again = toy_pair.request(folder, run, batch_size=4, max_new_tokens=4, resume=True)
+    again = toy_pair.request(toy, run, batch_size=4, max_new_tokens=4, resume=True)
     prepare(again)
     assert finished(again) == made
     info = read_record(run, RunRecord)
@@ -198,21 +190,21 @@ def test_a_finished_run_says_so_and_a_lost_shard_is_made_again(
     assert finished(again) == made
 
 
-def test_what_a_kill_before_the_first_file_left_is_no_obstacle(folder, pair, tmp_path) -> None:
+def test_what_a_kill_before_the_first_file_left_is_no_obstacle(toy, pair, tmp_path) -> None:
     run = tmp_path / "run"
     for resume in (False, True):
         run.mkdir()
         (run / ".lock").write_text("")
         (run / ".run.json.abc.part").write_text("{")
-        request = toy_pair.request(folder, run, resume=resume)
+        request = toy_pair.request(toy, run, resume=resume)
         prepare(request)
         assert list(run.iterdir()) == []
         run.rmdir()
 
 
 @pytest.mark.parametrize("what", ["prompt", "pair"])
-def test_other_inputs_are_refused_with_both_values(folder, pair, tmp_path, monkeypatch, what):
-    request = toy_pair.request(folder, tmp_path / "run", batch_size=4, max_new_tokens=2)
+def test_other_inputs_are_refused_with_both_values(toy, pair, tmp_path, monkeypatch, what):
+    request = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2)
     interrupted(monkeypatch, request, pair)
     again = replace(request, resume=True)
     prompts = prepare(again)

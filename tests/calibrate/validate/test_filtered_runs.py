@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import toy_pair
@@ -26,19 +24,11 @@ POLICIES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("toy")
-    toy_pair.make_pair(path)
-    toy_pair.write_prompts(path / "prompts.txt")
-    return path
-
-
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_p=0.9)], ids=str)
-def test_all_four_verbs_under(folder, sampling):
-    run = folder / f"run-{sampling.temperature:g}"
-    pair = toy_pair.load(folder)
-    request = toy_pair.request(folder, run, sampling=sampling)
+def test_all_four_verbs_under(toy, tmp_path, sampling):
+    run = tmp_path / "run"
+    pair = toy_pair.load(toy)
+    request = toy_pair.request(toy, run, sampling=sampling)
     summary = calibrate(request, prepare(request), pair)
     trace = read_trace(shard_paths(run))
     assert trace.axes.sampling == summary.settings.sampling == sampling
@@ -78,10 +68,10 @@ def test_all_four_verbs_under(folder, sampling):
     assert str(sampling) in write_report(run).read_text()
 
 
-def test_resume_under_another_filter_is_refused(folder):
-    run = folder / "half"
-    request = toy_pair.request(folder, run, sampling=Sampling(top_p=0.9), trace="minimal")
-    pair = toy_pair.load(folder)
+def test_resume_under_another_filter_is_refused(toy, tmp_path):
+    run = tmp_path / "half"
+    request = toy_pair.request(toy, run, sampling=Sampling(top_p=0.9), trace="minimal")
+    pair = toy_pair.load(toy)
     calibrate(request, prepare(request), pair)
     write_record(run, read_record(run, RunRecord).model_copy(update={"complete": False}))
     for changed, name in (
@@ -90,19 +80,19 @@ def test_resume_under_another_filter_is_refused(folder):
         (Sampling(0.5, top_p=0.9), "temperature"),
         (Sampling(top_p=0.9, repetition_penalty=1.2), "repetition_penalty"),
     ):
-        again = toy_pair.request(folder, run, sampling=changed, trace="minimal", resume=True)
+        again = toy_pair.request(toy, run, sampling=changed, trace="minimal", resume=True)
         with pytest.raises(UsageError, match=rf"^--resume: {name} was [^\n]* now [^\n]*$"):
             prepare(again)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_p=0.9)], ids=str)
-def test_a_pair_that_never_disagrees_is_a_named_result(folder, sampling):
+def test_a_pair_that_never_disagrees_is_a_named_result(toy, tmp_path, sampling):
     """One model twice: no rejection, no line, no correlation; everything may be skipped."""
-    run = folder / f"same-{sampling.temperature:g}"
-    spec = resolve_pair(None, str(folder / "server"), str(folder / "server"), None)
+    run = tmp_path / "same"
+    spec = resolve_pair(None, str(toy / "server"), str(toy / "server"), None)
     pair = load_pair(spec, dtype="float32", device="cpu", attention=True)
-    given = GivenModels(slm=str(folder / "server"), llm=str(folder / "server"))
-    request = toy_pair.request(folder, run, sampling=sampling, spec=spec, given=given)
+    given = GivenModels(slm=str(toy / "server"), llm=str(toy / "server"))
+    request = toy_pair.request(toy, run, sampling=sampling, spec=spec, given=given)
     fit = calibrate(request, prepare(request), pair).fit
     assert (fit.slope.value, fit.intercept.value, fit.mean_rejection.value) == (0, 0, 0)
     assert fit.correlation.value is None
