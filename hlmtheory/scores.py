@@ -15,7 +15,16 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array
-from hlmtheory.steps import HEAD_SIZE, Skip, Step, candidates, no_skip, used_width, whole_skip
+from hlmtheory.steps import (
+    HEAD_SIZE,
+    Skip,
+    Step,
+    candidates,
+    no_skip,
+    of_candidates,
+    used_width,
+    whole_skip,
+)
 
 Atoms = tuple[Array, Array, Array]
 """(score, mass, rejection), (B, J) each: pieces of a draft's probability, and mass x beta."""
@@ -119,7 +128,7 @@ class ExactUncertainty(Score):
         """Indicator of u <= u_th."""
         if threshold >= self.high:
             return whole_skip(step)
-        x, _, u = candidates(step)
+        x, u = of_candidates(step, "prob"), of_candidates(step, "uncertainty")
         xp = array_namespace(x)
         sigma = xp.astype(u <= threshold, x.dtype)
         all_of_it = x.shape[-1] == step.axes.vocab_size
@@ -130,7 +139,7 @@ class ExactUncertainty(Score):
 
     def atoms(self, step: Step) -> Atoms:
         """One piece a candidate; all beyond the head at the u of its last."""
-        _, _, u = candidates(step)
+        u = of_candidates(step, "uncertainty")
         xp = array_namespace(u)
         return xp.concat([u, u[:, -1:]], axis=-1), *with_beyond(step)
 
@@ -331,7 +340,7 @@ class LearnedScore(Score):
 
     def of_head(self, step: Step) -> Array:
         """The score of every token of the head, (B, HEAD_SIZE)."""
-        x, _, u = (column[:, :HEAD_SIZE] for column in candidates(step))
+        x, u = (of_candidates(step, name)[:, :HEAD_SIZE] for name in ("prob", "uncertainty"))
         own = {"uncertainty": u, "draft_prob": x}
         values = {
             name: own[name] if name in own else _floating(step[name], x)[:, None]

@@ -172,7 +172,7 @@ class LawStep(Step):
     logits : array (B, V)
         z of the device model, behind the repetition penalty and before any temperature.
     x, y : array (B, V)
-        The laws that device and server sample from.
+        The laws that device and server sample from; y is None where only the device is at hand.
     noise : Noise, optional
         Needed by `uncertainty_sampled` and by policies that draw.
     head_size : int
@@ -188,14 +188,21 @@ class LawStep(Step):
         axes: Axes,
         logits: Array,
         x: Array,
-        y: Array,
+        y: Array | None,
         noise: Noise | None = None,
         head_size: int = HEAD_SIZE,
         columns: Mapping[str, Array] | None = None,
     ) -> None:
         super().__init__(axes, dict(columns or {}))
-        self.logits, self.x, self.y, self._noise = logits, x, y, noise
+        self.logits, self.x, self._y, self._noise = logits, x, y, noise
         self.head_size = min(max(head_size, HEAD_SIZE), logits.shape[-1])
+
+    @property
+    def y(self) -> Array:
+        """The server's law."""
+        if self._y is None:
+            raise ValueError("y is None: this step was made without the server's law")
+        return self._y
 
     @property
     def noise(self) -> Noise:
@@ -221,13 +228,13 @@ class LawStep(Step):
     def with_columns(self, columns: Mapping[str, Array]) -> LawStep:
         """The same step with further columns: the draft, the output, what a policy remembers."""
         own = dict(self._columns) | dict(columns)
-        return LawStep(self.axes, self.logits, self.x, self.y, self._noise, self.head_size, own)
+        return LawStep(self.axes, self.logits, self.x, self._y, self._noise, self.head_size, own)
 
     def rows(self, index: Array) -> LawStep:
         """Some of its contexts, with what is known of them already."""
         known = self._columns.items()
         own = {name: values[index] for name, values in known if not isinstance(values, tuple)}
-        laws = (self.logits[index], self.x[index], self.y[index])
+        laws = (self.logits[index], self.x[index], None if self._y is None else self._y[index])
         noise = None if self._noise is None else self._noise.rows(index)
         return LawStep(self.axes, *laws, noise, self.head_size, own)
 
@@ -441,8 +448,16 @@ def support_size(step: Step) -> Array | int:
 
 def candidates(step: Step) -> tuple[Array, Array, Array]:
     """x, y and u of the candidates that a gate may look at, (B, M) each."""
-    kind = "candidate" if step.has_laws else "head"
-    return step[f"{kind}_prob"], step[f"{kind}_target_prob"], step[f"{kind}_uncertainty"]
+    return (
+        of_candidates(step, "prob"),
+        of_candidates(step, "target_prob"),
+        of_candidates(step, "uncertainty"),
+    )
+
+
+def of_candidates(step: Step, name: str) -> Array:
+    """One of x (`prob`), y (`target_prob`) and u (`uncertainty`) of them; a device has no y."""
+    return step[f"{'candidate' if step.has_laws else 'head'}_{name}"]
 
 
 def is_output(step: Step, width: int) -> Array:
@@ -497,7 +512,7 @@ class Skip:
 
     def mass(self, step: Step) -> Array:
         r"""P(skip), :math:`\sum_v \sigma_v x_v`, (B,)."""
-        x, _, _ = candidates(step)
+        x = of_candidates(step, "prob")
         total = self._total(self.candidates * x[:, : self.width], self.of_draft, 1.0)
         return array_namespace(x).clip(total, None, 1.0)  # single precision may add up to more
 
@@ -517,7 +532,7 @@ class Skip:
     def count(self, step: Step) -> Array:
         """Number of tokens with sigma x > 0, (B,); a draft beyond the head stands for 1/x_d."""
         xp = array_namespace(self.candidates)
-        x, _, _ = candidates(step)
+        x = of_candidates(step, "prob")
         inside = xp.astype(self.candidates * x[:, : self.width] > 0, self.candidates.dtype)
         beyond = xp.astype(step["draft_rank"] < 0, inside.dtype) * self.of_draft
         more = xp.sum(inside, axis=-1) + beyond / xp.clip(step["draft_prob"], 1e-12, None)
@@ -567,7 +582,7 @@ class Skip:
 
 def no_skip(step: Step) -> Skip:
     """Sigma = 0."""
-    x, _, _ = candidates(step)
+    x = of_candidates(step, "prob")
     never = x[:, 0] < 0
     return Skip(0 * x[:, :1], never, never, 0 * x[:, 0])
 

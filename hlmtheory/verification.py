@@ -19,6 +19,7 @@ from hlmtheory.domain import (
     check_same_shape,
     check_unit_interval,
 )
+from hlmtheory.head import tail_level
 from hlmtheory.truncation import truncated_distribution
 
 
@@ -34,6 +35,10 @@ class FullDistribution:
     def reference_law(self, x: Array, size: Array | int | None) -> Array:
         """The law the server verifies against: x itself."""
         return x
+
+    def reference_of(self, sent: Array) -> Array:
+        """The same law from the probabilities that were sent, (..., V), 0 where none was."""
+        return sent
 
     def acceptance(self, draft_prob: Array, target_prob: Array) -> Array:
         """min(1, y_d / x_d)."""
@@ -56,6 +61,14 @@ class TruncatedDistribution(FullDistribution):
         if size is None:
             raise ValueError("size is None: a truncating rule needs the number of entries sent")
         return truncated_distribution(x, size)
+
+    def reference_of(self, sent: Array) -> Array:
+        """What is sent, and its uniform tail."""
+        xp = array_namespace(sent)
+        inside = sent > 0
+        num = xp.sum(xp.astype(inside, sent.dtype), axis=-1)
+        level = tail_level(xp.sum(sent, axis=-1), num, sent.shape[-1])
+        return xp.where(inside, sent, level[..., None])
 
 
 @dataclass(frozen=True)

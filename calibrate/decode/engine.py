@@ -36,6 +36,7 @@ from calibrate.run.errors import UserError
 from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory import domain
 from hlmtheory.policies import Policy
+from hlmtheory.quantised_law import quantised_law
 from hlmtheory.sampled_law import PLAIN, Sampling, penalised_logits, sampled_law
 from hlmtheory.steps import Axes, LawStep
 from hlmtheory.uncertainty import Temperatures, temperatures
@@ -57,6 +58,9 @@ class DecodingSettings:
         Perturbation temperatures of the uncertainty.
     trace : {"full", "minimal"}
         Minimal leaves out the head, truncation and attention.
+    prob_bits : int or None
+        Round the device's law to this many bits a probability before anything is drawn from it,
+        as it is on a link; None leaves it whole.
     """
 
     sampling: Sampling = PLAIN
@@ -65,6 +69,7 @@ class DecodingSettings:
     seed: int = 0
     thetas: Temperatures = field(default_factory=temperatures)
     trace: str = "full"
+    prob_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -315,6 +320,7 @@ class _BatchRun:
         policy = answers.policy
         step = step.with_columns(answers.memory.update(step))
         step = step.drafted(policy.draft(step))
+        answers.memory.advance(step)
         answer = policy.answer(step)
         step = step.with_columns({"output_token": answer.output})
         step = step.with_columns(answers.memory.observe(step))
@@ -373,6 +379,8 @@ class _BatchRun:
             self.seen = torch.cat([self.seen, self.tokens[:, None]], dim=-1)
             z, w = (penalised_logits(one, self.seen, sampling.repetition_penalty) for one in (z, w))
         x, y = sampled_law(z, sampling), sampled_law(w, sampling)
+        if self.settings.prob_bits is not None:
+            x = quantised_law(x, self.settings.prob_bits)
         self.attention: dict[str, torch.Tensor] = {}
         if slm_out.attention is not None:
             self.attention = attention_columns(

@@ -172,7 +172,9 @@ def remembered(trace: Trace, policy: Policy) -> Mapping[str, np.ndarray]:
         keep(memory.update(trace.step(live)))
         if not out:
             break  # it remembers nothing
-        keep(memory.observe(Step(trace.axes, trace.columns | out, live)))
+        step = Step(trace.axes, trace.columns | out, live)
+        memory.advance(step)
+        keep(memory.observe(step))
         following = live + 1
         inside = following < trace.num_tokens
         continues = inside & (steps[np.where(inside, following, 0)] > 0)

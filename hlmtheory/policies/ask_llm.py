@@ -9,7 +9,7 @@ from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array
 from hlmtheory.policies.base import OUTPUT, GatedPolicy
-from hlmtheory.steps import Skip, Step, candidates
+from hlmtheory.steps import LawStep, Skip, Step, candidates
 from hlmtheory.verification import FullDistribution
 
 
@@ -51,6 +51,10 @@ class Asking(GatedPolicy):
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
         return skip.zeros
+
+    def sent_law(self, step: LawStep) -> Array:
+        """Nothing."""
+        return array_namespace(step.x).zeros_like(step.x)
 
     def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
         """sigma x + (1 - m) y."""

@@ -17,9 +17,19 @@ from array_api_compat import array_namespace, device
 
 from hlmtheory.answer_cap import cap_fraction, may_skip
 from hlmtheory.domain import Array
+from hlmtheory.order import largest, put_along_last_axis
 from hlmtheory.sampling import sample_inverse_cdf
 from hlmtheory.scores import Atoms, ExactUncertainty, Score
-from hlmtheory.steps import HEAD_SIZE, LawStep, Skip, Step, candidates, no_skip, support_size
+from hlmtheory.steps import (
+    HEAD_SIZE,
+    LawStep,
+    Noise,
+    Skip,
+    Step,
+    candidates,
+    no_skip,
+    support_size,
+)
 from hlmtheory.truncation_bias import ENTRIES, bias_from_table
 from hlmtheory.verification import FullDistribution, output_bias, output_law
 
@@ -106,11 +116,11 @@ class Memory:
         """Columns that the policy reads beside the step's own, and the state moved on."""
         return {}
 
-    def observe(self, step: Step) -> dict[str, Array]:
-        """Take in the step's draft and output; columns that only then are known.
+    def advance(self, step: Step) -> None:
+        """Take in the step's draft, all that later decisions need; it has update's columns."""
 
-        The step has the columns of :meth:`update`.
-        """
+    def observe(self, step: Step) -> dict[str, Array]:
+        """Columns of the step's output, from both laws at it; decisions do not need them."""
         return {}
 
     def keep(self, rows: Any) -> None:
@@ -136,13 +146,16 @@ class CapMemory(Memory):
             self._skipped = 0 * tokens
         return self._inner.update(step) | {"may_skip": may_skip(self._skipped, tokens, self._cap)}
 
-    def observe(self, step: Step) -> dict[str, Array]:
-        """Count the draft where it was skipped; `capped_log_ratio` (B, 2), of the output."""
-        known = self._inner.observe(step)
+    def advance(self, step: Step) -> None:
+        """Count the draft where it was skipped."""
+        self._inner.advance(step)
         skipped = self._policy.skips(step)
         count = array_namespace(skipped).astype(skipped, step["step"].dtype)
         self._skipped = count if self._skipped is None else self._skipped + count
-        return known | {"capped_log_ratio": self._log_ratio(step)}
+
+    def observe(self, step: Step) -> dict[str, Array]:
+        """`capped_log_ratio` (B, 2)."""
+        return self._inner.observe(step) | {"capped_log_ratio": self._log_ratio(step)}
 
     def _log_ratio(self, step: Step) -> Array:
         """(46d): one step of the sum over what may have been skipped."""
@@ -392,20 +405,61 @@ class Policy:
     def answer(self, step: LawStep) -> Answer:
         """The tokens emitted: skipped and accepted drafts, and what the server draws instead."""
         xp = array_namespace(step.x)
-        draft, skipped, size = step["draft_token"], self.skips(step), self.size(step)
-        reference = self.rule.reference_law(step.x, size)
-        acceptance = self.rule.acceptance(step.at(reference, draft), step["target_prob"])
-        accepted = step.noise.accept < acceptance
+        draft, skipped = step["draft_token"], self.skips(step)
+        reference = self.rule.reference_law(step.x, self.size(step))
+        accepted = self._accepts(reference, draft, step["target_prob"], step.noise)
         asks = xp.nonzero(~(skipped | accepted))[0]
         output = xp.asarray(draft, copy=True)
         if len(asks):
             taken = self.skip_probability(step).over_vocabulary(step) * step.x
-            weights = self.rule.resample_weights(reference[asks], step.y[asks], taken[asks])
-            # No residual mass: rounding sent a draft here that x = y would have accepted.
-            empty = xp.sum(weights, axis=-1, keepdims=True) <= 0
-            weights = xp.where(empty, step.y[asks], weights)
-            output[asks] = sample_inverse_cdf(weights, step.noise.resample[asks])
+            output[asks] = self._redrawn(
+                reference[asks], taken[asks], step.y[asks], step.noise.resample[asks]
+            )
         return Answer(output, accepted)
+
+    def sent_law(self, step: LawStep) -> Array:
+        """Probabilities that go with a draft that is sent, (B, V), 0 where none does: all of x.
+
+        As many are not 0 as :meth:`entries` counts.
+        """
+        return step.x
+
+    def reply(self, sent: Array, draft: Array, y: Array, noise: Noise) -> Answer:
+        """What a server answers, from what it learns alone: :meth:`answer` where nothing skips.
+
+        Parameters
+        ----------
+        sent : array (B, V)
+            Of :meth:`sent_law`.
+        draft : integer array (B,)
+            Any token where the draft is not sent.
+        y : array (B, V)
+            The server's own law.
+        noise : Noise
+        """
+        xp = array_namespace(y)
+        reference = self.rule.reference_of(sent)
+        target_prob = xp.take_along_axis(y, draft[:, None], axis=-1)[:, 0]
+        accepted = self._accepts(reference, draft, target_prob, noise)
+        output = xp.asarray(draft, copy=True)
+        asks = xp.nonzero(~accepted)[0]
+        if len(asks):
+            output[asks] = self._redrawn(reference[asks], sent[asks], y[asks], noise.resample[asks])
+        return Answer(output, accepted)
+
+    def _accepts(self, reference: Array, draft: Array, target_prob: Array, noise: Noise) -> Array:
+        draft_prob = array_namespace(reference).take_along_axis(reference, draft[:, None], axis=-1)[
+            :, 0
+        ]
+        return noise.accept < self.rule.acceptance(draft_prob, target_prob)
+
+    def _redrawn(self, reference: Array, taken: Array, y: Array, uniforms: Array) -> Array:
+        """What the server draws in the place of a draft, (B,); `taken` is sigma x."""
+        xp = array_namespace(y)
+        weights = self.rule.resample_weights(reference, y, taken)
+        # No residual mass: rounding sent a draft here that x = y would have accepted.
+        empty = xp.sum(weights, axis=-1, keepdims=True) <= 0
+        return sample_inverse_cdf(xp.where(empty, y, weights), uniforms)
 
 
 def _where_decided(policy: Policy, step: Step, skip: Skip) -> tuple[Array, Array]:
@@ -529,6 +583,20 @@ class TruncatingPolicy(GatedPolicy):
     beyond it is read off the draft and added: on average an upper bound. NaN where the table was
     not recorded.
     """
+
+    def sent_law(self, step: LawStep) -> Array:
+        """The k largest entries of x."""
+        size: Any = self.size(step)
+        x = step.x
+        xp = array_namespace(x)
+        most = size if isinstance(size, int) else int(xp.max(size))
+        values, tokens = largest(x, most)
+        inside = xp.arange(most, device=device(x)) < (
+            size if isinstance(size, int) else size[:, None]
+        )
+        return put_along_last_axis(
+            xp.zeros_like(x), tokens, xp.where(inside, values, xp.zeros_like(values))
+        )
 
     @classmethod
     def recorded(cls, step: Step) -> bool:

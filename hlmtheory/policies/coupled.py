@@ -16,7 +16,7 @@ from hlmtheory.coupling import (
 from hlmtheory.domain import Array
 from hlmtheory.policies.base import OUTPUT, Answer, GatedPolicy
 from hlmtheory.sampling import race_argmin
-from hlmtheory.steps import LawStep, Skip, Step, candidates, is_output
+from hlmtheory.steps import LawStep, Noise, Skip, Step, candidates, is_output
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Coupled(GatedPolicy):
     def entries(self, step: Step, skip: Skip) -> Array:
         """Nothing."""
         return skip.zeros
+
+    def sent_law(self, step: LawStep) -> Array:
+        """Nothing."""
+        return array_namespace(step.x).zeros_like(step.x)
 
     def bias(self, step: Step, skip: Skip) -> Array:
         """Exact where the head decides; from below, by rho, where it does not.
@@ -106,6 +110,11 @@ class Coupled(GatedPolicy):
     def answer(self, step: LawStep) -> Answer:
         """Skipped drafts, and the server's winner elsewhere; accepted where both are one."""
         xp = array_namespace(step.x)
-        own = race_argmin(step.y, step.noise.races())
-        draft = step["draft_token"]
-        return Answer(xp.where(self.skips(step), draft, own), own == draft)
+        found = self.reply(step.x, step["draft_token"], step.y, step.noise)
+        skipped = self.skips(step)
+        return Answer(xp.where(skipped, step["draft_token"], found.output), found.accepted)
+
+    def reply(self, sent: Array, draft: Array, y: Array, noise: Noise) -> Answer:
+        """The server's winner, whatever was sent."""
+        own = race_argmin(y, noise.races())
+        return Answer(own, own == draft)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from array_api_compat import array_namespace
+
 from hlmtheory.domain import Array
 from hlmtheory.policies.base import OUTPUT, Answer, Policy
 from hlmtheory.sampling import sample_inverse_cdf
-from hlmtheory.steps import LawStep, Skip, Step
+from hlmtheory.steps import LawStep, Noise, Skip, Step
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,19 @@ class ServerAlone(Policy):
         """Nothing."""
         return skip.zeros
 
+    def sent_law(self, step: LawStep) -> Array:
+        """Nothing."""
+        return array_namespace(step.x).zeros_like(step.x)
+
     def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
         """Y itself."""
         return step[OUTPUT[1]], step[OUTPUT[1]]
 
     def answer(self, step: LawStep) -> Answer:
         """A draw from y."""
-        return Answer(sample_inverse_cdf(step.y, step.noise.resample), self.skips(step))
+        return self.reply(step.x, step["draft_token"], step.y, step.noise)
+
+    def reply(self, sent: Array, draft: Array, y: Array, noise: Noise) -> Answer:
+        """A draw from y; no draft is ever looked at."""
+        output = sample_inverse_cdf(y, noise.resample)
+        return Answer(output, output < 0)

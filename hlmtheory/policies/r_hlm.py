@@ -9,7 +9,7 @@ from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array
 from hlmtheory.policies.base import OUTPUT, GatedPolicy
-from hlmtheory.steps import Skip, Step
+from hlmtheory.steps import LawStep, Skip, Step
 from hlmtheory.verification import FullDistribution
 
 
@@ -52,6 +52,10 @@ class Residual(GatedPolicy):
     def entries(self, step: Step, skip: Skip) -> Array:
         """One a token of the skip set."""
         return skip.count(step)
+
+    def sent_law(self, step: LawStep) -> Array:
+        """Sigma x."""
+        return self.skip_probability(step).over_vocabulary(step) * step.x
 
     def output_probability(self, step: Step, skip: Skip) -> tuple[Array, Array]:
         """sigma x + c (y - sigma x)+, c = (1 - m)/(1 - m + rho_min); docs/theory.md, (46b)."""

@@ -76,6 +76,7 @@ def walk(policy, steps, keep=None):
     for number, step in enumerate(steps):
         step = step.with_columns({"step": np.full(len(step["draft_token"]), number)})
         step = step.with_columns(memory.update(step))
+        memory.advance(step)
         memory.observe(step)
         out.append((step, policy.skips(step), policy.skip_probability(step)))
         if keep is not None:
@@ -113,7 +114,7 @@ def test_rows_may_be_dropped_and_repeated(rng):
     memory = policy.memory()
     for number, step in enumerate(steps[:3]):
         step = step.with_columns({"step": np.full(4, number)})
-        memory.observe(step.with_columns(memory.update(step)))
+        memory.advance(step.with_columns(memory.update(step)))
     memory.keep(np.array([2, 2, 0]))
     again = law_step(rng, *(one[[2, 2, 0]] for one in logits))
     again = again.with_columns({"step": np.full(3, 3)})

@@ -421,6 +421,7 @@ def along_answers(chain: Chain, policy: Policy, step: Step) -> tuple[np.ndarray,
             now = Step(step.axes, {name: step[name] for name in step._columns}, rows)
         now = now.with_columns({"step": np.full(len(rows), t)})
         now = now.with_columns(memory.update(now))
+        memory.advance(now)
         now = now.with_columns(memory.observe(now))
         low, high = policy.log_ratio(now)
         np.testing.assert_allclose(low, high, atol=EXACT)

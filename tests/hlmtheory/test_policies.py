@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hlmtheory.policies import (
     DeriveOptions,
     Fitted,
     GatedPolicy,
+    Memory,
     Policy,
     calibration_policy,
     policy_class,
@@ -24,10 +26,11 @@ from hlmtheory.policies import (
     policy_names,
     server_policies,
 )
+from hlmtheory.policies.base import CapMemory
 from hlmtheory.policies.cu_hlm_offline import FixedTruncation
 from hlmtheory.policies.ui_hlm import ImportanceGated, ImportanceMemory, ImportanceSettings
 from hlmtheory.scores import SCORE_NAMES, Entropy, MaxLogit, SampledUncertainty, score_named
-from hlmtheory.steps import Axes, Step
+from hlmtheory.steps import Axes, LawStep, Step
 from hlmtheory.verification import DraftFromSent, TruncatedDistribution
 
 SETTINGS = {
@@ -426,3 +429,60 @@ def test_running_importance_follows_its_rows(rng):
     running = running.update(values[1], 0.8)
     found = memory.update(Step(Axes(9), {"context_attention": values[2][[0, 2]]}))
     np.testing.assert_allclose(found["importance_threshold"], running.threshold(0.5)[[0, 2]])
+
+
+# --- the server's side ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", policy_names())
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.7])
+def test_a_server_that_knows_what_is_sent_answers_as_the_policy_does(rng, name, threshold):
+    policy = build(name, threshold)
+    if policy.role == "device":
+        return
+    z, w = random_logits(rng, 400, 60)
+    step = law_step(rng, z, w)
+    step = step.with_columns({"important": np.ones(400, dtype=bool)})
+    step = step.with_columns({"draft_token": policy.draft(step)})
+    answer, skipped = policy.answer(step), policy.skips(step)
+    sent = policy.sent_law(step)
+    unknown = step["draft_token"] if policy.draft_sent else np.zeros(400, dtype=int)
+    reply = policy.reply(sent, unknown, step.y, step.noise)
+    asked = ~skipped
+    assert asked.any()
+    assert np.array_equal(reply.output[asked], answer.output[asked])
+    if policy.draft_sent:
+        assert np.array_equal(reply.accepted[asked], answer.accepted[asked])
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_as_many_probabilities_are_sent_as_are_counted(rng, name):
+    policy = build(name)
+    if policy.role == "device":
+        return
+    z, w = random_logits(rng, 300, 60)
+    step = law_step(rng, z, w).with_columns({"important": np.ones(300, dtype=bool)})
+    counted = np.broadcast_to(policy.drawn_entries(step), 300)
+    asked = ~policy.skips(step)
+    assert np.array_equal((policy.sent_law(step) > 0).sum(-1)[asked], counted[asked])
+
+
+def test_a_device_decides_without_the_servers_law(rng):
+    """What a phone computes reads nothing of y."""
+    z, w = random_logits(rng, 200, 60)
+    whole = law_step(rng, z, w).with_columns({"important": np.ones(200, dtype=bool)})
+    alone = LawStep(whole.axes, whole.logits, whole.x, None, whole.noise)
+    alone = alone.with_columns({"step": np.ones(200, dtype=int), "important": whole["important"]})
+    for name in GATED:
+        policy = replace(build(name), cap=0.5)
+        draft = policy.draft(alone)
+        step = alone.with_columns({"draft_token": draft})
+        memory = policy.memory() if name != "ui-hlm" else CapMemory(policy, 0.5, Memory())
+        step = step.with_columns(memory.update(step))
+        memory.advance(step)
+        assert np.array_equal(
+            policy.skips(step), replace(policy, cap=None).skips(whole.drafted(draft))
+        )
+        policy.sent_law(step)
+    with pytest.raises(ValueError, match="made without the server's law"):
+        alone.drafted(alone.x.argmax(-1))["target_prob"]

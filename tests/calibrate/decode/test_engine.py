@@ -15,6 +15,7 @@ from calibrate.run.prompts import TokenizedPrompt
 from hlmtheory.clusters import mean_over_tokens
 from hlmtheory.coupling import coupled_output_law
 from hlmtheory.policies import Policy, policy_class, policy_from_settings, policy_names
+from hlmtheory.quantised_law import quantised_law
 from hlmtheory.scores import score_named
 from hlmtheory.steps import Step
 from hlmtheory.truncation import online_truncation_size
@@ -92,6 +93,16 @@ class ResamplesFromTarget(FullDistribution):
 
 class Wrong(policy_class("hlm")):
     rule = ResamplesFromTarget()
+
+
+def test_a_rounded_device_law_is_drafted_from_and_loses_nothing(laws):
+    slm, llm = laws
+    columns = run(slm, llm, make("hlm"), prob_bits=3)
+    rounded = quantised_law(softmax(slm)[None], 3)[0]
+    assert np.abs(rounded - softmax(slm)).sum() > 0.1  # three bits are coarse
+    assert p_value(columns["draft_token"], rounded) > 1e-3
+    assert p_value(columns["draft_token"], softmax(slm)) < 1e-9
+    assert p_value(columns["output_token"], softmax(llm)) > 1e-3
 
 
 def test_a_wrong_rule_fails_the_same_test(laws):
