@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from calibrate.pairs.registry import LoadedPair, PairSpec
+    from calibrate.pairs.sources import ModelSpec
     from calibrate.run.prompts import Prompt
     from calibrate.run.records import CalibrationRecord, StageRecord, ValidationRecord
     from calibrate.validate.validation import ValidationPlan
@@ -823,6 +825,187 @@ def monitor(
     _show(result, as_json, print_monitor)
     if exit_code and result.alarm is not None:
         raise typer.Exit(3)
+
+
+@app.command()
+def serve(
+    run: Annotated[
+        Path | None, typer.Option(help="Serve the server model of this run.", show_default="none")
+    ] = None,
+    pair: PairOption = None,
+    llm: LlmOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token that devices must show.")
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Answers held at once.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers advanced together.")] = 32,
+    max_context: Annotated[int, typer.Option(min=2, help="Tokens of one answer's context.")] = 8192,
+    idle_s: Annotated[
+        float, typer.Option(help="Seconds after which a silent session is freed.")
+    ] = 300.0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    num_threads: ThreadsOption = None,
+) -> None:
+    """Serve a pair's server model to devices: sessions, verification, /health and /metrics.
+
+    Off loopback it needs --tls-cert, --tls-key and --token-file.
+    """
+    _at_least("--idle-s", idle_s, 1)
+    _check_decoding(device=device, dtype=dtype, num_threads=num_threads)
+    from calibrate.wire.options import ServerOptions
+
+    options = ServerOptions(
+        host, port, tls_cert, tls_key, token_file, max_sessions, max_batch, max_context,
+        idle_s=idle_s,
+    )  # fmt: skip
+    options.check_secrets()
+    spec = _server_model(run, pair, llm)
+    from calibrate.pairs.loading import load_model
+    from calibrate.terminal.progress import say
+    from calibrate.wire.run import serve as serve_model
+
+    _threads(num_threads)
+    say(f"loading {spec.label}")
+    model = load_model(spec, dtype=dtype, device=device)
+    scheme = "ws" if tls_cert is None else "wss"
+    serve_model(model, options, lambda own: say(f"serving {spec.label} at {scheme}://{host}:{own}"))
+    say("stopped: every answer that was asked for has been sent")
+
+
+def _threads(num_threads: int | None) -> None:
+    if num_threads is not None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+
+
+def _server_model(run: Path | None, pair: str | None, llm: str | None) -> ModelSpec:
+    """The server model that the options name, resolved; nothing is loaded."""
+    from calibrate.pairs.registry import model_named, resolve_pair, spec_from_settings
+
+    if sum(one is not None for one in (run, pair, llm)) > 1:
+        raise UsageError("--run, --pair, --llm: give one of them")
+    if llm is not None:
+        return model_named(llm, "--llm")
+    if run is not None:
+        from calibrate.run.folder import read_record
+        from calibrate.run.records import CalibrationRecord
+
+        return spec_from_settings(read_record(run, CalibrationRecord).settings).llm
+    return resolve_pair(pair or "smollm2", None, None, None).llm
+
+
+@app.command()
+def device(
+    run: RunArgument,
+    point: Annotated[str, typer.Option(help="Operating point, like u-hlm/risk-0.02.")],
+    server: Annotated[str, typer.Option(help="Address of `hlm serve`.")] = "ws://127.0.0.1:8765",
+    name: NameOption = "default",
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="File of prompts, .jsonl or .txt. Default: typed, one a line."),
+    ] = None,
+    limit: LimitOption = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a prompt, at most. Default: the calibration's.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of every random number. Default: validation's.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Certificates to trust in the place of the system's, PEM.")
+    ] = None,
+    audit_rate: Annotated[
+        float, typer.Option(help="Share of skipped drafts that are sent for checking.")
+    ] = 0.0,
+    patience_s: Annotated[
+        float, typer.Option(help="Seconds to try without an answer from the server.")
+    ] = 60.0,
+    output_path: Annotated[
+        Path | None, typer.Option(help="Table of every token's times and bytes, .parquet.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="JSON lines of audited tokens, for `hlm monitor`.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    num_threads: ThreadsOption = None,
+) -> None:
+    """Decode prompts on this device at a derived point, asking a server where the point says so.
+
+    Skipped tokens are shown in green, those that the server replaced in red.
+    """
+    _check_decoding(limit, max_new_tokens or 1, seed=seed, dtype=dtype, num_threads=num_threads)
+    _at_least("--patience-s", patience_s, 0)
+    if max_new_tokens is not None:
+        _at_least("--max-new-tokens", max_new_tokens, 1)
+    if not 0 <= audit_rate <= 1:
+        raise UsageError(f"--audit-rate {audit_rate:g}: allowed is 0 to 1")
+    from calibrate.run.folder import check_writable
+
+    for path in (output_path, log):
+        if path is not None:
+            check_writable(path.parent)
+    from calibrate.pairs.loading import load_model
+    from calibrate.pairs.registry import spec_from_settings
+    from calibrate.run.folder import provenance
+    from calibrate.terminal.progress import say
+    from calibrate.terminal.wire import show_answer, typed_prompts
+    from calibrate.wire.client import ServerLink
+    from calibrate.wire.options import read_token
+    from calibrate.wire.run import read_derived
+    from calibrate.wire.trace import audit_line, write_wire_trace
+
+    derived = read_derived(run, name)
+    policy = derived.policy(point)
+    token = None if token_file is None else read_token(token_file)
+    spec = spec_from_settings(derived.calibration.settings).slm
+    changes = {"max_new_tokens": max_new_tokens, "seed": seed}
+    _threads(num_threads)
+    say(f"loading {spec.label}")
+    model = load_model(spec, dtype=dtype, attention=policy.needs_attention)
+    tokens: list[Any] = []
+    with ServerLink(server, token, tls_ca, patience_s) as link, ExitStack() as files:
+        lines = None if log is None else files.enter_context(log.open("a", encoding="utf-8"))
+        runs = derived.device(
+            policy, model, link, audit_rate,
+            **{key: value for key, value in changes.items() if value is not None},
+        )  # fmt: skip
+        for answer in show_answer(runs, model, typed_prompts(prompts, limit)):
+            tokens += answer.tokens
+            if lines is not None:
+                lines.writelines(audit_line(one, audit_rate) + "\n" for one in answer.tokens)
+                lines.flush()
+    if output_path is not None:
+        made = provenance(COMMAND).model_dump(mode="json")
+        write_wire_trace(output_path, tokens, {"point": point, "provenance": made})
+
+
+@app.command()
+def relay(
+    link: Annotated[str, typer.Option(help="Link to imitate: preset, .json or .csv of rates.")],
+    to: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8765",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8766,
+) -> None:
+    """Carry connections to a server at the rate and with the delay of a link."""
+    import asyncio
+
+    from calibrate.derive.presets import load_link
+    from calibrate.terminal.progress import say
+    from calibrate.wire.link import wire_link
+    from calibrate.wire.relay import relay as carry
+
+    host, colon, number = to.rpartition(":")
+    if not colon or not number.isdecimal() or not 0 < int(number) < 65536:
+        raise UsageError(f"--to {to}: allowed is HOST:PORT")
+    carried = wire_link(load_link(link))
+    say_port = lambda own: say(f"127.0.0.1:{own} -> {to}, as {link}")  # noqa: E731
+    asyncio.run(carry(carried, (host, int(number)), port=port, ready=say_port))
 
 
 @app.command()

@@ -122,6 +122,30 @@ class RayleighOutageLink(_Channel):
 
 
 @dataclass(frozen=True)
+class RateLink:
+    """Constant rates, in bits a second each way.
+
+    Assumption: the rates are what is left for payloads, and never change. Without `downlink_bps`
+    both ways are alike.
+    """
+
+    rate_bps: float
+    downlink_bps: float | None = None
+    round_trip_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.rate_bps, "rate_bps")
+        if self.downlink_bps is not None:
+            check_positive(self.downlink_bps, "downlink_bps")
+        check_nonnegative(self.round_trip_ms, "round_trip_ms")
+
+    def uplink_time_ms(self, bits: Array) -> Array:
+        """Bits over rate."""
+        check_nonnegative(bits, "bits")
+        return 1e3 * bits / self.rate_bps
+
+
+@dataclass(frozen=True)
 class TraceLink:
     r"""A measured trace of uplink rates, repeated for ever; payloads start at a random moment.
 

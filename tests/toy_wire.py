@@ -13,7 +13,8 @@ from typing import Any
 from calibrate.decode.engine import DecodingSettings
 from calibrate.decode.models import TransformerModel
 from calibrate.run.prompts import TokenizedPrompt
-from calibrate.wire.server import Server, ServerOptions
+from calibrate.wire.options import ServerOptions
+from calibrate.wire.server import Server
 
 VOCAB = 96
 VOCABULARY = "toy"
@@ -71,7 +72,7 @@ class Running:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self.server = Server(self._toys.llm, VOCAB, VOCABULARY, self._options)
+        self.server = Server(self._toys.llm, lambda size: VOCABULARY, [END], self._options)
 
         def ready(port: int) -> None:
             self.port = port

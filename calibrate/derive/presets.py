@@ -12,7 +12,14 @@ from calibrate.run.records import Timings
 from calibrate.run.resources import data_path
 from hlmtheory.audit import AuditRow, audit
 from hlmtheory.cost import DeviceProfile
-from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
+from hlmtheory.link import (
+    AwgnLink,
+    ErgodicRayleighLink,
+    Link,
+    RateLink,
+    RayleighOutageLink,
+    TraceLink,
+)
 from hlmtheory.published import PublishedNumber
 from hlmtheory.reconcile import Reconciliation, reconciliations
 
@@ -20,6 +27,7 @@ LINK_MODELS: dict[str, Any] = {
     "awgn": AwgnLink,
     "ergodic-rayleigh": ErgodicRayleighLink,
     "rayleigh-outage": RayleighOutageLink,
+    "rate": RateLink,
     "trace": TraceLink,
 }
 NOTES = ("source", "name")

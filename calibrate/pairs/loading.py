@@ -126,6 +126,51 @@ def load_pair(
     )
 
 
+@dataclass
+class LoadedModel:
+    """One model of a pair on a device, alone: what a device or a server runs.
+
+    `vocab_size` is its number of logits; the pair may share fewer tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    vocab_size: int
+    end_tokens: tuple[int, ...]
+    label: str
+    dtype: str
+    device: str
+    max_context: int
+
+
+def load_model(
+    spec: ModelSpec, *, dtype: str = "auto", device: str = "auto", attention: bool = False
+) -> LoadedModel:
+    """Load one model, fetched first if it is not in the cache.
+
+    Raises
+    ------
+    UserError
+        It cannot be fetched, read or placed.
+    """
+    from calibrate.pairs.attention import allow_recording
+
+    keep_large_buffers()
+    device = resolve_device(device)
+    if dtype == "auto":
+        dtype = default_dtype(device)
+    folder = ensure_folder(spec)
+    tokenizer = load_tokenizer(folder, spec.label)
+    model = _load_model(folder, spec.label, dtype, device)
+    if spec.drop_layers:
+        model = share_without_layers(model, spec.drop_layers)
+    if attention:
+        allow_recording(model)
+    size = _num_logits(model)
+    ends = end_token_ids((tokenizer,), (model,), size)
+    return LoadedModel(model, tokenizer, size, ends, spec.label, dtype, device, longest_text(model))
+
+
 def resolve_device(device: str) -> str:
     """`auto` made a device, and any other name checked against what this machine has."""
     import torch

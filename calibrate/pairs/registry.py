@@ -138,8 +138,8 @@ def resolve_pair(
             f"--llm {llm} needs a device model: add --slm, or --drop-layers to make one of it"
         )
     dropped = () if drop_layers is None else _parse_layers(drop_layers)
-    llm_model = _model_named(llm, "--llm")
-    slm_model = llm_model if slm is None else _model_named(slm, "--slm")
+    llm_model = model_named(llm, "--llm")
+    slm_model = llm_model if slm is None else model_named(slm, "--slm")
     if dropped:
         label = f"{slm_model.label} without layers {','.join(map(str, dropped))}"
         slm_model = ModelSpec(label, slm_model.source, slm_model.sha256, dropped)
@@ -172,7 +172,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _model_named(name: str, option: str) -> ModelSpec:
+def model_named(name: str, option: str) -> ModelSpec:
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():

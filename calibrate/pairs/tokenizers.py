@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -52,6 +53,14 @@ def _tokens_by_id(tokenizer: Any, size: int) -> dict[int, str]:
         for token, token_id in vocabulary.items()
         if token_id < size and not _PADDING_TOKEN.fullmatch(token)
     }
+
+
+def vocabulary_sha256(tokenizer: Any, size: int) -> str:
+    """SHA-256 of the tokens below an id: the same of two tokenizers that share them."""
+    digest = hashlib.sha256()
+    for token_id, token in sorted(_tokens_by_id(tokenizer, size).items()):
+        digest.update(f"{token_id} {token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _shown(token: str | None) -> str:

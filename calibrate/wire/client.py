@@ -35,10 +35,10 @@ from calibrate.wire.protocol import (
     kind_of,
     pack_ask,
     pack_open,
-    pack_session,
+    pack_resume,
     unpack_error,
+    unpack_opened,
     unpack_reply,
-    unpack_session,
 )
 
 MAX_REPLY_BYTES = 4096
@@ -95,6 +95,7 @@ class ServerLink:
         self._session: bytes | None = None
         self._attached = False  # whether the connection is the session's
         self.reconnects = 0
+        self.end_tokens: frozenset[int] = frozenset()
 
     def __enter__(self) -> ServerLink:
         return self
@@ -180,7 +181,8 @@ class ServerLink:
 
     def _ended(self, token: int, position: int) -> bool:
         assert self._opening is not None
-        return token in self._opening.end_tokens or position >= self._opening.max_new_tokens
+        ended = token in self._opening.end_tokens or token in self.end_tokens
+        return ended or position >= self._opening.max_new_tokens
 
     # The connection.
 
@@ -252,7 +254,9 @@ class ServerLink:
         assert self._opening is not None
         frame = pack_open(replace(self._opening, num_answered=num_answered), context)
         self._send(frame)
-        self._session, _ = unpack_session(self._receive(Kind.OPENED))
+        opened = self._receive(Kind.OPENED)
+        self._session, _, ends = unpack_opened(opened, self._opening.vocab_size)
+        self.end_tokens = frozenset(ends)
         self._attached = True
         return bytes_on_wire(len(frame), True)
 
@@ -261,8 +265,9 @@ class ServerLink:
         if self._session is None:
             self._opened(context, position)
             return position
-        self._send(pack_session(Kind.RESUME, self._session, position))
-        _, known = unpack_session(self._receive(Kind.OPENED))
+        assert self._opening is not None
+        self._send(pack_resume(self._session, position))
+        _, known, _ = unpack_opened(self._receive(Kind.OPENED), self._opening.vocab_size)
         self._attached = True
         return known if known <= position else -1
 

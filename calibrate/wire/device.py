@@ -7,7 +7,6 @@ answer's random numbers belong to (seed, prompt, step).
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -126,6 +125,7 @@ class Device:
     vocabulary : str
         SHA-256 of the tokens by their ids.
     end_tokens : sequence of int
+        An answer ends with one of these, or with one that the server knows of.
     server : ServerLink or None
         None for the device alone.
     audit_rate : float
@@ -161,14 +161,18 @@ class Device:
         out: list[WireToken] = []
         first_ms, open_bytes = float("nan"), 0
         with torch.inference_mode(), domain.unchecked():
+            ends = set(self.end_tokens)
             if self.server is not None:
                 open_bytes = self.server.open(self._opening(prompt), prompt.tokens)
+                ends |= self.server.end_tokens
             steps = self._streamed if self.policy.role == "server" else self._drafted
             for token in steps(prompt):
                 if not out:
                     first_ms = 1e3 * (time.perf_counter() - begin)
                 out.append(token)
                 on_token(token)
+                if token.output_token in ends:
+                    break
         return WireAnswer(tuple(out), first_ms, open_bytes)
 
     def _opening(self, prompt: TokenizedPrompt) -> Opening:
@@ -225,8 +229,6 @@ class Device:
                 known = len(context) + 1
             context.append(token.output_token)
             yield token
-            if token.output_token in self.end_tokens:
-                return
 
     def _step(
         self, out: Any, context: Sequence[int], number: int, key: tuple[int, int], prompt_id: str
@@ -319,12 +321,3 @@ def _row(
         sent_bytes=0 if found is None else found.sent_bytes,
         received_bytes=0 if found is None else found.received_bytes,
     )
-
-
-def vocabulary_sha256(tokenizer: Any, vocab_size: int) -> str:
-    """SHA-256 of the first `vocab_size` tokens by their ids: alike where two tokenizers agree."""
-    tokens = {index: token for token, index in tokenizer.get_vocab().items() if index < vocab_size}
-    digest = hashlib.sha256()
-    for index in sorted(tokens):
-        digest.update(f"{index} {tokens[index]}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

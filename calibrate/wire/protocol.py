@@ -207,7 +207,8 @@ class Reply:
 _ASK = struct.Struct("<BBHIId")
 _REPLY = struct.Struct("<BBHIIIf")
 _OPEN = struct.Struct("<BI")
-_SESSION = struct.Struct("<B16sI")
+_OPENED = struct.Struct("<B16sIB")
+_RESUME = struct.Struct("<B16sI")
 _ERROR = struct.Struct("<BB")
 
 
@@ -362,19 +363,38 @@ def unpack_reply(frame: bytes, vocab_size: int) -> Reply:
     return Reply(position, token, bool(accepted), server_us, waited_us, rejection)
 
 
-def pack_session(kind: Kind, session: bytes, position: int) -> bytes:
-    """OPENED or RESUME: the session's name, and how many tokens of its answer are known."""
-    return _SESSION.pack(kind, session, position)
+def pack_opened(session: bytes, position: int, end_tokens: Any, vocab_size: int) -> bytes:
+    """OPENED: the session's name, how many tokens of its answer are known, what ends an answer."""
+    ends = [one for one in end_tokens if one < vocab_size][:255]
+    head = _OPENED.pack(Kind.OPENED, session, position, len(ends))
+    return head + pack_tokens(ends, vocab_size)
 
 
-def unpack_session(frame: bytes) -> tuple[bytes, int]:
-    """What :func:`pack_session` packed.
+def unpack_opened(frame: bytes, vocab_size: int) -> tuple[bytes, int, list[int]]:
+    """What :func:`pack_opened` packed.
 
     Raises
     ------
     FrameError
     """
-    _, session, position = _unpacked(_SESSION, frame)
+    _, session, position, num = _unpacked(_OPENED, frame)
+    return session, position, unpack_tokens(frame[_OPENED.size :], num, vocab_size).tolist()
+
+
+def pack_resume(session: bytes, position: int) -> bytes:
+    """RESUME: the session's name, and the position that is asked for next."""
+    return _RESUME.pack(Kind.RESUME, session, position)
+
+
+def unpack_resume(frame: bytes) -> tuple[bytes, int]:
+    """What :func:`pack_resume` packed.
+
+    Raises
+    ------
+    FrameError
+    """
+    _, session, position = _unpacked(_RESUME, frame)
+    _taken(frame[_RESUME.size :], 0)
     return session, position
 
 

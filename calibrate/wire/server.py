@@ -12,17 +12,15 @@ import asyncio
 import contextlib
 import hmac
 import http
-import ipaddress
 import math
 import secrets
 import signal
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from websockets.http11 import Request, Response
 
 from calibrate.decode.models import TransformerModel, synchronise
 from calibrate.decode.streams import step_noise
-from calibrate.run.errors import UsageError
+from calibrate.wire.options import ServerOptions
 from calibrate.wire.protocol import (
     SUBPROTOCOL,
     Ask,
@@ -47,11 +45,11 @@ from calibrate.wire.protocol import (
     bytes_on_wire,
     kind_of,
     pack_error,
+    pack_opened,
     pack_reply,
-    pack_session,
     unpack_ask,
     unpack_open,
-    unpack_session,
+    unpack_resume,
 )
 from calibrate.wire.slots import SlotCaches
 from hlmtheory import domain
@@ -62,92 +60,6 @@ from hlmtheory.sampled_law import penalised_logits, sampled_law
 
 LONG_APPEND = 32
 """Contexts that grow by more tokens than this run alone: others would wait for their padding."""
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where a server listens, and what it grants.
-
-    Attributes
-    ----------
-    host, port : str, int
-        Port 0 takes a free one.
-    tls_cert, tls_key, token_file : Path or None
-        PEM files, and a file that holds the bearer token; all needed off loopback.
-    max_sessions : int
-    max_batch : int
-        Sessions advanced together.
-    max_context : int
-        Tokens of one session.
-    max_message_bytes : int
-    idle_s : float
-        After which a session without a connection, or a silent one, is freed.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8765
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token_file: Path | None = None
-    max_sessions: int = 64
-    max_batch: int = 32
-    max_context: int = 8192
-    max_message_bytes: int = 4 * 2**20
-    idle_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise UsageError("--tls-cert and --tls-key: give both or none")
-        secured = self.tls_cert is not None and self.token_file is not None
-        if not secured and not is_loopback(self.host):
-            raise UsageError(
-                f"--host {self.host}: off loopback a server needs --tls-cert, --tls-key and "
-                "--token-file"
-            )
-
-    def token(self) -> str | None:
-        """The bearer token."""
-        return None if self.token_file is None else read_token(self.token_file)
-
-    def tls(self) -> ssl.SSLContext | None:
-        """The context of a TLS server."""
-        if self.tls_cert is None:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.tls_cert, self.tls_key)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(
-                f"--tls-cert {self.tls_cert}: {error.strerror or error}; give a certificate and "
-                "its key as PEM files"
-            ) from None
-        return context
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def read_token(path: Path) -> str:
-    """A bearer token of 16 characters or more from a file.
-
-    Raises
-    ------
-    UsageError
-    """
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        raise UsageError(f"--token-file {path}: cannot be read") from None
-    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise UsageError(
-            f"--token-file {path}: allowed is one word of 16 or more printable ASCII characters"
-        )
-    return token
 
 
 @dataclass
@@ -221,18 +133,22 @@ class Server:
     Parameters
     ----------
     model : TransformerModel
-    vocab_size : int
-        Tokens that a device shares with it.
-    vocabulary : str
-        SHA-256 of the tokens by their ids.
+    vocabulary : callable
+        SHA-256 of the tokens below an id.
+    end_tokens : sequence of int
+        Any of these ends an answer.
     options : ServerOptions
     """
 
     def __init__(
-        self, model: TransformerModel, vocab_size: int, vocabulary: str, options: ServerOptions
+        self,
+        model: TransformerModel,
+        vocabulary: Callable[[int], str],
+        end_tokens: Sequence[int],
+        options: ServerOptions,
     ) -> None:
         self.model, self.options = model, options
-        self.vocab_size, self.vocabulary = vocab_size, vocabulary
+        self.vocabulary, self.end_tokens = cache(vocabulary), tuple(end_tokens)
         self.caches = SlotCaches(model, options.max_sessions)
         self.sessions: dict[bytes, Session] = {}
         self.free = list(range(options.max_sessions))[::-1]
@@ -340,9 +256,10 @@ class Server:
                     self._free(session)
                 session = self._open(*opened_with)
             else:
-                session = self._resume(*unpack_session(frame))
+                session = self._resume(*unpack_resume(frame))
             session.connection, session.used = connection, time.monotonic()
-            opened = pack_session(Kind.OPENED, session.name, session.position)
+            size = session.opening.vocab_size
+            opened = pack_opened(session.name, session.position, self.end_tokens, size)
             await self._send(connection, opened)
             return session
         if kind != Kind.ASK:
@@ -359,7 +276,7 @@ class Server:
             reply = await self._reply(session, ask)
             await self._send(connection, reply)
             done = session.position >= opening.max_new_tokens
-            if done or session.tokens[-1] in opening.end_tokens:
+            if done or session.tokens[-1] in (*opening.end_tokens, *self.end_tokens):
                 return session
             ask = Ask(session.position, flags=Flag.STREAM)
 
@@ -368,11 +285,12 @@ class Server:
     def _open(self, opening: Opening, context: list[int]) -> Session:
         if self.draining:
             raise RefusedError(Reason.DRAINING, "the server is stopping")
-        if (opening.vocab_size, opening.vocabulary) != (self.vocab_size, self.vocabulary):
+        size, own = opening.vocab_size, self.model.vocab_size
+        if size > own or self.vocabulary(size) != opening.vocabulary:
             raise RefusedError(
                 Reason.VOCABULARY,
-                f"the device's vocabulary ({opening.vocab_size} tokens) is not the server's "
-                f"({self.vocab_size} tokens): run two models of one family",
+                f"the device's {size} tokens are not the first {size} of the server's {own}: run "
+                "two models of one family",
             )
         limit = self.options.max_context
         if len(context) - opening.num_answered + opening.max_new_tokens > limit:
@@ -518,7 +436,7 @@ class Server:
             return RefusedError(
                 Reason.NUMBERS, f"the server model's logits are broken at position {ask.position}"
             )
-        y = server_law(logits[:, : self.vocab_size], opening, session.tokens)
+        y = server_law(logits[:, : opening.vocab_size], opening, session.tokens)
         rejection = math.nan
         if ask.flags & Flag.AUDIT:
             draft = int(ask.draft or 0)

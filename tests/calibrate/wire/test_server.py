@@ -24,6 +24,7 @@ from websockets.sync.client import connect
 from calibrate.run.errors import UsageError, UserError
 from calibrate.wire.client import ServerLink
 from calibrate.wire.device import Device
+from calibrate.wire.options import ServerOptions, read_token
 from calibrate.wire.protocol import (
     SUBPROTOCOL,
     Ask,
@@ -34,10 +35,9 @@ from calibrate.wire.protocol import (
     pack_ask,
     pack_open,
     unpack_error,
+    unpack_opened,
     unpack_reply,
-    unpack_session,
 )
-from calibrate.wire.server import ServerOptions, read_token
 from hlmtheory.policies import policy_from_settings
 
 OPENING = Opening(VOCAB, VOCABULARY, "hlm", {}, {}, 8, (3, 4), 12, (END,))
@@ -117,7 +117,7 @@ def test_an_ask_without_a_session_and_at_a_false_position_is_refused(server: Run
         one.send(pack_ask(Ask(0), VOCAB, 8))
         assert error_of(one.recv(timeout=10))[0] == Reason.SESSION
         one.send(pack_open(OPENING, [1, 5]))
-        unpack_session(one.recv(timeout=10))
+        assert unpack_opened(one.recv(timeout=10), VOCAB)[1:] == (0, [END])
         one.send(pack_ask(Ask(3, draft=4), VOCAB, 8))
         reason, line = error_of(one.recv(timeout=10))
         assert (reason, line) == (
@@ -145,7 +145,8 @@ def test_the_same_ask_twice_is_answered_alike_and_counted_once(server: Running):
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({"vocabulary": "other"}, "vocabulary"), ({"vocab_size": 95}, "95 tokens"),
+    ({"vocabulary": "other"}, "the device's 96 tokens are not"),
+    ({"vocab_size": 97}, "server's 96"),
     ({"policy": "nobody"}, "policy nobody: unknown"), ({"policy": "mine.py:Mine"}, "registered"),
     ({"settings": {"odd": 1}}, "unknown setting 'odd'"), ({"max_new_tokens": 10**6}, "holds 8192"),
 ])  # fmt: skip
