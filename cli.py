@@ -584,9 +584,29 @@ def validate(
     device: DeviceOption = "auto",
     num_threads: ThreadsOption = None,
     replace: ReplaceOption = False,
+    wire: Annotated[
+        bool,
+        typer.Option(
+            "--wire",
+            help="Run server, link and device as processes, and hold the clock against the "
+            "prediction; needs --point.",
+        ),
+    ] = False,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="With --wire: preset, .json or .csv of rates; repeatable. Default: fast"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="With --wire: tokens a prompt, at most. Default: the calibration's."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured."""
+    """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured.
+
+    With --wire, prompts are decoded one at a time over a link: a fast machine needs minutes for
+    each point and link, so give a small --limit.
+    """
     _check_decoding(limit, batch_size=batch_size, seed=seed, device=device, num_threads=num_threads)
     _one_of("--order", order, "random", "file")
     policies = _policies(policy) if policy else None
@@ -596,6 +616,21 @@ def validate(
     from calibrate.validate.validation import prepare_validation
 
     check_name(name)
+    if wire:
+        if not point or policy or rule or prompts or batch_size or order != "random":
+            raise UsageError(
+                "--wire: needs --point, repeatable, and takes --link, --limit, --seed, "
+                "--max-new-tokens, --device, --num-threads and --replace beside it"
+            )
+        if max_new_tokens is not None:
+            _at_least("--max-new-tokens", max_new_tokens, 2)
+        _validate_wire(
+            run, name, point, link or ["fast"], limit, seed, max_new_tokens, device, num_threads,
+            replace, as_json,
+        )  # fmt: skip
+        return
+    if link or max_new_tokens is not None:
+        raise UsageError("--link, --max-new-tokens: only with --wire")
     with locked(run):
         plan = prepare_validation(
             run,
@@ -614,6 +649,41 @@ def validate(
         _say_what_was_drawn(plan.prompts, limit)
         result = _validate(plan, device, num_threads=num_threads)
     _show(result, as_json, print_validation)
+
+
+def _validate_wire(
+    run: Path,
+    name: str,
+    points: list[str],
+    links: list[str],
+    limit: int,
+    seed: int | None,
+    max_new_tokens: int | None,
+    device: str,
+    num_threads: int | None,
+    replace: bool,
+    as_json: bool,
+) -> None:
+    from calibrate.pairs.loading import load_model
+    from calibrate.run.lock import locked
+    from calibrate.terminal.progress import say, token_progress
+    from calibrate.terminal.wire import print_wire
+    from calibrate.validate.wire import prepare_wire, run_wire
+
+    with locked(run):
+        plan = prepare_wire(
+            run, name, points, links, limit, seed, max_new_tokens, num_threads, replace, COMMAND
+        )
+        _say_what_was_drawn(plan.prompts, limit)
+        _threads(num_threads)
+        spec, dtype = plan.spec.slm, plan.derived.calibration.pair.dtype
+        say(f"loading {spec.label}")
+        attention = any(one.needs_attention for one in plan.policies.values())
+        model = load_model(spec, dtype=dtype, device=device, attention=attention)
+        with token_progress("over the wire") as bar:
+            bar.set_total(plan.num_tokens)
+            result = run_wire(plan, model, lambda token: bar.advance(1, 0), bar.at_part)
+    _show(result, as_json, print_wire)
 
 
 def _validate(

@@ -135,6 +135,58 @@ def token_time_ms(
     )
 
 
+@dataclass(frozen=True)
+class WireCosts:
+    """What a token takes where nothing delays a message: measured on the machines that will run.
+
+    Attributes
+    ----------
+    decide_ms : float
+        The device's forward pass, its law, draft and gate; 0 where the server decodes alone.
+    ask_ms : float
+        What a sent token takes beside it: frames built and read, the server's forward pass over the
+        draft's context and what it had not seen, its answer. Of a stream, from token to token.
+    """
+
+    decide_ms: float
+    ask_ms: float
+
+    def __post_init__(self) -> None:
+        for name in ("decide_ms", "ask_ms"):
+            check_nonnegative(float(getattr(self, name)), name)
+
+
+def wire_time_ms(
+    sent: Array,
+    uplink_ms: Array,
+    downlink_ms: Array | float,
+    costs: WireCosts,
+    round_trip_ms: float = 0.0,
+    server_only: bool = False,
+) -> Array:
+    r"""Time of each token over a wire (N,), ms; docs/theory.md, (63).
+
+    .. math:: t = t_{decide} + 1\{sent\}\,(t_{ask} + F_{up}/C_{up} + F_{down}/C_{down} + t_{rt})
+
+    with F the bits of whole frames. A stream of the server alone takes t_ask or the time that its
+    frame takes on the downlink, whichever is longer: they overlap.
+
+    Parameters
+    ----------
+    sent, uplink_ms : array (N,)
+        1 (or the probability) that the server is asked; F_up/C_up, 0 where nothing is sent.
+    downlink_ms : array (N,) or float
+        F_down/C_down of one reply.
+    costs : WireCosts
+    round_trip_ms : float
+    server_only : bool
+    """
+    check_nonnegative(uplink_ms, "uplink_ms")
+    if server_only:
+        return 0 * uplink_ms + max(costs.ask_ms, float(downlink_ms))
+    return costs.decide_ms + uplink_ms + sent * (costs.ask_ms + downlink_ms + round_trip_ms)
+
+
 def token_energy_j(
     sent: Array,
     uplink_ms: Array,

@@ -35,9 +35,21 @@ class Link(Protocol):
         """Mean time to send each payload, ms."""
         ...
 
+    def downlink_time_ms(self, bits: Array) -> Array:
+        """Mean time of a payload that comes back, ms."""
+        ...
+
+
+class _BothWaysAlike:
+    """Assumption: the downlink is as the uplink."""
+
+    def downlink_time_ms(self: Link, bits: Array) -> Array:
+        """As :meth:`uplink_time_ms`."""
+        return self.uplink_time_ms(bits)
+
 
 @dataclass(frozen=True)
-class _Channel:
+class _Channel(_BothWaysAlike):
     bandwidth_hz: float
     snr_db: float
 
@@ -144,9 +156,14 @@ class RateLink:
         check_nonnegative(bits, "bits")
         return 1e3 * bits / self.rate_bps
 
+    def downlink_time_ms(self, bits: Array) -> Array:
+        """Bits over its own rate."""
+        check_nonnegative(bits, "bits")
+        return 1e3 * bits / (self.downlink_bps or self.rate_bps)
+
 
 @dataclass(frozen=True)
-class TraceLink:
+class TraceLink(_BothWaysAlike):
     r"""A measured trace of uplink rates, repeated for ever; payloads start at a random moment.
 
     .. math:: E[T(B)] = \frac1P \int_0^P \big(F^{-1}(F(s) + B) - s\big)\,ds

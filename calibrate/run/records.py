@@ -675,6 +675,80 @@ class ValidationRecord(StageRecord):
     coverage: CoverageSummary
 
 
+class WireProbe(Record):
+    """Times of a policy's tokens where nothing delays a message, on calibration prompts."""
+
+    policy: str
+    rule: str
+    num_prompts: int
+    num_tokens: int
+    decide_ms: float
+    """Device's forward pass, law, draft and gate."""
+    ask_ms: float
+    """What a sent token takes beside it; 0 where none is sent."""
+    server_ms: float
+    """Of it, inside the server's forward pass, by the server's clock."""
+
+
+class WireRun(Record):
+    """One operating point over one link, by the clock."""
+
+    policy: str
+    rule: str
+    num_prompts: int
+    num_tokens: int
+    first_token_ms: Figure
+    """From the prompt to the first token, both prefills and the connection's session included."""
+    token_ms_quantiles: tuple[float, ...]
+    """5, 25, 50, 75 and 95 % of the tokens take no longer."""
+    server_busy_share: float
+    """Of the decoding time, inside the server's forward passes: one over it is how many such
+    devices a server that runs them one by one can carry."""
+    uplink_bytes_per_token: Figure
+    downlink_bytes_per_token: Figure
+    """On the wire, WebSocket framing included."""
+    framing_bytes_per_ask: float
+    """Of the uplink, beyond the payload in whole bytes."""
+    framing_as_stated: bool
+    """Whether every frame had the length that the protocol states for its payload."""
+    same_tokens_share: Share | None
+    """Share of tokens equal to those of one process under the same random numbers, prompt by prompt
+    up to the first that differs; null where it was not looked at."""
+    before: tuple[Cell, ...]
+    """(27), with the times of the calibration, against the clock."""
+    cells: tuple[Cell, ...]
+    """(63), against the clock."""
+
+
+class WireLinkRuns(Record):
+    """All that was run over one link."""
+
+    link_name: str
+    link: dict[str, Any]
+    runs: tuple[WireRun, ...]
+
+
+class WireRecord(StageRecord):
+    """wire.json: server, link and device as processes, the clock against the prediction."""
+
+    file_name: ClassVar[str] = "wire.json"
+    made_by: ClassVar[str] = "hlm validate --wire"
+
+    derivation: str
+    provenance: Provenance
+    pair: PairIdentity
+    dtype: str
+    num_threads: int
+    """Of each of the two processes that run a model."""
+    prob_bits: int
+    seed: int
+    max_new_tokens: int
+    prompt_ids: tuple[str, ...]
+    confidence: float
+    probes: tuple[WireProbe, ...]
+    links: tuple[WireLinkRuns, ...]
+
+
 class GuaranteeRow(Record):
     """How one rule at one budget did over many redrawn calibrations."""
 
@@ -947,6 +1021,7 @@ STAGES: tuple[type[StageRecord], ...] = (
     CalibrationRecord,
     DerivationRecord,
     ValidationRecord,
+    WireRecord,
     GuaranteesRecord,
     AttenuationRecord,
     QualityRecord,

@@ -33,6 +33,10 @@ class TokenBar:
         self._emitted += emitted
         self._progress.update(self._task, advance=emitted + spared, emitted=self._emitted)
 
+    def at_part(self, text: str) -> None:
+        """Say what is running."""
+        self._progress.update(self._task, description=text)
+
     def at_batch(self, number: int, total: int) -> None:
         """Say which batch is running."""
         self._progress.update(self._task, description=f"validating, batch {number}/{total}")

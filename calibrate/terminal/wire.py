@@ -1,4 +1,4 @@
-"""A device at a terminal: prompts typed or read, tokens shown as they come."""
+"""A device at a terminal: prompts typed or read, tokens as they come; and what a wire showed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,70 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from calibrate.run.figure import NO_VALUE, number_text
 from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
+from calibrate.run.records import Cell, WireRecord
+from calibrate.terminal.tables import Page
 
 if TYPE_CHECKING:
     from calibrate.pairs.loading import LoadedModel
     from calibrate.wire.device import Device, WireAnswer, WireToken
 
 SKIPPED, REPLACED = "green", "red"
+
+
+def print_wire(result: WireRecord) -> None:
+    """`hlm validate --wire`: token times by the clock and as predicted, link by link."""
+    page = Page()
+    error, held = mean_error(result), [
+        cell.covered for one in result.links for run in one.runs for cell in run.cells
+        if cell.source == "clock" and not cell.fixed and cell.covered is not None
+    ]  # fmt: skip
+    page.say(
+        f"over the wire: token times are off their prediction by {error:.1%} in the mean "
+        f"({sum(held)} of {len(held)} figures inside their {result.confidence:.0%} intervals; "
+        f"{len(result.prompt_ids)} prompts, one at a time)"
+    )
+    for one in result.links:
+        rows = []
+        for run in sorted(one.runs, key=lambda run: _cell(run.cells).measured.value or 0.0):
+            cell, plain = _cell(run.cells), _cell(run.before)
+            rows.append(
+                (f"{run.policy}/{run.rule}", number_text(cell.measured, 4),
+                 number_text(cell.predicted, 4), _off(cell), _off(plain),
+                 number_text(run.first_token_ms, 3, interval=False),
+                 number_text(run.uplink_bytes_per_token, 4, interval=False),
+                 number_text(run.downlink_bytes_per_token, 3, interval=False),
+                 f"{run.server_busy_share:.0%}",
+                 NO_VALUE if run.same_tokens_share is None else f"{run.same_tokens_share:.1%}")
+            )  # fmt: skip
+        page.table(
+            ("point", ">ms/token by the clock", ">predicted", ">off", ">(27) off",
+             ">first token ms", ">byte up", ">byte down", ">server busy", ">same tokens"),
+            rows, title=f"link {one.link_name}",
+        )  # fmt: skip
+    if not all(run.framing_as_stated for one in result.links for run in one.runs):
+        page.say("  some frames have another length than docs/protocol.md states")
+
+
+def mean_error(result: WireRecord) -> float:
+    """Mean of |predicted - clock| / clock over points and links, of the token time."""
+    cells = [_cell(run.cells) for one in result.links for run in one.runs]
+    return sum(abs(_share_off(cell)) for cell in cells) / len(cells)
+
+
+def _cell(cells: tuple[Cell, ...]) -> Cell:
+    return next(cell for cell in cells if cell.metric == "token_time_ms")
+
+
+def _share_off(cell: Cell) -> float:
+    assert cell.predicted.value is not None
+    assert cell.measured.value
+    return cell.predicted.value / cell.measured.value - 1.0
+
+
+def _off(cell: Cell) -> str:
+    return f"{_share_off(cell):+.1%}".replace("-", "\N{MINUS SIGN}")
 
 
 def typed_prompts(source: str | None, limit: int) -> Iterator[Prompt]:

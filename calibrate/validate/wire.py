@@ -1,0 +1,502 @@
+"""`hlm validate --wire`: server, link and device as processes, the clock against the prediction.
+
+Skip rates and payloads are predicted from the calibration, as everywhere. Times of the machines are
+measured where nothing delays a message, on calibration prompts; what the link adds is predicted.
+Then validation prompts are decoded one at a time over the link, and the clock is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibrate.derive.predict import (
+    PolicyTokens,
+    drawn_tokens,
+    economics_of,
+    metrics,
+    rate_of,
+    unsent_before,
+)
+from calibrate.derive.presets import link_to_dict, load_link
+from calibrate.derive.roads import Roads, read_roads
+from calibrate.run.errors import UsageError
+from calibrate.run.figure import as_figure, figure
+from calibrate.run.folder import provenance, read_record, record_path, write_record
+from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
+from calibrate.run.records import (
+    Cell,
+    RunRecord,
+    WireLinkRuns,
+    WireProbe,
+    WireRecord,
+    WireRun,
+)
+from calibrate.validate.comparison import difference_error, prediction_interval
+from calibrate.wire.device import PROB_BITS, WireAnswer, WireToken
+from calibrate.wire.link import wire_link
+from calibrate.wire.options import ServerOptions
+from calibrate.wire.protocol import ask_bytes, reply_bytes
+from calibrate.wire.run import Derived, read_derived, relaying, serving
+from calibrate.wire.trace import write_wire_trace
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens
+from hlmtheory.cost import WireCosts, payload_bits, wire_time_ms
+from hlmtheory.link import Link
+from hlmtheory.policies import Policy
+
+if TYPE_CHECKING:
+    from calibrate.pairs.loading import LoadedModel
+    from calibrate.pairs.registry import PairSpec
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+NUM_PROBES = 2
+"""Calibration prompts that the machines' times are measured on, for each policy."""
+
+CLOCK_UNITS = {
+    "token_time_ms": "ms",
+    "throughput_tok_s": "token/s",
+    "mean_throughput_tok_s": "token/s",
+}
+COUNTED_UNITS = {"skip_rate": "", "uplink_bits_per_token": "bit/token"}
+
+
+@dataclass(frozen=True)
+class WirePlan:
+    """What is to be run over which links, checked before any model is loaded.
+
+    Attributes
+    ----------
+    run, name : Path, str
+    derived : Derived
+    keys : tuple of str
+        Operating points.
+    links : dict of str to Link
+    prompts, probes : tuple of Prompt
+        Of validation, and of calibration.
+    num_threads : int or None
+    command : tuple of str
+    earlier : WireRecord or None
+        What other links, or points, have shown before.
+    """
+
+    run: Path
+    name: str
+    derived: Derived
+    keys: tuple[str, ...]
+    links: dict[str, Link]
+    prompts: tuple[Prompt, ...]
+    probes: tuple[Prompt, ...]
+    num_threads: int | None
+    command: tuple[str, ...]
+    earlier: WireRecord | None
+
+    @property
+    def spec(self) -> PairSpec:
+        """The calibrated pair, resolved again."""
+        from calibrate.pairs.registry import spec_from_settings
+
+        return spec_from_settings(self.derived.calibration.settings)
+
+    @property
+    def num_tokens(self) -> int:
+        """Most tokens that may be decoded."""
+        rounds = len(self.probes) + len(self.prompts) * len(self.links)
+        return len(self.keys) * rounds * self.derived.settings.max_new_tokens
+
+    @property
+    def policies(self) -> dict[str, Policy]:
+        """Of every point."""
+        return {key: self.derived.policy(key) for key in self.keys}
+
+
+def prepare_wire(
+    run: Path,
+    name: str,
+    keys: Sequence[str],
+    links: Sequence[str],
+    limit: int,
+    seed: int | None = None,
+    max_new_tokens: int | None = None,
+    num_threads: int | None = None,
+    replace_earlier: bool = False,
+    command: Sequence[str] = (),
+) -> WirePlan:
+    """Choose points, links and prompts; loads no model.
+
+    Raises
+    ------
+    UserError, UsageError
+        If a point is not derived or infeasible, a link is unknown, no fresh prompt is left, or what
+        is asked for was run before and `replace_earlier` is not given.
+    """
+    derived = read_derived(run, name)
+    calibrated = read_record(run, RunRecord)
+    for key in keys:
+        derived.policy(key)
+    changes: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    derived = replace(derived, settings=replace(derived.settings, **changes))
+    of = derived.calibration.settings
+    every = read_prompts(None if of.prompts == "shipped" else of.prompts)
+    used = set(calibrated.prompt_keys)
+    prompts = draw_prompts(every, "validation", limit, derived.settings.seed, "random", used)
+    probes = draw_prompts(every, "calibration", NUM_PROBES, derived.settings.seed)
+    loaded = {one: load_link(one) for one in links}
+    earlier = None
+    if record_path(run, WireRecord, name).is_file() and not replace_earlier:
+        earlier = _kept(read_record(run, WireRecord, name), derived, prompts, keys, links)
+    return WirePlan(
+        run,
+        name,
+        derived,
+        tuple(dict.fromkeys(keys)),
+        loaded,
+        tuple(prompts),
+        tuple(probes),
+        num_threads,
+        tuple(command),
+        earlier,
+    )
+
+
+def _kept(
+    earlier: WireRecord,
+    derived: Derived,
+    prompts: Sequence[Prompt],
+    keys: Sequence[str],
+    links: Sequence[str],
+) -> WireRecord:
+    """Earlier runs that new ones may stand beside."""
+    way_out = "--replace writes wire.json anew"
+    ids = tuple(prompt.prompt_id for prompt in prompts)
+    now = (derived.settings.seed, derived.settings.max_new_tokens, ids)
+    if (earlier.seed, earlier.max_new_tokens, earlier.prompt_ids) != now:
+        raise UsageError(
+            f"--seed, --limit, --max-new-tokens: wire.json is of seed {earlier.seed}, "
+            f"{len(earlier.prompt_ids)} prompts and {earlier.max_new_tokens} tokens; {way_out}"
+        )
+    for one in earlier.links:
+        there = {f"{run.policy}/{run.rule}" for run in one.runs}
+        if one.link_name in links and there & set(keys):
+            again = sorted(there & set(keys))[0]
+            raise UsageError(f"--point {again} over {one.link_name}: was run; {way_out}")
+    return earlier
+
+
+OnToken = Callable[[WireToken], None]
+
+
+def run_wire(
+    plan: WirePlan, model: LoadedModel, on_token: OnToken, on_part: Callable[[str], None]
+) -> WireRecord:
+    """Decode over every link and write the record.
+
+    Parameters
+    ----------
+    plan : WirePlan
+    model : LoadedModel
+        The device's.
+    on_token : callable
+        For a progress bar.
+    on_part : callable
+        Told what is run next.
+    """
+    import torch
+
+    roads = read_roads(plan.run, plan.derived.calibration)
+    policies = plan.policies
+    options = ServerOptions(port=0)
+    answers: dict[tuple[str, str], list[WireAnswer]] = {}
+    probes: dict[str, list[WireAnswer]] = {}
+    with serving(plan.spec.llm, options, model.dtype, model.device, plan.num_threads) as port:
+        for key, policy in policies.items():
+            on_part(f"{key}, no link")
+            probes[key] = _decode(plan, model, policy, port, plan.probes, on_token)
+        for name, link in plan.links.items():
+            with relaying(wire_link(link), port) as own:
+                for key, policy in policies.items():
+                    on_part(f"{key}, {name}")
+                    found = _decode(plan, model, policy, own, plan.prompts, on_token)
+                    answers[name, key] = found
+                    _keep_trace(plan, name, key, found)
+    costs = {key: _costs(plan, key, found) for key, found in probes.items()}
+    on_part("the same prompts in one process")
+    same = _one_process(plan, model.dtype, model.device)
+    runs = {
+        name: tuple(
+            _judge(plan, roads, key, link, costs[key], answers[name, key], same[key])
+            for key in plan.keys
+        )
+        for name, link in plan.links.items()
+    }
+    settings = plan.derived.settings
+    result = WireRecord(
+        derivation=plan.name,
+        provenance=provenance(plan.command),
+        pair=plan.derived.derivation.pair,
+        dtype=model.dtype,
+        num_threads=plan.num_threads or torch.get_num_threads(),
+        prob_bits=settings.prob_bits or PROB_BITS,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
+        confidence=plan.derived.derivation.confidence,
+        probes=(*(plan.earlier.probes if plan.earlier else ()), *costs.values()),
+        links=_joined(plan, runs),
+    )
+    write_record(plan.run, result, plan.name)
+    return result
+
+
+def _joined(plan: WirePlan, runs: Mapping[str, tuple[WireRun, ...]]) -> tuple[WireLinkRuns, ...]:
+    before = {one.link_name: one for one in plan.earlier.links} if plan.earlier else {}
+    for name, found in runs.items():
+        kept = before[name].runs if name in before else ()
+        entry = link_to_dict(plan.links[name])
+        before[name] = WireLinkRuns(link_name=Path(name).stem, link=entry, runs=(*kept, *found))
+    return tuple(before.values())
+
+
+def _decode(
+    plan: WirePlan,
+    model: LoadedModel,
+    policy: Policy,
+    port: int,
+    prompts: Sequence[Prompt],
+    on_token: OnToken,
+) -> list[WireAnswer]:
+    """One policy's answers, one prompt at a time."""
+    from calibrate.wire.client import ServerLink
+
+    ready = tokenize_prompts(
+        prompts, model.tokenizer, plan.derived.settings.max_new_tokens, model.max_context
+    )
+    with ServerLink(f"ws://127.0.0.1:{port}") as link:
+        device = plan.derived.device(policy, model, link)
+        return [device.decode(prompt, on_token) for prompt in ready]
+
+
+def _keep_trace(plan: WirePlan, link: str, key: str, answers: Sequence[WireAnswer]) -> None:
+    path = plan.run / "wire" / Path(link).stem / f"{key.replace('/', '-')}.parquet"
+    made = provenance(plan.command).model_dump(mode="json")
+    tokens = [token for answer in answers for token in answer.tokens]
+    write_wire_trace(path, tokens, {"point": key, "link": link, "provenance": made})
+
+
+def _costs(plan: WirePlan, key: str, answers: Sequence[WireAnswer]) -> WireProbe:
+    """Means over the tokens of a probe; the first of each answer waits for the prefill."""
+    tokens = [token for answer in answers for token in answer.tokens[1:]]
+    asked = [token for token in tokens if token.sent_bytes or token.received_bytes]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values)) if len(values) else 0.0
+
+    point = plan.derived.point(key)
+    return WireProbe(
+        policy=point.policy,
+        rule=point.rule,
+        num_prompts=len(answers),
+        num_tokens=len(tokens),
+        decide_ms=mean([one.device_ms + one.score_ms for one in tokens]),
+        ask_ms=mean([one.frame_ms + one.wait_ms for one in asked]),
+        server_ms=mean([one.server_ms for one in asked]),
+    )
+
+
+def wire_means(
+    tokens: PolicyTokens, link: Link, costs: WireCosts, vocab_size: int, prob_bits: int
+) -> dict[str, RatioEstimate]:
+    """Means over the wire of what a policy does at each token; docs/theory.md, (63)."""
+    sent = 1.0 - tokens.skip
+    some = np.where(sent > 0, sent, 1.0)
+    role = tokens.policy.role
+    bits = np.asarray(
+        payload_bits(
+            np.where(sent > 0, tokens.entries / some, 0.0),
+            vocab_size,
+            prob_bits,
+            "full",
+            draft_sent=tokens.policy.draft_sent,
+            num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
+        )
+    ) - payload_bits(0, vocab_size, prob_bits, "full", draft_sent=False)
+    frames = np.array([8.0 * ask_bytes(int(one)) for one in np.round(bits)])
+    up = np.asarray(link.uplink_time_ms(frames))
+    down = float(link.downlink_time_ms(8.0 * reply_bytes(vocab_size)))
+    none, ones = np.zeros_like(sent), np.ones_like(sent)
+    if role != "both":
+        bits, up, sent = none, none, none
+    rest = (down, costs, link.round_trip_ms, role == "server")
+    skipped_ms = wire_time_ms(none, none, *rest)
+    sent_ms = wire_time_ms(ones, up, *rest)
+
+    def mean(if_skipped: np.ndarray, if_sent: np.ndarray) -> RatioEstimate:
+        values = (1.0 - sent) * if_skipped + sent * if_sent
+        return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
+
+    time_ms = mean(skipped_ms, sent_ms)
+    return {
+        "skip_rate": mean_over_tokens(tokens.skip, tokens.prompt_index, tokens.num_prompts),
+        "uplink_bits_per_token": mean(none, bits),
+        "token_time_ms": time_ms,
+        "throughput_tok_s": rate_of(time_ms),
+        "mean_throughput_tok_s": mean(1e3 / skipped_ms, 1e3 / sent_ms),
+    }
+
+
+def _judge(
+    plan: WirePlan,
+    roads: Roads,
+    key: str,
+    link: Link,
+    probe: WireProbe,
+    answers: Sequence[WireAnswer],
+    same: Mapping[str, Sequence[int]],
+) -> WireRun:
+    """One point over one link: what the clock says, and what was predicted."""
+    derived, policy = plan.derived, plan.derived.policy(key)
+    point, confidence = derived.point(key), derived.derivation.confidence
+    size, bits = derived.derivation.pair.vocab_size, derived.settings.prob_bits or PROB_BITS
+    costs = WireCosts(probe.decide_ms, probe.ask_ms)
+    tokens = [token for answer in answers for token in answer.tokens]
+    index = np.repeat(np.arange(len(answers)), [len(answer.tokens) for answer in answers])
+
+    def clock(values: Sequence[float]) -> RatioEstimate:
+        return mean_over_tokens(np.array(values, dtype=float), index, len(answers))
+
+    # The first token of an answer waits for both prefills: it has a figure of its own.
+    later = np.concatenate([np.arange(len(answer.tokens)) > 0 for answer in answers])
+    times = np.array([one.token_ms for one in tokens])
+    later_index, later_ms = index[later], times[later]
+
+    def of_later(values: np.ndarray) -> RatioEstimate:
+        return mean_over_tokens(values, later_index, len(answers))
+
+    measured = {
+        "skip_rate": clock([one.skipped for one in tokens]),
+        "uplink_bits_per_token": clock([one.payload_bits for one in tokens]),
+        "token_time_ms": of_later(later_ms),
+        "throughput_tok_s": rate_of(of_later(later_ms)),
+        "mean_throughput_tok_s": of_later(1e3 / later_ms),
+    }
+
+    def means(one: PolicyTokens) -> dict[str, RatioEstimate]:
+        return wire_means(one, link, costs, size, bits)
+
+    prediction = roads.prediction(policy)
+    predicted, drawn = prediction.mean(means), means(drawn_tokens(roads.server, policy))
+    economics = replace(economics_of(derived.derivation), link=link, accounting="full")
+    cells = tuple(
+        _cell(point.policy, point.rule, name, unit, predicted[name], drawn[name], measured[name],
+              confidence)
+        for name, unit in (COUNTED_UNITS | CLOCK_UNITS).items()
+    )  # fmt: skip
+    ran = drawn_tokens(roads.server, policy)
+    plain, plain_drawn = metrics(prediction, economics), metrics(ran, economics)
+    before = tuple(
+        _cell(point.policy, point.rule, name, unit, plain[name], plain_drawn[name], measured[name],
+              confidence)
+        for name, unit in CLOCK_UNITS.items()
+    )  # fmt: skip
+    asked = [one for one in tokens if one.sent_bytes]
+    payload = [-(-one.payload_bits // 8) for one in asked]
+    beyond = [one.sent_bytes - size for one, size in zip(asked, payload, strict=True)]
+    total_s = 1e-3 * float(times.sum())
+    return WireRun(
+        policy=point.policy,
+        rule=point.rule,
+        num_prompts=len(answers),
+        num_tokens=len(tokens),
+        first_token_ms=as_figure(
+            mean_over_tokens(
+                np.array([answer.first_ms for answer in answers]),
+                np.arange(len(answers)),
+                len(answers),
+            ),
+            "ms",
+            confidence,
+            0.0,
+        ),
+        token_ms_quantiles=tuple(float(one) for one in np.quantile(later_ms, QUANTILES)),
+        server_busy_share=min(1e-3 * sum(one.server_ms for one in tokens) / total_s, 1.0),
+        uplink_bytes_per_token=as_figure(
+            clock([one.sent_bytes for one in tokens]), "byte/token", confidence, 0.0
+        ),
+        downlink_bytes_per_token=as_figure(
+            clock([one.received_bytes for one in tokens]), "byte/token", confidence, 0.0
+        ),
+        framing_bytes_per_ask=float(np.mean(beyond)) if beyond else 0.0,
+        framing_as_stated=all(
+            one.sent_bytes == ask_bytes(one.payload_bits)
+            and one.received_bytes == reply_bytes(size)
+            for one in asked
+        ),
+        same_tokens_share=_same_share(answers, same),
+        before=before,
+        cells=cells,
+    )
+
+
+def _one_process(plan: WirePlan, dtype: str, device: str) -> dict[str, dict[str, Sequence[int]]]:
+    """The tokens of every point and prompt from the engine, under the same random numbers."""
+    from calibrate.decode.engine import decode_together
+    from calibrate.decode.models import TransformerModel
+    from calibrate.pairs.loading import load_pair
+
+    policies = plan.policies
+    attention = any(policy.needs_attention for policy in policies.values())
+    pair = load_pair(plan.spec, dtype=dtype, device=device, attention=attention)
+    settings = replace(plan.derived.settings, batch_size=len(plan.prompts), trace="minimal")
+    length = settings.max_new_tokens
+    prompts = tokenize_prompts(plan.prompts, pair.tokenizer, length, pair.max_context)
+    out: dict[str, dict[str, Sequence[int]]] = {key: {} for key in policies}
+    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
+    for batches in decode_together(slm, llm, prompts, policies, settings, pair.eos_token_ids):
+        for key, batch in batches.items():
+            rows, tokens = batch.columns["row"], batch.columns["output_token"]
+            for row, name in enumerate(batch.prompt_ids):
+                out[key][name] = tokens[rows == row].tolist()
+    return out
+
+
+def _same_share(answers: Sequence[WireAnswer], same: Mapping[str, Sequence[int]]) -> float:
+    """Share of tokens before the first that differs."""
+    equal = total = 0
+    for answer in answers:
+        mine = [token.output_token for token in answer.tokens]
+        other = same[answer.tokens[0].prompt_id]
+        pairs = zip(mine, other, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(other)))
+        equal, total = equal + first, total + max(len(mine), len(other))
+    return equal / total
+
+
+def _cell(
+    policy: str,
+    rule: str,
+    metric: str,
+    unit: str,
+    predicted: RatioEstimate,
+    drawn: RatioEstimate,
+    measured: RatioEstimate,
+    confidence: float,
+) -> Cell:
+    error = difference_error(predicted.influence, drawn.influence, measured.influence, None)
+    low = high = covered = None
+    if error is not None:
+        low, high = prediction_interval(predicted.value, error, confidence)
+        covered = bool(low <= measured.value <= high)
+    return Cell(
+        policy=policy,
+        rule=rule,
+        metric=metric,
+        source="clock" if metric in CLOCK_UNITS else "counted",
+        predicted=figure(predicted.value, low, high, unit),
+        measured=as_figure(measured, unit, confidence),
+        covered=covered,
+        fixed=bool(np.all(drawn.influence == 0) and np.all(measured.influence == 0)),
+    )

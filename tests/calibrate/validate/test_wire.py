@@ -1,0 +1,148 @@
+"""`hlm validate --wire` on the toy pair: processes, records, and the arithmetic of a prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import toy_pair
+
+from calibrate.derive.derivation import derive_run
+from calibrate.derive.predict import PolicyTokens
+from calibrate.derive.presets import load_link
+from calibrate.fit.calibration import calibrate, prepare
+from calibrate.pairs.loading import load_model
+from calibrate.run.errors import UsageError
+from calibrate.run.folder import read_record
+from calibrate.run.records import DeriveRequest, WireRecord
+from calibrate.validate.wire import prepare_wire, run_wire, wire_means
+from calibrate.wire.protocol import ask_bytes, reply_bytes
+from hlmtheory.cost import WireCosts, wire_time_ms
+from hlmtheory.link import RateLink
+from hlmtheory.policies import policy_from_settings
+
+POINTS = ("u-hlm/risk-0.15", "r-hlm/risk-0.15", "coupled/risk-0.15", "hlm/none", "llm/none",
+          "slm/none")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("wire") / "run"
+    request = toy_pair.request(toy, path)
+    calibrate(request, prepare(request), toy_pair.load(toy))
+    names = ("slm", "llm", "hlm", "u-hlm", "r-hlm", "coupled")
+    derive_run(path, DeriveRequest(policies=names, risks=(0.15,)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def record(run: Path) -> WireRecord:
+    """Two links, the second beside the first."""
+    for link in ("fast", "slow.json"):
+        if link == "slow.json":
+            link = str(run.parent / link)
+            entry = {"model": "rate", "rate_bps": 2e5, "downlink_bps": 1e6, "round_trip_ms": 30}
+            Path(link).write_text(json.dumps(entry))
+        plan = prepare_wire(run, "default", POINTS, [link], limit=3, num_threads=1)
+        model = load_model(plan.spec.slm, dtype="float32", device="cpu")
+        run_wire(plan, model, lambda token: None, lambda text: None)
+    return read_record(run, WireRecord)
+
+
+def test_the_wire_gives_the_tokens_of_one_process_and_frames_as_stated(record):
+    assert [one.link_name for one in record.links] == ["fast", "slow"]
+    for one in record.links:
+        assert {f"{run.policy}/{run.rule}" for run in one.runs} == set(POINTS)
+        for run in one.runs:
+            assert run.same_tokens_share == 1
+            assert run.framing_as_stated
+
+
+def test_the_clock_of_a_slow_link_shows_what_the_link_takes(record):
+    """A bound that no machine breaks: a message cannot arrive before its last bit has left."""
+    slow = record.links[1].runs
+    for run in slow:
+        clock = next(cell for cell in run.cells if cell.metric == "token_time_ms")
+        skipped = next(cell for cell in run.cells if cell.metric == "skip_rate").measured.value
+        if run.policy in ("slm", "llm"):
+            continue
+        up, down = run.uplink_bytes_per_token.value, run.downlink_bytes_per_token.value
+        least = 8e3 * up / 2e5 + 8e3 * down / 1e6 + 30 * (1 - skipped)
+        # Means are over all tokens there, and over those behind the first here.
+        assert clock.measured.value > 0.6 * least
+    assert sum(run.uplink_bytes_per_token.value for run in slow if run.policy == "llm") >= 0
+
+
+def test_what_is_kept_of_tokens_says_its_units(run, record):
+    path = run / "wire" / "slow" / "u-hlm-risk-0.15.parquet"
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"hlmtheory"])
+    assert header["units"]["wait_ms"] == "ms"
+    frame = table.to_pandas()
+    assert (frame.sent_bytes[frame.skipped] == 0).all()
+    assert (frame.wait_ms[~frame.skipped] > 0).all()
+
+
+def test_what_was_run_is_not_run_again_unasked(run, record):
+    with pytest.raises(UsageError, match="over fast: was run; --replace writes"):
+        prepare_wire(run, "default", POINTS[:1], ["fast"], limit=3)
+    with pytest.raises(UsageError, match=r"wire\.json is of seed"):
+        prepare_wire(run, "default", POINTS[:1], ["10mbit"], limit=2)
+    assert prepare_wire(run, "default", POINTS[:1], ["fast"], 3, replace_earlier=True)
+
+
+def test_points_and_links_that_are_not_there_are_told(run):
+    with pytest.raises(UsageError, match="--point u-hlm/risk-9: not derived; feasible are"):
+        prepare_wire(run, "default", ["u-hlm/risk-9"], ["fast"], limit=2)
+    with pytest.raises(UsageError, match="--link nowhere: no such file or preset"):
+        prepare_wire(run, "default", ["hlm/none"], ["nowhere"], limit=2)
+
+
+def test_predicted_times_are_those_of_the_obvious_loop(rng):
+    """Skips and sizes known, token by token: (63) added up by hand."""
+    vocab, num = 1000, 60
+    prompt = np.repeat(np.arange(6), 10)
+    skip = (rng.random(num) < 0.4).astype(float)
+    entries = np.where(skip > 0, 0.0, rng.integers(1, 300, num))
+    policy = policy_from_settings("r-hlm", {}, 0.3)
+    nothing = np.zeros(num)
+    tokens = PolicyTokens(
+        policy, skip, nothing, nothing, entries, nothing, np.zeros((2, num)), prompt, 6
+    )
+    link, costs = RateLink(1e6, 4e6, 40.0), WireCosts(50.0, 70.0)
+    found = wire_means(tokens, link, costs, vocab, 8)
+    total_ms = bits = unseen = 0.0
+    inverse = 0.0
+    for i in range(num):
+        unseen = 0 if i % 10 == 0 else unseen
+        if skip[i]:
+            unseen, spent = unseen + 1, 50.0
+        else:
+            payload = entries[i] * (8 + 10) + unseen * 10
+            frame = 8 * ask_bytes(int(payload))
+            spent = 50 + 70 + 40 + frame / 1e3 + 8 * reply_bytes(vocab) / 4e3
+            bits, unseen = bits + payload, 0
+        total_ms += spent
+        inverse += 1e3 / spent
+    assert found["token_time_ms"].value == pytest.approx(total_ms / num)
+    assert found["throughput_tok_s"].value == pytest.approx(1e3 * num / total_ms)
+    assert found["mean_throughput_tok_s"].value == pytest.approx(inverse / num)
+    assert found["uplink_bits_per_token"].value == pytest.approx(bits / num)
+    assert found["skip_rate"].value == pytest.approx(skip.mean())
+
+
+def test_a_stream_overlaps_its_link():
+    costs = WireCosts(0.0, 20.0)
+    for down, expected in ((5.0, 20.0), (50.0, 50.0)):
+        found = wire_time_ms(np.zeros(3), np.zeros(3), down, costs, 40.0, server_only=True)
+        assert found == pytest.approx([expected] * 3)
+
+
+def test_shipped_links_have_a_downlink():
+    for name in ("fast", "10mbit", "1mbit", "lte", "wifi", "iot", "nr-fr1"):
+        link = load_link(name)
+        assert link.downlink_time_ms(1e4) == pytest.approx(link.uplink_time_ms(1e4))
+    assert RateLink(1e6, 4e6).downlink_time_ms(4e6) == pytest.approx(1e3)
