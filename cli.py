@@ -470,7 +470,12 @@ def derive(
     profile: Annotated[
         str, typer.Option(help="Device profile preset or JSON file; `measured` takes this machine.")
     ] = "measured",
-    accounting: Annotated[str, typer.Option(help="Payload accounting: paper or full.")] = "paper",
+    accounting: Annotated[
+        str,
+        typer.Option(
+            help="full: every index that goes up or down; paper: the sent probabilities alone."
+        ),
+    ] = "full",
     theta: Annotated[
         list[float] | None,
         typer.Option(help="Tolerance of the truncation bound; repeatable. Default 0.1."),

@@ -115,7 +115,7 @@ def _payload_rows(numbers: PublishedTable) -> list[AuditRow]:
     )  # fmt: skip
 
     def payload_bytes(num_entries: float, vocab_size: float) -> float:
-        return float(payload_bits(num_entries, int(vocab_size))) / 8
+        return float(payload_bits(num_entries, int(vocab_size), accounting="paper")) / 8
 
     def compression_at(num_entries: float, vocab_size: float) -> float:
         return 1 - payload_bytes(num_entries, vocab_size) / payload_bytes(vocab_size, vocab_size)
@@ -193,7 +193,7 @@ def _cu_hlm_rows(numbers: PublishedTable) -> list[AuditRow]:
     at_best = imply(ratio_of_means, gain, skip, k)
     elsewhere = imply(best_in_other_setting, *other, compression, skip)
     mean_time = throughput_gain(skip.value, uplink.value, 0.0, 1 - compression.value)
-    full_bits = float(payload_bits(vocab.value, int(vocab.value)))
+    full_bits = float(payload_bits(vocab.value, int(vocab.value), accounting="paper"))
     return [
         _row(
             "CU-HLM", "speed-up over HLM in mean token time, at the stated compression (ceiling)",

@@ -21,21 +21,21 @@ def payload_bits(
     num_entries: Array | float,
     vocab_size: int,
     prob_bits: int = 8,
-    accounting: str = "paper",
+    accounting: str = "full",
     *,
     draft_sent: bool = True,
     num_unsent: Array | float = 0,
 ) -> Array | float:
-    r"""Bits that cross the link for one sent token.
+    r"""Bits that go up for one sent token.
 
     .. math:: B_{paper} = k\,(b_{prob} + b_{index}), \qquad b_{index} = \lceil \log_2 V \rceil
 
-    .. math:: B_{full} = B_{paper} + (1_{draft} + m + 1)\, b_{index}
+    .. math:: B_{full} = B_{paper} + (1_{draft} + m)\, b_{index}
 
     docs/theory.md, (18). The paper's accounting stops at the k entries. ``full`` adds whatever else
-    the server must learn or tell: the draft's index (unless the rule does not need it), the indices
-    of the m tokens that the device emitted alone since the server was last asked, which belong to
-    its context, and the server's reply (one index).
+    the server must learn: the draft's index (unless the rule does not need it), and the indices of
+    the m tokens that the device emitted alone since the server was last asked, which belong to its
+    context. The server's reply goes down: :func:`reply_bits`.
 
     Parameters
     ----------
@@ -50,10 +50,7 @@ def payload_bits(
     num_unsent : array (...) or float
         m >= 0.
 
-    V = 32,000: k = V gives 736,000 bit = 92,000 B, k = 30 gives 690 bit = 86.25 B.
-
-    Assumption of ``full``: the reply is billed at the uplink's rate, and an accepted draft costs
-    the same reply as a rejected one.
+    V = 32,000, paper: k = V gives 736,000 bit = 92,000 B, k = 30 gives 690 bit = 86.25 B.
 
     Source: CU-HLM (arXiv 2505.11788), eq. 5, second-hand; ``full`` docs/theory.md, (18).
     """
@@ -61,13 +58,26 @@ def payload_bits(
     check_nonnegative(num_unsent, "num_unsent")
     if prob_bits < 1:
         raise ValueError(f"prob_bits = {prob_bits}: allowed is >= 1")
-    if accounting not in ACCOUNTINGS:
-        raise ValueError(f"accounting = {accounting!r}: allowed are {', '.join(ACCOUNTINGS)}")
+    _check_accounting(accounting)
     index = index_bits(vocab_size)
     bits = num_entries * (prob_bits + index)
     if accounting == "paper":
         return bits
-    return bits + (int(draft_sent) + 1 + num_unsent) * index
+    return bits + (int(draft_sent) + num_unsent) * index
+
+
+def reply_bits(vocab_size: int, accounting: str = "full") -> int:
+    """Bits that come down for one sent token, or one streamed: an index; 0 in ``paper``.
+
+    An accepted draft costs the same reply as a rejected one.
+    """
+    _check_accounting(accounting)
+    return 0 if accounting == "paper" else index_bits(vocab_size)
+
+
+def _check_accounting(accounting: str) -> None:
+    if accounting not in ACCOUNTINGS:
+        raise ValueError(f"accounting = {accounting!r}: allowed are {', '.join(ACCOUNTINGS)}")
 
 
 @dataclass(frozen=True)
@@ -105,33 +115,38 @@ def token_time_ms(
     profile: DeviceProfile,
     round_trip_ms: float = 0.0,
     server_only: bool = False,
+    downlink_ms: Array | float = 0.0,
 ) -> Array:
     r"""Time of each token (N,), ms.
 
-    .. math:: t = t_{slm} + t_u + 1\{sent\}\,(B/C + t_{llm} + t_{rt})
+    .. math:: t = t_{slm} + t_u + 1\{sent\}\,(B_{up}/C_{up} + B_{down}/C_{down} + t_{llm} + t_{rt})
 
     docs/theory.md, (27). The device alone takes t_slm + t_u.
 
     Parameters
     ----------
     sent, uplink_ms : array (N,)
-        1 (or the probability) that the server is asked; B/C, 0 where nothing is sent.
+        1 (or the probability) that the server is asked; B_up/C_up, 0 where nothing is sent.
     profile : DeviceProfile
     round_trip_ms : float
     server_only : bool
-        The server decodes alone and streams: t_llm and nothing else. Assumption: the stream hides
-        its own delay.
+        The server decodes alone and streams: t_llm or the time of its token on the downlink,
+        whichever is longer. Assumption: the two overlap, and the round trip delays the first token
+        alone.
+    downlink_ms : array (N,) or float
+        B_down/C_down of one reply.
 
-    Assumption: nothing overlaps; the device waits for the server's reply before it goes on.
+    Assumption: nothing else overlaps; the device waits for the server's reply before it goes on.
     """
     check_nonnegative(uplink_ms, "uplink_ms")
+    check_nonnegative(downlink_ms, "downlink_ms")
     if server_only:
-        return 0 * uplink_ms + profile.t_llm_ms
+        return 0 * uplink_ms + max(profile.t_llm_ms, float(downlink_ms))
     return (
         profile.t_slm_ms
         + profile.t_uncertainty_ms
         + uplink_ms
-        + sent * (profile.t_llm_ms + round_trip_ms)
+        + sent * (profile.t_llm_ms + downlink_ms + round_trip_ms)
     )
 
 
@@ -193,22 +208,25 @@ def token_energy_j(
     profile: DeviceProfile,
     round_trip_ms: float = 0.0,
     server_only: bool = False,
+    downlink_ms: Array | float = 0.0,
 ) -> Array:
     r"""Energy of each token, device and server together; as in :func:`token_time_ms`.
 
-    .. math:: E = P_{slm}(t_{slm} + t_u) + P_{tx} B/C
-              + 1\{sent\}\,(P_{llm} t_{llm} + P_{idle}(t_{llm} + t_{rt}))
+    .. math:: E = P_{slm}(t_{slm} + t_u) + P_{tx} B_{up}/C_{up}
+              + 1\{sent\}\,(P_{llm} t_{llm} + P_{idle}(t_{llm} + B_{down}/C_{down} + t_{rt}))
 
     docs/theory.md, (29). UI-HLM's constants are not public to us: the profile states its own.
 
-    Assumption: powers are constant while their stage lasts, and the server serves one stream; a
-    server that batches shares its power, so p_llm_w is then its share.
+    Assumption: powers are constant while their stage lasts, receiving costs what waiting does, and
+    the server serves one stream; a server that batches shares its power, so p_llm_w is then its
+    share.
     """
     check_nonnegative(uplink_ms, "uplink_ms")
+    check_nonnegative(downlink_ms, "downlink_ms")
     if server_only:
-        watts = profile.p_llm_w + profile.p_idle_w
-        return 0 * uplink_ms + 1e-3 * watts * profile.t_llm_ms
-    waiting_ms = profile.t_llm_ms + round_trip_ms
+        waits = profile.p_idle_w * max(profile.t_llm_ms, float(downlink_ms))
+        return 0 * uplink_ms + 1e-3 * (profile.p_llm_w * profile.t_llm_ms + waits)
+    waiting_ms = profile.t_llm_ms + downlink_ms + round_trip_ms
     return 1e-3 * (
         profile.p_slm_w * (profile.t_slm_ms + profile.t_uncertainty_ms)
         + profile.p_tx_w * uplink_ms

@@ -21,7 +21,13 @@ from calibrate.run.traces import Trace
 from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
 from hlmtheory.clusters import RatioEstimate, estimate_of, mean_over_tokens
 from hlmtheory.context_shift import along_answers
-from hlmtheory.cost import DeviceProfile, payload_bits, token_energy_j, token_time_ms
+from hlmtheory.cost import (
+    DeviceProfile,
+    payload_bits,
+    reply_bits,
+    token_energy_j,
+    token_time_ms,
+)
 from hlmtheory.link import Link
 from hlmtheory.policies import GatedPolicy, Outcome, Policy, policy_from_settings
 from hlmtheory.risk import SkipAtoms
@@ -32,17 +38,20 @@ UNITS = {
     "skip_rate": "",
     "rejection_risk": "",
     "uplink_bits_per_token": "bit/token",
+    "downlink_bits_per_token": "bit/token",
     "token_time_ms": "ms",
     "throughput_tok_s": "token/s",
     "mean_throughput_tok_s": "token/s",
     "energy_j_per_token": "J/token",
+    "devices_per_server": "device",
     "tv_bias": "",
     "answer_divergence": "",
     "tokens_in_agreement": "token",
 }
 METRICS = tuple(UNITS)
+IMPLIED = ("time", "tok_s", "energy", "devices", "downlink")
 SOURCES: dict[str, Literal["counted", "implied"]] = {
-    metric: "implied" if "time" in metric or "tok_s" in metric or "energy" in metric else "counted"
+    metric: "implied" if any(word in metric for word in IMPLIED) else "counted"
     for metric in METRICS
 }
 """Counted token by token in a rerun, or implied by what was counted and by given times."""
@@ -122,7 +131,7 @@ class Economics:
     link: Link
     profile: DeviceProfile
     vocab_size: int
-    accounting: str = "paper"
+    accounting: str = "full"
 
 
 def economics_of(derivation: DerivationRecord) -> Economics:
@@ -284,6 +293,12 @@ def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
     return np.asarray(sent * bits)
 
 
+def downlink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
+    """Expected downlink bits of each token, (N,): a reply to each that is sent, or streamed."""
+    reply = reply_bits(economics.vocab_size, economics.accounting)
+    return _asked(tokens) * reply
+
+
 def metrics(averaged: Averaged, economics: Economics) -> dict[str, RatioEstimate]:
     """Every metric of METRICS as a mean over tokens with its prompt-clustered standard error.
 
@@ -292,6 +307,7 @@ def metrics(averaged: Averaged, economics: Economics) -> dict[str, RatioEstimate
     """
     found = averaged.mean(lambda tokens: _plain_means(tokens, economics))
     found["throughput_tok_s"] = rate_of(found["token_time_ms"])
+    found["devices_per_server"] = quotient(found["token_time_ms"], found.pop("server_ms"))
     return {name: found[name] for name in METRICS}
 
 
@@ -301,6 +317,8 @@ def _plain_means(tokens: PolicyTokens, economics: Economics) -> dict[str, RatioE
         "skip_rate": _mean(tokens, tokens.skip),
         "rejection_risk": _mean(tokens, tokens.risk),
         "uplink_bits_per_token": _mean(tokens, bits),
+        "downlink_bits_per_token": _mean(tokens, downlink_bits(tokens, economics)),
+        "server_ms": _mean(tokens, _server_ms(tokens, economics)),
         **token_times(tokens, economics, bits),
         "energy_j_per_token": _mean(
             tokens, _expected(tokens, *_priced(token_energy_j, tokens, economics, bits))
@@ -345,6 +363,27 @@ def rate_of(time_ms: RatioEstimate) -> RatioEstimate:
     )
 
 
+def quotient(above: RatioEstimate, below: RatioEstimate) -> RatioEstimate:
+    """One mean over another of the same prompts; none over 0."""
+    if below.value <= 0:
+        return RatioEstimate(float("nan"), float("nan"), above.num_prompts)
+    value = above.value / below.value
+    influence = value * (above.influence / above.value - below.influence / below.value)
+    return estimate_of(value, influence)
+
+
+def _server_ms(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
+    """Time of the server's model that each token takes; docs/theory.md, (63)."""
+    return _asked(tokens) * economics.profile.t_llm_ms
+
+
+def _asked(tokens: PolicyTokens) -> np.ndarray:
+    """Probability that the server makes the token, or a part of it, (N,)."""
+    if tokens.policy.role == "both":
+        return np.asarray(1.0 - tokens.skip)
+    return np.full(len(tokens.skip), 1.0 if tokens.policy.role == "server" else 0.0)
+
+
 def _priced(
     price: Callable[..., Any], tokens: PolicyTokens, economics: Economics, bits: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -355,7 +394,8 @@ def _priced(
         profile = replace(profile, t_uncertainty_ms=0.0)
     if_sent = _if_sent(bits, sent)
     none, ones = np.zeros_like(sent), np.ones_like(sent)
-    rest = (profile, link.round_trip_ms, tokens.policy.role == "server")
+    reply = float(link.downlink_time_ms(reply_bits(economics.vocab_size, economics.accounting)))
+    rest = (profile, link.round_trip_ms, tokens.policy.role == "server", reply)
     return price(none, none, *rest), price(ones, np.asarray(link.uplink_time_ms(if_sent)), *rest)
 
 

@@ -361,7 +361,7 @@ class DeriveRequest(Record):
     confidence: float = 0.95
     link: str = "wifi"
     profile: str = "measured"
-    accounting: Literal["paper", "full"] = "paper"
+    accounting: Literal["paper", "full"] = "full"
     thetas: tuple[float, ...] = (0.1,)
     eta: float = 1.0
     importances: tuple[str, ...] = ("topk:16:1",)

@@ -319,11 +319,10 @@ def wire_means(
             np.where(sent > 0, tokens.entries / some, 0.0),
             vocab_size,
             prob_bits,
-            "full",
             draft_sent=tokens.policy.draft_sent,
             num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
         )
-    ) - payload_bits(0, vocab_size, prob_bits, "full", draft_sent=False)
+    )
     frames = np.array([8.0 * ask_bytes(int(one)) for one in np.round(bits)])
     up = np.asarray(link.uplink_time_ms(frames))
     down = float(link.downlink_time_ms(8.0 * reply_bytes(vocab_size)))

@@ -213,7 +213,7 @@ _ERROR = struct.Struct("<BB")
 
 
 def payload_bits_of(ask: Ask, vocab_size: int, prob_bits: int) -> int:
-    """Bits of an ASK's payload: (18) in full accounting, without the reply."""
+    """Bits of an ASK's payload: docs/theory.md, (18)."""
     index = index_bits(vocab_size)
     sent = len(ask.tokens) * (prob_bits + index)
     return sent + (len(ask.unseen) + (ask.draft is not None)) * index

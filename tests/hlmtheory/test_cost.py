@@ -18,6 +18,7 @@ from hlmtheory.cost import (
     index_bits,
     mean_throughput_at_skip_rate_tok_s,
     payload_bits,
+    reply_bits,
     speedup_ceiling,
     throughput_at_skip_rate_tok_s,
     token_energy_j,
@@ -32,8 +33,8 @@ V = 32_000
 
 
 def test_published_payloads():
-    assert payload_bits(V, V) == 8 * 92_000
-    assert payload_bits(30, V) == 8 * 86.25
+    assert payload_bits(V, V, accounting="paper") == 8 * 92_000
+    assert payload_bits(30, V, accounting="paper") == 8 * 86.25
 
 
 def test_index_bits():
@@ -44,21 +45,23 @@ def test_index_bits():
 
 def test_full_accounting_bills_all_that_crosses_the_link():
     index = index_bits(V)
-    paper = payload_bits(30, V)
-    full = payload_bits(30, V, accounting="full", num_unsent=4)
-    assert full == paper + index + index + 4 * index  # draft, reply, resync
-    residual = payload_bits(2, V, accounting="full", draft_sent=False)
-    assert residual == 2 * (8 + index) + index  # entries and reply
+    paper = payload_bits(30, V, accounting="paper")
+    full = payload_bits(30, V, num_unsent=4)
+    assert full == paper + index + 4 * index  # draft, resync
+    residual = payload_bits(2, V, draft_sent=False)
+    assert residual == 2 * (8 + index)  # entries alone
+    assert reply_bits(V) == index
     # The paper's accounting looks at nothing but the entries.
-    assert payload_bits(30, V, num_unsent=4, draft_sent=False) == paper
+    assert payload_bits(30, V, accounting="paper", num_unsent=4, draft_sent=False) == paper
+    assert reply_bits(V, "paper") == 0
 
 
 def test_payload_of_arrays():
     sizes = np.array([0, 1, 30, V])
-    np.testing.assert_array_equal(payload_bits(sizes, V), 23 * sizes)
+    np.testing.assert_array_equal(payload_bits(sizes, V, accounting="paper"), 23 * sizes)
     tensor = torch.from_numpy(sizes)
-    full = payload_bits(tensor, V, accounting="full", num_unsent=tensor)
-    np.testing.assert_array_equal(full, 23 * sizes + 30 + 15 * sizes)
+    full = payload_bits(tensor, V, num_unsent=tensor)
+    np.testing.assert_array_equal(full, 23 * sizes + 15 + 15 * sizes)
 
 
 def test_payload_refusals():

@@ -30,6 +30,7 @@ from hlmtheory import (
     uncertainty,
     verification,
 )
+from hlmtheory.cost import WireCosts
 from hlmtheory.policies import policy_from_settings
 from hlmtheory.policies.ask_llm import AskAndSample
 from hlmtheory.policies.r_hlm import ResidualVerification
@@ -170,6 +171,15 @@ FUNCTIONS: dict[str, Call] = {
     "parting_probability": lambda a: F.parting_probability(
         a["x"][:, :3], a["u"], a["draft_prob"], a["target_prob"]
     ),
+    "of_candidates": lambda a: F.of_candidates(live_step(a), "prob"),
+    "codes_of": lambda a: F.codes_of(a["x"], 8),
+    "law_of": lambda a: F.law_of(
+        F.codes_of(a["x"], 8), F.total_of(F.codes_of(a["x"], 8), 8), 8, a["x"]
+    ),
+    "quantised_law": lambda a: F.quantised_law(a["x"], 8),
+    "total_of": lambda a: F.total_of(F.codes_of(a["x"], 8), 8),
+    "values_of": lambda a: F.values_of(F.codes_of(a["x"], 8), 8),
+    "wire_time_ms": lambda a: F.wire_time_ms(a["u"], a["bits"], 0.5, WireCosts(2.0, 3.0), 40.0),
     "payload_bits": lambda a: F.payload_bits(a["size"], VOCAB, accounting="full"),
     "perturbed_probabilities": lambda a: F.perturbed_probabilities(
         a["logits"], a["tokens"], THETAS

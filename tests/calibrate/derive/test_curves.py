@@ -47,7 +47,9 @@ def trace(run: Path) -> Trace:
 
 @pytest.fixture(scope="module")
 def derived(run: Path) -> DerivationRecord:
-    request = DeriveRequest(policies=policy_names(), risks=RISKS, importances=IMPORTANCES)
+    request = DeriveRequest(
+        policies=policy_names(), risks=RISKS, importances=IMPORTANCES, accounting="paper"
+    )
     return derive_run(run, request)
 
 

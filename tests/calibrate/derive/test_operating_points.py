@@ -63,6 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def derived(run: Path) -> DerivationRecord:
     request = DeriveRequest(
+        accounting="paper",
         policies=policy_names(),
         risks=RISKS,
         thetas=THETAS,
@@ -215,7 +216,8 @@ def test_somebodys_own_policy_is_a_file(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN_POLICY)
     source = f"{file}:Sparing"
-    found = derive_run(run, DeriveRequest(policies=("u-hlm", source), risks=RISKS), "mine")
+    request = DeriveRequest(policies=("u-hlm", source), risks=RISKS, accounting="paper")
+    found = derive_run(run, request, "mine")
     info = found.policies[1]
     assert (info.name, info.source, info.marker, info.gated) == ("sparing", source, "*", True)
     point, more = (points_of(found, "sparing")[f"risk-0.05{label}"] for label in ("", "@more"))
