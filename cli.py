@@ -44,6 +44,9 @@ app.add_typer(pairs_app, name="pairs")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that calibrate made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print every figure, with its interval.")
+]
 PairOption = Annotated[
     str | None, typer.Option(help="A pair of the registry; see `hlm pairs list`.")
 ]
@@ -282,6 +285,7 @@ def calibrate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
@@ -328,7 +332,7 @@ def calibrate(
 
     if busy := busy_text(summary.timings):
         say(busy)
-    _show(summary, as_json, print_calibration, output_path)
+    _show(summary, as_json, print_calibration, output_path, verbose)
 
 
 def _sampling(given: Mapping[str, Any]) -> Sampling:
@@ -492,6 +496,7 @@ def derive(
         typer.Option("--draft-from-sent", help="Also fixed sizes with drafts from what is sent."),
     ] = False,
     replace: ReplaceOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
@@ -509,8 +514,8 @@ def derive(
     from calibrate.run.lock import locked
     from calibrate.run.records import CalibrationRecord, DeriveRequest
     from calibrate.run.wording import busy_text
+    from calibrate.terminal.derived import print_operating_points
     from calibrate.terminal.progress import say
-    from calibrate.terminal.tables import print_operating_points
 
     for text in importance or ():
         parse_importance(text)
@@ -540,7 +545,7 @@ def derive(
             busy := busy_text(read_record(run, CalibrationRecord).timings)
         ):
             say(busy)
-    _show(derivation, as_json, print_operating_points)
+    _show(derivation, as_json, print_operating_points, verbose)
 
 
 def _policies(chosen: list[str] | None) -> tuple[str, ...]:
@@ -605,6 +610,7 @@ def validate(
         int | None,
         typer.Option(help="With --wire: tokens a prompt, at most. Default: the calibration's."),
     ] = None,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rerun the pipeline at the derived settings on fresh prompts; predicted against measured.
@@ -653,7 +659,7 @@ def validate(
         )
         _say_what_was_drawn(plan.prompts, limit)
         result = _validate(plan, device, num_threads=num_threads)
-    _show(result, as_json, print_validation)
+    _show(result, as_json, print_validation, verbose)
 
 
 def _validate_wire(
@@ -1186,12 +1192,9 @@ def quickstart(
     from calibrate.derive.derivation import derive_run
     from calibrate.run.lock import locked
     from calibrate.run.records import DeriveRequest
+    from calibrate.terminal.derived import print_operating_points
     from calibrate.terminal.progress import say
-    from calibrate.terminal.tables import (
-        print_calibration,
-        print_operating_points,
-        print_validation,
-    )
+    from calibrate.terminal.tables import print_calibration, print_validation
     from calibrate.validate.validation import prepare_validation
     from hlmtheory.policies import policy_class, policy_names
     from paper_figs.draw import draw_run

@@ -104,6 +104,18 @@ def number_text(
     return text
 
 
+def percent_text(
+    number: Figure, digits: int = 3, *, decimals: int | None = None, interval: bool = True
+) -> str:
+    """A share as per cent, without the sign; otherwise as :func:`number_text`."""
+    return number_text(scaled(number, 100), digits, decimals=decimals, interval=interval)
+
+
+def share_text(share: float) -> str:
+    """A plain share, such as a budget or a confidence, with the sign."""
+    return f"{100 * share:g}{NBSP}%"
+
+
 def _text(value: float, digits: int, decimals: int | None) -> str:
     if decimals is None:
         rounded = float(f"{value:.{digits}g}")

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calibrate.run.figure import number_text
-from calibrate.run.records import DerivationRecord, Timings, ValidationRecord
+from calibrate.run.figure import number_text, percent_text, share_text
+from calibrate.run.records import (
+    CalibrationRecord,
+    DerivationRecord,
+    OperatingPoint,
+    Timings,
+    ValidationRecord,
+)
 
 UNKNOWN_ANSWERS = "recorded steps do not hold the law of what it emits"
 """Why nothing is said of a policy's whole answers."""
+SHOWN_RISKS = ("0.01", "0.05")
+"""Of those that scores are compared at."""
+UNLIKELY = 0.05
+"""Chance of so few covered figures, or of so wide an error, that speaks against predictions."""
 BUSY_SHARE = 0.1
 UNSTEADY_RATIO = 1.5
 
@@ -24,31 +34,82 @@ def pilot_text(derivation: DerivationRecord) -> str:
     )
 
 
+def rule_text(point: OperatingPoint) -> str:
+    """What the threshold of a gated point is, and what it promises."""
+    nothing = "certifies nothing"
+    if point.family == "ltt":
+        return (
+            f"certified over {point.weighting} with {share_text(point.confidence or 0)} confidence"
+        )
+    return {
+        "risk": nothing,
+        "answer": nothing,
+        "conformal": "met on average over calibrations, certifies no single one",
+        "risk-averse": f"where the papers' line is 0, {nothing}",
+        "risk-prone": f"where the papers' line is at its most, {nothing}",
+    }[point.family]
+
+
+def verdict_text(calibration: CalibrationRecord) -> str:
+    """Whether uncertainty tells rejections on this pair, and what that is worth, in a sentence."""
+    fit = calibration.fit
+    gate = next((one for one in calibration.estimators if one.name == "uncertainty"), None)
+    if fit.degenerate:
+        return f"uncertainty tells nothing about rejections here: {fit.degenerate}"
+    if fit.slope.low is None:
+        return "whether uncertainty tells rejections cannot be said: too few prompts"
+    if fit.slope.low <= 0:
+        return (
+            "uncertainty does not tell rejections here: the line's slope is "
+            f"{number_text(fit.slope)}, which may be 0"
+        )
+    text = "uncertainty tells rejections here: the more uncertain a draft, the more are rejected"
+    if gate is not None:
+        parts = [
+            f"{percent_text(rate)} % of the tokens at a risk of {share_text(float(risk))}"
+            for risk, rate in gate.skip_rate_at_risk.items()
+            if risk in SHOWN_RISKS
+        ]
+        text += f"; a gate on it could skip {' and '.join(parts)}"
+    return text
+
+
 def coverage_text(validation: ValidationRecord) -> str:
-    """What validation.json says of its coverage, in sentences."""
-    summary, confidence = validation.coverage, validation.confidence
-    hold = summary.if_predictions_hold
-    text = (
+    """Whether the predictions held, in one sentence."""
+    summary = validation.coverage
+    counted = (
         f"{summary.covered} of {summary.total} counted figures fall inside their "
-        f"{confidence:.0%} prediction intervals"
+        f"{share_text(validation.confidence)} prediction intervals"
     )
-    if hold:
-        low, high = (_percent(end) for end in (hold.share.low, hold.share.high))
-        text += (
-            f" = {100 * summary.covered / summary.total:.1f} %. They share prompts: "
-            f"predictions that hold would cover {low} to {high} % of them in "
-            f"{100 * confidence:g} of 100 repeats, "
-            f"and as few with probability {number_text(hold.probability_of_at_most, 2)}; "
-            f"the widest error, {number_text(hold.widest_error, 2)} standard errors, is matched "
-            f"with probability {number_text(hold.probability_of_as_wide, 2)}"
+    hold = summary.if_predictions_hold
+    if hold is None or hold.share.low is None or hold.share.high is None:
+        return f"Too few prompts to say whether the predictions hold: {counted}."
+    low, high = (round(end * summary.total) for end in (hold.share.low, hold.share.high))
+    few, wide = hold.probability_of_at_most < UNLIKELY, hold.probability_of_as_wide < UNLIKELY
+    verdict = "do not hold" if few or wide else "hold"
+    expected = f"{low} to {high} were to be expected"
+    if wide and not few:
+        expected += f", but one is {number_text(hold.widest_error, 2)} standard errors off"
+    return f"The predictions {verdict}: {counted}, where {expected}."
+
+
+def coverage_details(validation: ValidationRecord) -> list[str]:
+    """What the sentence of :func:`coverage_text` rests on."""
+    summary, out = validation.coverage, []
+    if hold := summary.if_predictions_hold:
+        out.append(
+            f"figures share prompts: predictions that hold would cover as few with probability "
+            f"{number_text(hold.probability_of_at_most, 2)}; the widest error is "
+            f"{number_text(hold.widest_error, 2)} standard errors, matched with probability "
+            f"{number_text(hold.probability_of_as_wide, 2)}"
         )
     if validation.strata:
         plain = summary.unstratified
-        text += (
-            ". Intervals take prompts by category, of which both sets have the same mix; "
-            f"taken as independent draws, {plain.covered} of {plain.total} would be inside"
+        out.append(
+            "intervals take prompts by category, of which both sets have the same mix; taken as "
+            f"independent draws, {plain.covered} of {plain.total} would be inside"
         )
-    return f"{text}."
+    return out
 
 
 def busy_text(timings: Timings) -> str:
@@ -65,10 +126,6 @@ def busy_text(timings: Timings) -> str:
         f"token times were measured on a busy machine ({'; '.join(found)}): predictions with "
         "--profile measured are too slow; calibrate on a quiet one, or name another profile"
     )
-
-
-def _percent(share: float | None) -> str:
-    return number_text(None if share is None else 100 * share, decimals=0)
 
 
 PROMISES = {

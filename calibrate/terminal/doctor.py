@@ -17,24 +17,24 @@ NEEDED_DISK_GB = 1.0
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """One thing looked at; `ok` is None of what may be missing."""
 
     name: str
     found: str
-    ok: bool
+    ok: bool | None
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class HealthReport:
-    """All checks; healthy if none failed."""
+    """All checks; healthy if none failed, whatever may be missing."""
 
     checks: tuple[Check, ...]
 
     @property
     def healthy(self) -> bool:
-        """Whether every check passed."""
-        return all(check.ok for check in self.checks)
+        """Whether nothing is missing that is needed."""
+        return all(check.ok is not False for check in self.checks)
 
 
 def examine() -> HealthReport:
@@ -88,6 +88,7 @@ def _cache_checks() -> list[Check]:
     for name, pair in REGISTRY.items():
         here = cached(pair)
         # A pair that is not here is fetched when it is first used: not a fault.
-        remedy = "" if here else f"hlm pairs pull {name}"
-        checks.append(Check(f"pair {name}", "in cache" if here else "not fetched", True, remedy))
+        remedy = "" if here else f"fetched when first used, or: hlm pairs pull {name}"
+        found = "in cache" if here else "not fetched"
+        checks.append(Check(f"pair {name}", found, True if here else None, remedy))
     return checks

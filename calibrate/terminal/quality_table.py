@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calibrate.run.records import QualityRecord
-from calibrate.terminal.tables import Page
+from calibrate.terminal.page import Page
 
 
 def print_quality(result: QualityRecord) -> None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrate.run.figure import number_text, scaled
+from calibrate.run.figure import NBSP, NO_VALUE, number_text, percent_text, scaled, share_text
 from calibrate.run.records import (
     AttenuationRecord,
     CalibrationRecord,
-    Certificate,
-    DerivationRecord,
+    Cell,
     Figure,
     GuaranteesRecord,
     MonitorRecord,
-    OperatingPoint,
     PlanRecord,
     ValidationRecord,
 )
-from calibrate.run.wording import UNKNOWN_ANSWERS, coverage_text, pilot_text, promise_texts
+from calibrate.run.wording import SHOWN_RISKS, coverage_details, coverage_text, verdict_text
+from calibrate.terminal.derived import print_certificates
+from calibrate.terminal.page import Page
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import ModelDescription, PairDescription
@@ -30,13 +30,6 @@ if TYPE_CHECKING:
     from hlmtheory.audit import AuditRow
     from hlmtheory.reconcile import Reconciliation
 
-PRICES = {
-    "uplink_bits_per_token": ">uplink bit/token",
-    "token_time_ms": ">ms/token",
-    "throughput_tok_s": ">token/s",
-    "mean_throughput_tok_s": ">mean token/s",
-    "energy_j_per_token": ">J/token",
-}
 FIT = {
     "slope": "rejection probability gained per unit of uncertainty",
     "intercept": "predicted rejection probability at u = 0",
@@ -46,56 +39,7 @@ FIT = {
     "mean_rejection": "mean rejection probability = mean TV(x, y)",
     "delta": "share of drafts that can be rejected at all, P(y_d < x_d)",
 }
-ANSWERS = ("answer_divergence", "tokens_in_agreement")
 WEAKER = {"t": "asymptotic, no guarantee", "conformal": "a promise on average"}
-WRAPPED = ("quantity", "what it is", "why", "what mends it", "what it says")
-
-
-class Page:
-    """Where results are printed: as wide as the terminal, wide in a pipe."""
-
-    def __init__(self) -> None:
-        import shutil
-        import sys
-
-        from rich.console import Console
-
-        # A pipe has no width; tables folded to 80 columns would be hard to read back.
-        width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 160
-        self._console = Console(width=max(width, 100), highlight=False, soft_wrap=False)
-
-    def say(self, text: str = "") -> None:
-        """A line, folded by the terminal alone."""
-        self._console.print(text, soft_wrap=True)
-
-    def table(
-        self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None
-    ) -> None:
-        """A table of texts, figures, numbers and truths.
-
-        Columns whose name begins with ">" are set to the right; an empty row draws a line.
-        """
-        from rich import box
-        from rich.table import Table
-
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-        for name in columns:
-            justify: Any = "right" if name.startswith(">") else "left"
-            table.add_column(name.lstrip(">"), justify=justify, no_wrap=name not in WRAPPED)
-        for row in rows:
-            if row:
-                table.add_row(*map(_cell, row))
-            else:
-                table.add_section()
-        self._console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    return number_text(value)
 
 
 def _size(num_bytes: int | None) -> str:
@@ -114,7 +58,7 @@ def print_pairs(pairs: Sequence[PairDescription], as_json: bool) -> None:
         return _size(sum(known)) if len(known) == len(sizes) else "-"
 
     Page().table(
-        ("pair", "device model", "server model", ">download", "here", "what it is"),
+        ("pair", "~device model", "~server model", ">download", "here", "~what it is"),
         (
             (pair.name, pair.slm.label, pair.llm.label, download(pair),
              "yes" if pair.cached else "no", pair.description)
@@ -143,169 +87,135 @@ def print_pair(pair: PairDescription, as_json: bool) -> None:
     page, slm, llm = Page(), told(pair.slm), told(pair.llm)
     title = f"{pair.name}: {pair.description}"
     rows = [(name, slm[name], llm[name]) for name in slm]
-    page.table(("", "device model (SLM)", "server model (LLM)"), rows, title)
+    page.table(("", "~device model (SLM)", "~server model (LLM)"), rows, title)
     page.say(f"licence: {pair.license}\ncache: {pair.cache_path}")
 
 
-def print_calibration(summary: CalibrationRecord, run: Path) -> None:
-    """`hlm calibrate`: the line, the estimators, the timings."""
+def print_calibration(summary: CalibrationRecord, run: Path, verbose: bool = False) -> None:
+    """`hlm calibrate`: the verdict, the line, the scores, the timings."""
     fit, page = summary.fit, Page()
-    slope, intercept = fit.slope.value or 0.0, fit.intercept.value or 0.0
-    no_line = f"; no line: {fit.degenerate}" if fit.degenerate else ""
+    page.say(verdict_text(summary))
     page.say(
-        f"\n{summary.pair.name}: {summary.num_prompts} prompts, {summary.num_tokens} tokens; "
-        f"{summary.settings.sampling}; intervals {summary.confidence:.0%}, clustered by prompt\n"
-        f"fitted line   beta = {slope:.3f} u {'-' if intercept < 0 else '+'} {abs(intercept):.3f}"
-        f"{no_line}"
+        f"line: rejection probability = a u + b, a ={NBSP}{number_text(fit.slope)}, "
+        f"b ={NBSP}{number_text(fit.intercept)}; correlation {number_text(fit.correlation)} token "
+        f"by token, {number_text(fit.correlation_binned)} of binned means"
     )
-    rows: list[Sequence[Any]] = [(key, getattr(fit, key), meaning) for key, meaning in FIT.items()]
-    page.table(("quantity", ">value", "what it says"), rows)
-    rows = [
-        (one.name, one.correlation, one.auroc,
-         *(one.skip_rate_at_risk[risk] for risk in ("0.01", "0.05")))
-        for one in summary.estimators
-    ]  # fmt: skip
     page.table(
-        ("estimator", ">correlation", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk"),
-        rows,
+        ("score", ">AUROC", ">skip rate at 1 % risk", ">at 5 % risk"),
+        (
+            (one.name,
+             *(number_text(number, interval=verbose or page.with_intervals)
+               for number in (one.auroc, *(one.skip_rate_at_risk[risk] for risk in SHOWN_RISKS))))
+            for one in summary.estimators
+        ),
         "what tells rejections best",
-    )
+    )  # fmt: skip
+    if verbose:
+        rows = [(key, getattr(fit, key), meaning) for key, meaning in FIT.items()]
+        page.table(("quantity", ">value", "~what it says"), rows)
+        page.table(
+            ("score", ">correlation, token by token"),
+            [(one.name, one.correlation) for one in summary.estimators],
+        )
+        excess = number_text(summary.rejection_excess)
+        page.say(f"mean rejection less mean total variation: {excess}, 0 but for the draws")
     times = (
         f"{key[2:-3]} {number_text(value)} ms" for key, value in summary.timings.medians.items()
     )
-    excess = number_text(summary.rejection_excess)
-    page.say(f"mean rejection less mean total variation: {excess}, 0 but for the draws")
     page.say(
+        f"{summary.pair.name}: {summary.num_prompts:,} prompts, {summary.num_tokens:,} tokens; "
+        f"{summary.settings.sampling}; brackets: {share_text(summary.confidence)}, by prompt\n"
         f"one token of one user on this machine: {', '.join(times)}\n"
-        f"in {run}: traces, run.json, calibration.json; next: hlm derive {run}\n"
+        f"in {run}: traces, run.json, calibration.json; next: hlm derive {run}"
     )
 
 
-def print_operating_points(result: DerivationRecord) -> None:
-    """`hlm derive`: every point with its predictions."""
+SHORT_CELLS = {
+    "skip_rate": (">skips %", 1),
+    "rejection_risk": (">risk %", 2),
+    "tv_bias": (">TV bias %", 2),
+    "uplink_bits_per_token": (">bit/token", None),
+}
+"""What the short table of a validation holds: counted figures, shares as per cent; decimals."""
+MISSED = "!"
+
+
+def print_validation(result: ValidationRecord, verbose: bool = False) -> None:
+    """`hlm validate`: whether the predictions held, then point by point, or figure by figure."""
     page = Page()
-    page.say(
-        f"derived settings ({result.num_prompts} prompts, {result.num_tokens} tokens; link "
-        f"{result.link['name']}, profile {result.profile['name']}, accounting "
-        f"{result.accounting}; score {result.request.score}; intervals "
-        f"{result.confidence:.0%}, clustered by prompt)"
-    )
-    page.say(f"  {pilot_text(result)}")
-    points = [point for point in result.operating_points if point.feasible]
-    page.table(
-        ("policy", "rule", ">threshold", ">skip rate", ">risk", ">TV bias"),
-        (
-            (point.policy, point.rule, point.uncertainty_threshold,
-             *(point.predicted[key] for key in ("skip_rate", "rejection_risk", "tv_bias")))
-            for point in points
-        ),
-    )  # fmt: skip
-    _print_answers(page, result, points)
-    page.say("at which the policies cost (means over tokens)")
-    page.table(
-        ("policy", "rule", *PRICES.values()),
-        (
-            (point.policy, point.rule,
-             *(number_text(point.predicted[key], 4, interval=False) for key in PRICES))
-            for point in points
-        ),
-    )  # fmt: skip
-    _certificates(page, result.certificates)
-    for best in result.optima:
-        found = best.reason
-        if best.feasible:
-            size = f", k = {best.num_entries}" if best.num_entries else ""
-            speed, energy, bias = (
-                number_text(best.predicted[key])
-                for key in ("throughput_tok_s", "energy_j_per_token", "total_bias")
-            )
-            found = (
-                f"{best.policy} at threshold {number_text(best.uncertainty_threshold)}{size}: "
-                f"{speed} token/s, {energy} J/token, bias at most {bias}"
-            )
-        page.say(f"  best {best.objective} within risk {best.budget:g}: {found}")
-    if assumed := result.profile.get("assumed"):
-        page.say(f"  energy: {', '.join(assumed)} are assumed, not measured")
-    notes: dict[str, list[str]] = {}
-    for point in result.operating_points:
-        if point.reason:
-            kind = "" if point.feasible else "infeasible: "
-            notes.setdefault(kind + point.reason, []).append(point.key)
-    for reason, names in notes.items():
-        page.say(f"  {', '.join(names)}: {reason}")
-    page.say()
-
-
-def _print_answers(page: Page, result: DerivationRecord, points: Sequence[OperatingPoint]) -> None:
-    """Whole answers at the points where recorded steps say what becomes of them."""
-    known = [
-        point for point in points if point.score and point.predicted[ANSWERS[0]].value is not None
-    ]
-    if not known:
-        return
-    length = int(max(one.divergence.grid[-1] for one in result.answers)) if result.answers else None
-    page.say(
-        "whole answers"
-        + (f" of at most {length} tokens" if length else "")
-        + ": no score of them in [0, 1] moves by more than TV in expectation"
-    )
-    page.table(
-        ("policy", "rule", ">TV of answers", ">tokens before they differ"),
-        (
-            (point.policy, point.rule, *(
-                ("at most " if key in point.at_most else "") + number_text(point.predicted[key])
-                for key in ANSWERS
-            ))
-            for point in known
-        ),
-    )  # fmt: skip
-    names = {point.policy for point in known}
-    lacking = {point.policy: None for point in points if point.score and point.policy not in names}
-    if lacking:
-        page.say(f"  {', '.join(lacking)}: {UNKNOWN_ANSWERS}")
-
-
-def print_validation(result: ValidationRecord) -> None:
-    """`hlm validate`: cell by cell, and the coverage."""
-    page = Page()
-    page.say(
-        f"predicted against measured ({result.num_prompts} fresh prompts, "
-        f"{result.num_tokens} tokens, seed {result.seed}; "
-        f"{result.confidence:.0%} prediction intervals)"
-    )
-    rows: list[Sequence[Any]] = []
-    last = ("", "")
+    page.say(coverage_text(result))
+    by_rule: dict[str, dict[str, dict[str, Cell]]] = {}
     for cell in result.cells:
-        key = (cell.policy, cell.rule)
-        if last not in (key, ("", "")):
-            rows.append(())
-        unit = f" ({cell.measured.unit})" if cell.measured.unit else ""
-        rows.append(
-            (*(key if key != last else ("", "")), cell.metric + unit,
-             number_text(cell.predicted, 4), number_text(cell.measured, 4, interval=False),
-             "-" if cell.covered is None else cell.covered)
-        )  # fmt: skip
-        last = key
-    page.table(("policy", "rule", "metric", ">predicted", ">measured", "holds"), rows)
+        of_rule = by_rule.setdefault(cell.rule, {})
+        of_rule.setdefault(cell.policy, {})[cell.metric] = cell
+    rows: list[Sequence[Any] | str] = []
+    if verbose:
+        for rule, policies in by_rule.items():
+            for policy, cells in policies.items():
+                rows += [[], f"{policy}/{rule}"] if rows else [f"{policy}/{rule}"]
+                rows += map(_verbose_row, cells.values())
+        page.table(("metric", ">predicted", ">measured", "holds"), rows)
+    else:
+        for rule, policies in by_rule.items():
+            rows += [[], rule] if rows else [rule]
+            rows += [
+                [policy, *(_short_text(cells.get(key), SHORT_CELLS[key][1]) for key in SHORT_CELLS)]
+                for policy, cells in policies.items()
+            ]
+        titles = [title for title, _ in SHORT_CELLS.values()]
+        page.table(("policy", *titles), rows, "predicted \N{RIGHTWARDS ARROW} measured")
+    missed = [cell for cell in result.cells if cell.covered is False]
+    if missed:
+        names = ", ".join(f"{cell.policy}/{cell.rule} {cell.metric}" for cell in missed)
+        page.say(f"{'' if verbose else MISSED + ' '}outside their intervals: {names}")
     for point in result.infeasible:
-        page.say(f"  not rerun: {point.policy}/{point.rule}: {point.reason}")
-    page.say(f"covered: {coverage_text(result)}")
-    _say_shift(page, result)
-    page.say()
+        page.say(f"not rerun: {point.policy}/{point.rule}: {point.reason}")
+    if verbose:
+        for text in coverage_details(result):
+            page.say(text)
+    _say_shift(page, result, verbose)
+    page.say(
+        f"{result.num_prompts:,} fresh prompts, {result.num_tokens:,} tokens of all reruns, seed "
+        f"{result.seed}"
+        + ("" if verbose else "; --verbose has every figure and the interval it was to fall into")
+    )
 
 
-def _say_shift(page: Page, result: ValidationRecord) -> None:
+def _verbose_row(cell: Cell) -> list[Any]:
+    unit = f" ({cell.measured.unit})" if cell.measured.unit else ""
+    return [
+        cell.metric + unit,
+        number_text(cell.predicted, 4),
+        number_text(cell.measured, 4, interval=False),
+        "-" if cell.covered is None else cell.covered,
+    ]
+
+
+def _short_text(cell: Cell | None, decimals: int | None) -> str:
+    """Predicted, measured, and a mark where the second is outside the first's interval."""
+    if cell is None:
+        return NO_VALUE
+    text = number_text if cell.measured.unit else percent_text
+    parts = (
+        text(one, decimals=decimals, interval=False) for one in (cell.predicted, cell.measured)
+    )
+    return " \N{RIGHTWARDS ARROW} ".join(parts) + (MISSED if cell.covered is False else " ")
+
+
+def _say_shift(page: Page, result: ValidationRecord, verbose: bool) -> None:
     pooled = result.pooled_shift
     if pooled is None:
-        page.say("  contexts: their shift is measured beside a rerun of a lossless policy")
+        page.say("contexts: their shift is measured beside a rerun of a lossless policy")
         return
     said = "" if pooled.predicted.value is None else f", {_points(pooled.predicted)} as predicted"
     chance = "" if pooled.p_value is None else f"; no shift: p = {pooled.p_value:.2g}"
     page.say(
-        f"  contexts: on their own road the {pooled.num_reruns} gated reruns have "
+        f"contexts: on their own road the {pooled.num_reruns} gated reruns have "
         f"{_points(pooled.below_threshold)} points more tokens below their threshold than along "
         f"the server's outputs{said}{chance}"
     )
+    if not verbose:
+        return
     parts = [_points(part) for part in pooled.by_step.figures()]
     places = [f"token {start:.0f}" for start in pooled.by_step.grid]
     page.table(("from", ">points"), list(zip(places, parts, strict=True)))
@@ -332,24 +242,7 @@ def print_guarantees(result: GuaranteesRecord) -> None:
             for row in result.rows
         ),
     )  # fmt: skip
-    _certificates(page, result.certificates)
-
-
-def _certificates(page: Page, certificates: Sequence[Certificate]) -> None:
-    """What each test certifies, and what that says."""
-    if not certificates:
-        return
-    page.say("what the run's own prompts certify")
-    page.table(
-        ("test", "about", ">budget", ">confidence", ">threshold", ">skip rate", ">bound"),
-        (
-            (one.rule + ("" if one.guaranteed else ": asymptotic, no guarantee"), one.certified,
-             one.budget, f"{one.confidence:.3g}", one.threshold, one.skip_rate, one.bound)
-            for one in certificates
-        ),
-    )  # fmt: skip
-    for text in promise_texts(sorted({one.certified for one in certificates})):
-        page.say(f"  {text}")
+    print_certificates(page, result.certificates)
 
 
 def print_plan(result: PlanRecord) -> None:
@@ -438,7 +331,7 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
         return
     page = Page()
     page.table(
-        ("system", "quantity", ">published", ">implied", "consistent", "why"),
+        ("system", "~quantity", ">published", ">implied", "consistent", "~why"),
         (
             (row.system, row.quantity, number_text(row.published, 4), number_text(row.implied, 4),
              row.consistent, row.explanation)
@@ -448,7 +341,7 @@ def print_audit(rows: Sequence[AuditRow], times: Sequence[Reconciliation], as_js
     page.say("times that make each throughput figure come out (t_llm given, t_up solved for)")
     page.table(
         ("system", "averaging", ">t_slm", ">t_llm", ">t_up", "unit", ">speed-up in mean time",
-         "why"),
+         "~why"),
         (
             (one.system, one.averaging, one.t_slm, one.t_llm, one.t_up, one.unit,
              one.ratio_of_means, one.reason)
@@ -463,4 +356,4 @@ def print_doctor(report: HealthReport, as_json: bool) -> None:
         print(json.dumps({"healthy": report.healthy, "checks": [asdict(c) for c in report.checks]}))
         return
     rows = ((check.name, check.found, check.ok, check.remedy) for check in report.checks)
-    Page().table(("check", "found", "ok", "what mends it"), rows)
+    Page().table(("check", "found", "ok", "~what mends it"), rows)
