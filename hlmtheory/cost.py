@@ -113,35 +113,28 @@ def token_time_ms(
     sent: Array,
     uplink_ms: Array,
     profile: DeviceProfile,
-    round_trip_ms: float = 0.0,
-    server_only: bool = False,
+    round_trip_ms: Array | float = 0.0,
     downlink_ms: Array | float = 0.0,
 ) -> Array:
     r"""Time of each token (N,), ms.
 
     .. math:: t = t_{slm} + t_u + 1\{sent\}\,(B_{up}/C_{up} + B_{down}/C_{down} + t_{llm} + t_{rt})
 
-    docs/theory.md, (27). The device alone takes t_slm + t_u.
+    docs/theory.md, (27). The device alone takes t_slm + t_u. What the server decodes alone has
+    t_slm = t_u = 0: hlmtheory.serving.used_profile.
 
     Parameters
     ----------
     sent, uplink_ms : array (N,)
         1 (or the probability) that the server is asked; B_up/C_up, 0 where nothing is sent.
     profile : DeviceProfile
-    round_trip_ms : float
-    server_only : bool
-        The server decodes alone and streams: t_llm or the time of its token on the downlink,
-        whichever is longer. Assumption: the two overlap, and the round trip delays the first token
-        alone.
-    downlink_ms : array (N,) or float
-        B_down/C_down of one reply.
+    round_trip_ms, downlink_ms : array (N,) or float
+        Of an exchange; B_down/C_down of a reply.
 
-    Assumption: nothing else overlaps; the device waits for the server's reply before it goes on.
+    Assumption: nothing overlaps; the device waits for the server's reply before it goes on.
     """
     check_nonnegative(uplink_ms, "uplink_ms")
     check_nonnegative(downlink_ms, "downlink_ms")
-    if server_only:
-        return 0 * uplink_ms + max(profile.t_llm_ms, float(downlink_ms))
     return (
         profile.t_slm_ms
         + profile.t_uncertainty_ms
@@ -206,8 +199,7 @@ def token_energy_j(
     sent: Array,
     uplink_ms: Array,
     profile: DeviceProfile,
-    round_trip_ms: float = 0.0,
-    server_only: bool = False,
+    round_trip_ms: Array | float = 0.0,
     downlink_ms: Array | float = 0.0,
 ) -> Array:
     r"""Energy of each token, device and server together; as in :func:`token_time_ms`.
@@ -223,9 +215,6 @@ def token_energy_j(
     """
     check_nonnegative(uplink_ms, "uplink_ms")
     check_nonnegative(downlink_ms, "downlink_ms")
-    if server_only:
-        waits = profile.p_idle_w * max(profile.t_llm_ms, float(downlink_ms))
-        return 0 * uplink_ms + 1e-3 * (profile.p_llm_w * profile.t_llm_ms + waits)
     waiting_ms = profile.t_llm_ms + downlink_ms + round_trip_ms
     return 1e-3 * (
         profile.p_slm_w * (profile.t_slm_ms + profile.t_uncertainty_ms)

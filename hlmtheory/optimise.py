@@ -21,6 +21,7 @@ from hlmtheory.cost import (
 )
 from hlmtheory.domain import check_finite, check_nonnegative, check_unit_interval
 from hlmtheory.link import Link
+from hlmtheory.serving import used_profile
 
 Objective: TypeAlias = Literal["throughput", "mean-throughput", "energy"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -45,6 +46,13 @@ class PolicyCurve:
         k of a rule with a fixed size.
     server_only : bool
         The server decodes alone.
+    gated : bool
+        Whether the device works out the uncertainty of every draft.
+    num_exchanges : float
+        Round trips of a sent token: 1, or one over an answer's tokens where the server decodes
+        alone.
+    reply_bits : int
+        That come down for a sent token.
 
     Raises
     ------
@@ -61,6 +69,9 @@ class PolicyCurve:
     bias: np.ndarray
     num_entries: int | None = None
     server_only: bool = False
+    gated: bool = True
+    num_exchanges: float = 1.0
+    reply_bits: int = 0
 
     def __post_init__(self) -> None:
         shape = np.shape(self.uncertainty_threshold)
@@ -125,11 +136,15 @@ def curve_choices(curve: PolicyCurve, link: Link, profile: DeviceProfile) -> tup
     """
     uplink = np.asarray(link.uplink_time_ms(curve.payload_bits))
     sent, none = np.ones_like(uplink), np.zeros_like(uplink)
-    round_trip, alone = link.round_trip_ms, curve.server_only
-    sent_ms = token_time_ms(sent, uplink, profile, round_trip, alone)
-    skipped_ms = token_time_ms(none, none, profile, round_trip, alone)
-    sent_j = token_energy_j(sent, uplink, profile, round_trip, alone)
-    skipped_j = token_energy_j(none, none, profile, round_trip, alone)
+    used = used_profile(profile, curve.gated, curve.server_only)
+    round_trip_ms = curve.num_exchanges * link.round_trip_ms
+    reply_ms = float(link.downlink_time_ms(float(curve.reply_bits)))
+    sent_ms = token_time_ms(sent, uplink, used, round_trip_ms, reply_ms)
+    sent_j = token_energy_j(sent, uplink, used, round_trip_ms, reply_ms)
+    skipped_ms, skipped_j = sent_ms, sent_j  # of the server alone, which skips none
+    if not curve.server_only:
+        skipped_ms = token_time_ms(none, none, used, round_trip_ms)
+        skipped_j = token_energy_j(none, none, used, round_trip_ms)
     skip = curve.skip_rate
     points = {
         "uncertainty_threshold": curve.uncertainty_threshold,

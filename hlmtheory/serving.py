@@ -7,8 +7,21 @@ device asks for one, but each of its milliseconds is one that another user waits
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from hlmtheory.cost import DeviceProfile
 from hlmtheory.domain import check_positive, check_unit_interval
+
+
+def used_profile(profile: DeviceProfile, gated: bool, server_only: bool) -> DeviceProfile:
+    """What of a profile a policy takes: without a gate nobody works out the uncertainty.
+
+    Where the server writes alone nobody runs the device model either: its token takes t_llm, and
+    of the link its reply, and once an answer the prompt and a round trip; docs/theory.md, (27).
+    """
+    if server_only:
+        return replace(profile, t_slm_ms=0.0, t_uncertainty_ms=0.0)
+    return profile if gated else replace(profile, t_uncertainty_ms=0.0)
 
 
 def server_ms_per_token(skip_rate: float, t_llm_ms: float) -> float:

@@ -28,6 +28,7 @@ from calibrate.run.records import (
 
 if TYPE_CHECKING:
     from calibrate.derive.operating_points import Study
+    from calibrate.run.traces import Trace
 
 JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, QualityRecord)
 """What is held against a derivation, and so loses its meaning with it."""
@@ -142,6 +143,7 @@ def _derived(
         link={"name": request.link, **link_to_dict(economics.link)},
         profile={"name": request.profile, **profile_to_dict(economics.profile)},
         accounting=request.accounting,
+        num_prompt_tokens=economics.num_prompt_tokens,
         policies=infos,
         operating_points=tuple(point for point, _ in points),
         optima=tuple(optima(study, paths + resized)),
@@ -183,9 +185,22 @@ def _study(run: Path, request: DeriveRequest) -> Study:
         roads,
         calibration,
         request,
-        Economics(link, profile, calibration.pair.vocab_size, request.accounting),
+        Economics(
+            link,
+            profile,
+            calibration.pair.vocab_size,
+            request.accounting,
+            _num_prompt_tokens(trace),
+        ),
         DeriveOptions(request.thetas, request.eta, importances, request.draft_from_sent),
     )
+
+
+def _num_prompt_tokens(trace: Trace) -> float:
+    """Mean number of tokens of a prompt: what the first draft of each answer attended to."""
+    if "num_attended" not in trace:
+        return 0.0
+    return float(trace["num_attended"][trace["step"] == 0].mean())
 
 
 def parse_importance(text: str) -> dict[str, Any]:

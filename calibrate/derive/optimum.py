@@ -12,6 +12,7 @@ from calibrate.derive.operating_points import Study
 from calibrate.derive.predict import Economics, path_means, predicted_tokens
 from calibrate.run.records import Optimum, PolicyPath
 from calibrate.run.traces import Trace
+from hlmtheory.cost import reply_bits
 from hlmtheory.optimise import Choice, Objective, PolicyCurve, best_choice
 from hlmtheory.policies import GatedPolicy, Policy
 
@@ -29,6 +30,10 @@ class Path:
     ----------
     policy : Policy
     thresholds, skip_rate, rejection_risk, uplink_bits_per_token, tv_bias : float array (G,)
+    num_exchanges : float
+        Round trips of a sent token.
+    reply_bits : int
+        That come down for it.
     """
 
     policy: Policy
@@ -37,6 +42,8 @@ class Path:
     rejection_risk: np.ndarray
     uplink_bits_per_token: np.ndarray
     tv_bias: np.ndarray
+    num_exchanges: float
+    reply_bits: int
 
     def record(self) -> PolicyPath:
         """What figures draw of it."""
@@ -57,6 +64,9 @@ class Path:
             np.clip(self.tv_bias - self.rejection_risk, 0.0, 1.0),
             num_entries=self.policy.fixed_size,
             server_only=self.policy.role == "server",
+            gated=self.policy.gated,
+            num_exchanges=self.num_exchanges,
+            reply_bits=self.reply_bits,
         )
 
 
@@ -90,7 +100,10 @@ def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: 
         moved = [policy.with_threshold(threshold) for threshold in thresholds]
     found = [path_means(predicted_tokens(trace, one), economics) for one in moved]
     rows = [[estimate.value for estimate in means.values()] for means in found]
-    return Path(policy, thresholds, *np.array(rows).T)
+    once = trace.num_prompts / trace.num_tokens  # an answer
+    num_exchanges = once if policy.role == "server" else 1.0
+    reply = reply_bits(economics.vocab_size, economics.accounting)
+    return Path(policy, thresholds, *np.array(rows).T, num_exchanges, reply)
 
 
 def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:

@@ -19,7 +19,7 @@ from calibrate.run.errors import UserError
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
 from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
-from hlmtheory.clusters import RatioEstimate, estimate_of, mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, answer_rows, estimate_of, mean_over_tokens
 from hlmtheory.context_shift import along_answers
 from hlmtheory.cost import (
     DeviceProfile,
@@ -32,6 +32,7 @@ from hlmtheory.link import Link
 from hlmtheory.policies import GatedPolicy, Outcome, Policy, policy_from_settings
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import score_named
+from hlmtheory.serving import used_profile
 from hlmtheory.steps import Step
 
 UNITS = {
@@ -132,6 +133,8 @@ class Economics:
     profile: DeviceProfile
     vocab_size: int
     accounting: str = "full"
+    num_prompt_tokens: float = 0.0
+    """Of a prompt, in the mean: what the server must read before it can say anything."""
 
 
 def economics_of(derivation: DerivationRecord) -> Economics:
@@ -141,6 +144,7 @@ def economics_of(derivation: DerivationRecord) -> Economics:
         profile_from_dict(derivation.profile),
         derivation.pair.vocab_size,
         derivation.accounting,
+        derivation.num_prompt_tokens,
     )
 
 
@@ -258,15 +262,18 @@ def policy_atoms(trace: Trace, policy: GatedPolicy) -> SkipAtoms:
     return SkipAtoms(score, mass, rejection, index, num_tokens)
 
 
-def unsent_before(skip: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
-    r"""Expected number of tokens emitted alone since the server was last asked, (N,).
+def unsent_before(
+    skip: np.ndarray, prompt_index: np.ndarray, num_prompt_tokens: float = 0.0
+) -> np.ndarray:
+    r"""Expected number of tokens that the server has not seen yet, (N,).
 
-    .. math:: n_t = p_{t-1} (1 + n_{t-1}), \qquad n_0 = 0
+    .. math:: n_t = p_{t-1} (1 + n_{t-1}), \qquad n_0 = L
 
-    along each answer, with p the probability of a skip; a count where p is 0 or 1. Valid for p in
-    between if drafts are drawn independently along the recorded contexts.
+    along each answer, with p the probability of a skip and L the prompt's tokens; a count where p
+    is 0 or 1. Valid for p in between if drafts are drawn independently along the recorded contexts.
     """
     out = np.zeros(len(skip))
+    out[answer_rows(prompt_index)[0]] = num_prompt_tokens
     for rows in along_answers(prompt_index):
         out[rows] = skip[rows - 1] * (1.0 + out[rows - 1])
     return out
@@ -279,7 +286,7 @@ def _if_sent(amount: np.ndarray, sent: np.ndarray) -> np.ndarray:
 
 def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
     """Expected uplink bits of each token, (N,); docs/theory.md, (18)."""
-    if tokens.policy.role != "both":
+    if tokens.policy.role == "device":
         return np.zeros_like(tokens.skip)
     sent = 1.0 - tokens.skip
     if_sent = _if_sent(tokens.entries, sent)
@@ -288,7 +295,7 @@ def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
         economics.vocab_size,
         accounting=economics.accounting,
         draft_sent=tokens.policy.draft_sent,
-        num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
+        num_unsent=unsent_before(tokens.skip, tokens.prompt_index, economics.num_prompt_tokens),
     )
     return np.asarray(sent * bits)
 
@@ -388,15 +395,16 @@ def _priced(
     price: Callable[..., Any], tokens: PolicyTokens, economics: Economics, bits: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Time or energy of each token if it is skipped, and if it is sent, (N,) each."""
-    link, profile, sent = economics.link, economics.profile, 1.0 - tokens.skip
-    if not tokens.policy.gated:
-        # Nobody looks at the uncertainty, so nobody computes it.
-        profile = replace(profile, t_uncertainty_ms=0.0)
+    link, sent, alone = economics.link, 1.0 - tokens.skip, tokens.policy.role == "server"
     if_sent = _if_sent(bits, sent)
     none, ones = np.zeros_like(sent), np.ones_like(sent)
+    round_trip_ms = np.full_like(sent, link.round_trip_ms)
+    if alone:  # it is asked once an answer
+        round_trip_ms *= np.diff(tokens.prompt_index, prepend=-1) != 0
     reply = float(link.downlink_time_ms(reply_bits(economics.vocab_size, economics.accounting)))
-    rest = (profile, link.round_trip_ms, tokens.policy.role == "server", reply)
-    return price(none, none, *rest), price(ones, np.asarray(link.uplink_time_ms(if_sent)), *rest)
+    rest = (used_profile(economics.profile, tokens.policy.gated, alone), round_trip_ms, reply)
+    if_sent_costs = price(ones, np.asarray(link.uplink_time_ms(if_sent)), *rest)
+    return if_sent_costs if alone else price(none, none, *rest), if_sent_costs
 
 
 def _expected(tokens: PolicyTokens, skipped: np.ndarray, sent: np.ndarray) -> np.ndarray:

@@ -537,6 +537,9 @@ class DerivationRecord(StageRecord):
     link: dict[str, Any]
     profile: dict[str, Any]
     accounting: Literal["paper", "full"]
+    num_prompt_tokens: float = 0.0
+    """Of a prompt, in the mean, which the server reads once an answer and `full` accounting bills;
+    0 where the trace does not say."""
     policies: tuple[PolicyInfo, ...]
     operating_points: tuple[OperatingPoint, ...]
     optima: tuple[Optimum, ...]

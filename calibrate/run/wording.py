@@ -17,6 +17,8 @@ UNKNOWN_ANSWERS = "recorded steps do not hold the law of what it emits"
 """Why nothing is said of a policy's whole answers."""
 SHOWN_RISKS = ("0.01", "0.05")
 """Of those that scores are compared at."""
+NO_REJECTION = 1e-6
+"""Mean rejection probability up to which two laws are one, computed in single precision."""
 UNLIKELY = 0.05
 """Chance of so few covered figures, or of so wide an error, that speaks against predictions."""
 BUSY_SHARE = 0.1
@@ -56,6 +58,8 @@ def verdict_text(calibration: CalibrationRecord) -> str:
     gate = next((one for one in calibration.estimators if one.name == "uncertainty"), None)
     if fit.degenerate:
         return f"uncertainty tells nothing about rejections here: {fit.degenerate}"
+    if (fit.mean_rejection.value or 0.0) <= NO_REJECTION:
+        return "the server model rejects nothing here: both models have the same law"
     if fit.slope.low is None:
         return "whether uncertainty tells rejections cannot be said: too few prompts"
     if fit.slope.low <= 0:

@@ -388,7 +388,10 @@ def _judge(
 
     prediction = roads.prediction(policy)
     predicted, drawn = prediction.mean(means), means(drawn_tokens(roads.server, policy))
-    economics = replace(economics_of(derived.derivation), link=link, accounting="full")
+    # The prompt has crossed the link when the tokens that the clock is read of begin.
+    economics = replace(
+        economics_of(derived.derivation), link=link, accounting="full", num_prompt_tokens=0.0
+    )
     cells = tuple(
         _cell(point.policy, point.rule, name, unit, predicted[name], drawn[name], measured[name],
               confidence)

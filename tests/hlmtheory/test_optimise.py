@@ -83,9 +83,27 @@ def test_degenerate_points_say_so():
 
 def test_server_alone_costs_the_server():
     zero = np.zeros(1)
-    llm = PolicyCurve("llm", "none", zero, zero, zero, zero, zero, server_only=True)
+    bits = np.array([90.0])
+    llm = PolicyCurve(
+        "llm", "none", zero, zero, zero, bits, zero, server_only=True, num_exchanges=0.02
+    )
     (choice,) = curve_choices(llm, LINK, PROFILE)
-    assert choice.token_time_ms == PROFILE.t_llm_ms
+    uplink_ms = float(LINK.uplink_time_ms(bits)[0])
+    asked_ms = 0.02 * LINK.round_trip_ms
+    assert choice.token_time_ms == pytest.approx(PROFILE.t_llm_ms + uplink_ms + asked_ms)
+
+
+def test_without_a_gate_nobody_works_out_the_uncertainty():
+    one = np.ones(1)
+    times = [
+        curve_choices(
+            PolicyCurve("slm", "none", 0 * one, one, 0 * one, 0 * one, one, gated=gated),
+            LINK,
+            PROFILE,
+        )[0].token_time_ms
+        for gated in (False, True)
+    ]
+    assert times == [PROFILE.t_slm_ms, PROFILE.t_slm_ms + PROFILE.t_uncertainty_ms]
 
 
 # --- the optimum ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from calibrate.derive.predict import (
 )
 from calibrate.run.traces import Trace
 from hlmtheory.clusters import mean_over_tokens
-from hlmtheory.cost import DeviceProfile
+from hlmtheory.cost import DeviceProfile, index_bits
 from hlmtheory.link import AwgnLink
 from hlmtheory.policies import policy_from_settings, policy_names
 from hlmtheory.risk import skip_risk_sums
@@ -118,9 +118,10 @@ def test_expected_times_are_those_of_skipping_and_sending():
 def test_baselines_cost_what_they_are():
     reply_ms = float(LINK.downlink_time_ms(6))
     hlm_ms = 95 + float(LINK.uplink_time_ms(846.0)) + reply_ms
+    llm_ms = 60 + 15 + reply_ms  # of two answers of a token each: a round trip a token
     for name, skip, entries, up, down, ms, devices in (
         ("slm", 1, 0, 0, 0, 20, None),
-        ("llm", 0, 0, 0, 6, 60, 1),  # its stream hides what the link takes
+        ("llm", 0, 0, 0, 6, llm_ms, llm_ms / 60),
         ("hlm", 0, 60, 846, 6, hlm_ms, hlm_ms / 60),
     ):
         found = metrics(tokens_of(name, [skip] * 2, [entries] * 2, (1, 1)), economics())
@@ -129,6 +130,39 @@ def test_baselines_cost_what_they_are():
         assert found["token_time_ms"].value == pytest.approx(ms)
         carried = found["devices_per_server"].value
         assert np.isnan(carried) if devices is None else carried == pytest.approx(devices)
+
+
+@pytest.mark.parametrize("name", ["llm", "hlm", "u-hlm"])
+def test_full_accounting_bills_prompt_once_an_answer_to_whoever_asks(name: str) -> None:
+    lengths = (2, 6)
+    entries = 0 if name == "llm" else 60
+    tokens = tokens_of(name, [0] * 8, [entries] * 8, lengths)
+    with_prompt = replace(economics("full"), num_prompt_tokens=30.0)
+    without, bits = (
+        metrics(tokens, one)["uplink_bits_per_token"].value
+        for one in (economics("full"), with_prompt)
+    )
+    assert bits - without == pytest.approx(30 * index_bits(VOCAB) * 2 / 8)
+    assert (
+        metrics(tokens_of("slm", [1] * 8, [0] * 8, lengths), with_prompt)[
+            "uplink_bits_per_token"
+        ].value
+        == 0
+    )
+
+
+def test_the_server_alone_pays_its_replies_and_a_round_trip_an_answer() -> None:
+    rich = replace(economics("full"), num_prompt_tokens=30.0)
+    found = metrics(tokens_of("llm", [0] * 8, [0] * 8, (2, 6)), rich)
+    bits = index_bits(VOCAB) * 2 * 30 / 8  # two prompts
+    assert found["uplink_bits_per_token"].value == pytest.approx(bits)
+    assert found["downlink_bits_per_token"].value == index_bits(VOCAB)
+    uplink_ms = float(LINK.uplink_time_ms(np.array(bits)))
+    waits = LINK.round_trip_ms * 2 / 8 + float(LINK.downlink_time_ms(index_bits(VOCAB)))
+    assert found["token_time_ms"].value == pytest.approx(PROFILE.t_llm_ms + uplink_ms + waits)
+    energy = PROFILE.p_tx_w * uplink_ms + PROFILE.p_llm_w * PROFILE.t_llm_ms
+    energy += PROFILE.p_idle_w * (PROFILE.t_llm_ms + waits)
+    assert found["energy_j_per_token"].value == pytest.approx(energy / 1e3)
 
 
 def test_error_of_throughput_is_that_of_time_by_the_delta_method():
@@ -166,6 +200,8 @@ def test_tokens_not_yet_told_are_the_mean_of_simulated_answers(rng):
     error = counts.std(0) / num**0.5
     assert (np.abs(counts.mean(0) - unsent_before(p, index)) <= 4.5 * error).all()
     assert unsent_before(np.ones(4), np.zeros(4, dtype=int)).tolist() == [0, 1, 2, 3]
+    skipped = np.array([1.0, 1.0, 0.0, 1.0])
+    assert unsent_before(skipped, np.zeros(4, dtype=int), 5.0).tolist() == [5, 6, 7, 0]
 
 
 # --- expected, drawn and measured ----------------------------------------------------------------

@@ -57,5 +57,7 @@ def test_a_calibration_says_whether_uncertainty_tells_rejections() -> None:
     assert fitted().startswith("uncertainty tells rejections here")
     flat = Figure(value=0.01, low=-0.05, high=0.07)
     assert fitted(slope=flat).startswith("uncertainty does not tell rejections here")
+    same = Figure(value=1e-8, low=0.0, high=2e-8)
+    assert fitted(mean_rejection=same, slope=flat).endswith("both models have the same law")
     assert "too few prompts" in fitted(slope=Figure(value=0.5))
     assert fitted(degenerate="no spread").endswith("rejections here: no spread")
