@@ -103,7 +103,8 @@ def policy_path(trace: Trace, economics: Economics, policy: Policy, thresholds: 
     once = trace.num_prompts / trace.num_tokens  # an answer
     num_exchanges = once if policy.role == "server" else 1.0
     reply = reply_bits(economics.vocab_size, economics.accounting)
-    return Path(policy, thresholds, *np.array(rows).T, num_exchanges, reply)
+    skip_rate, risk, bits, bias = np.array(rows).T
+    return Path(policy, thresholds, skip_rate, risk, bits, bias, num_exchanges, reply)
 
 
 def policy_paths(study: Study) -> tuple[list[Path], list[Path]]:

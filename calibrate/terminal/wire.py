@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from calibrate.run.figure import NO_VALUE, number_text
 from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
 from calibrate.run.records import Cell, WireRecord
-from calibrate.terminal.tables import Page
+from calibrate.terminal.page import Page
 
 if TYPE_CHECKING:
     from calibrate.pairs.loading import LoadedModel
