@@ -572,6 +572,32 @@ def _known_score(name: str) -> None:
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    point: Annotated[str, typer.Option(help="The operating point, like POLICY/risk-0.01.")],
+    name: NameOption = "default",
+    output_path: Annotated[
+        Path | None, typer.Option(help="File to write.", show_default="standard output")
+    ] = None,
+) -> None:
+    """One operating point as a small JSON file for an application."""
+    from calibrate.derive.export import export_point
+    from calibrate.run.folder import check_name, check_writable, record_text, write_record_file
+
+    check_name(name)
+    if output_path is not None:
+        check_writable(output_path.parent)
+    record = export_point(run, point, name, COMMAND)
+    if output_path is None:
+        print(record_text(record))
+        return
+    write_record_file(output_path, record)
+    print(f"{output_path}: {record.point}, valid while")
+    for condition in record.valid_while:
+        print(f"  {condition}")
+
+
+@app.command()
 def validate(
     run: RunArgument,
     name: NameOption = "default",

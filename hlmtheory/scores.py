@@ -41,12 +41,15 @@ class Score:
     Attributes
     ----------
     name, label : str
+    formula : str
+        Of z, the device's logits before any temperature, and x, its law as it is sampled.
     low, high : float
         Bounds of the score; a threshold at `high` skips everything.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
+    formula: ClassVar[str]
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
 
@@ -119,6 +122,10 @@ class ExactUncertainty(Score):
 
     name: ClassVar[str] = "uncertainty"
     label: ClassVar[str] = "uncertainty u, exact"
+    formula: ClassVar[str] = (
+        "1 - mean over k of softmax(z / theta_k)[draft]; at theta_k = 0 the uniform law on the "
+        "largest z"
+    )
 
     def of_draft(self, step: Step) -> Array:
         """U of the draft."""
@@ -173,6 +180,9 @@ class SampledUncertainty(Score):
 
     name: ClassVar[str] = "uncertainty_sampled"
     label: ClassVar[str] = "uncertainty u_K, of K draws"
+    formula: ClassVar[str] = (
+        "share of K tokens that are not the draft, the k-th drawn from softmax(z / theta_k)"
+    )
 
     def of_draft(self, step: Step) -> Array:
         """u_K as drawn; 1 beyond the head."""
@@ -242,6 +252,7 @@ class Entropy(ContextScore):
 
     name: ClassVar[str] = "entropy"
     label: ClassVar[str] = "entropy"
+    formula: ClassVar[str] = "-sum over v of x_v ln x_v"
     high: ClassVar[float] = float("inf")
 
     def of_draft(self, step: Step) -> Array:
@@ -259,6 +270,7 @@ class OneMinusMaxProb(ContextScore):
 
     name: ClassVar[str] = "one_minus_max_prob"
     label: ClassVar[str] = "1 − max probability"
+    formula: ClassVar[str] = "1 - max x"
 
     def of_draft(self, step: Step) -> Array:
         """1 - x_(1)."""
@@ -271,6 +283,7 @@ class OneMinusMargin(ContextScore):
 
     name: ClassVar[str] = "one_minus_margin"
     label: ClassVar[str] = "1 − margin of the top two"
+    formula: ClassVar[str] = "1 - (largest x - second largest x)"
 
     def of_draft(self, step: Step) -> Array:
         """One less the margin."""
@@ -283,6 +296,7 @@ class MaxLogit(ContextScore):
 
     name: ClassVar[str] = "max_logit"
     label: ClassVar[str] = "− largest logit"
+    formula: ClassVar[str] = "-max z"
     low: ClassVar[float] = -float("inf")
     high: ClassVar[float] = float("inf")
 
@@ -311,6 +325,10 @@ class LearnedScore(Score):
 
     name: ClassVar[str] = "learned"
     label: ClassVar[str] = "learned, logistic"
+    formula: ClassVar[str] = (
+        "1 / (1 + exp(-(intercept + sum over f of coefficient_f (feature_f - mean_f) / scale_f))); "
+        "1 for a draft that is not among the likeliest 32 tokens"
+    )
 
     features: tuple[str, ...] = field(default=())
     mean: tuple[float, ...] = field(default=())

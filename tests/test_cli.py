@@ -73,6 +73,8 @@ def empty_prompts(tmp_path: Path) -> Path:
             ["--answer-cap 0.4", "--certify answers"],
         ),
         (["plan", "nowhere"], 2, ["nowhere"]),
+        (["export", "nowhere", "--point", "x"], 2, ["nowhere", "no such folder"]),
+        (["export", "nowhere"], 2, ["--point"]),
         (["plan", "nowhere", "--risk", "2"], 2, ["--risk 2"]),
         (["plan", "nowhere", "--power", "1"], 2, ["--power 1", "below 1"]),
         (["plan", "nowhere", "--certify", "luck"], 2, ["--certify luck", "answers"]),
@@ -186,7 +188,7 @@ def test_help_loads_no_model_library() -> None:
     assert result.returncode == 0, result.stderr
     for command in ("calibrate", "derive", "validate", "figures", "quickstart", "doctor", "audit",
                     "guarantees", "attenuation", "quality", "report", "monitor",
-                    "plan"):  # fmt: skip
+                    "plan", "export"):  # fmt: skip
         assert command in result.stdout
 
 

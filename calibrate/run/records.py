@@ -397,6 +397,58 @@ class Certificate(Record):
     """Upper confidence bound on the risk at the threshold, or at the lowest one if none passes."""
 
 
+class ScoreDefinition(Record):
+    """How a device works out the score that it holds against a threshold."""
+
+    name: str
+    formula: str
+    """Of z, the device's logits behind a repetition penalty and before any temperature, and x, its
+    law as it is sampled."""
+    temperatures: tuple[float, ...]
+    """theta_k of the uncertainty; other scores need none."""
+    learned: LearnedModel | None
+    low: float | None
+    """Least value; null for minus infinity."""
+    high: float | None
+    """Greatest value, at which everything is kept; null for infinity."""
+
+
+class ExportRecord(StageRecord):
+    """point.json: one operating point, for an application; docs/export.md reads it."""
+
+    file_name: ClassVar[str] = "point.json"
+    made_by: ClassVar[str] = "hlm export RUN --point POINT --output-path point.json"
+
+    point: str
+    """policy/rule."""
+    policy: PolicyInfo
+    settings: dict[str, Any]
+    """The policy's own, such as k, and an answer cap."""
+    threshold: float | None
+    """A draft is kept where its score is at most this; null for a policy without a gate."""
+    score: ScoreDefinition | None
+    """Null for a policy without a gate."""
+    family: str
+    """The threshold rule alone, as in OperatingPoint."""
+    budget: float | None
+    weighting: Certified | None
+    """What the budget is about."""
+    certified: bool
+    """Whether the budget is kept with `confidence`; if not, it was met on the calibration alone."""
+    confidence: float | None
+    predicted: dict[str, Figure]
+    pair: PairIdentity
+    sampling: Sampling
+    """Of both models."""
+    max_new_tokens: int
+    derivation: str
+    """Its name."""
+    derived: Provenance
+    provenance: Provenance
+    valid_while: tuple[str, ...]
+    """What has to stay as it was; derive again when it does not."""
+
+
 class Optimum(Record):
     """The best choice within one bias budget for one objective; docs/theory.md, (30)."""
 
@@ -1029,5 +1081,6 @@ STAGES: tuple[type[StageRecord], ...] = (
     AttenuationRecord,
     QualityRecord,
     MonitorRecord,
+    ExportRecord,
 )
 """Every file of a run, in the order they are made."""
