@@ -12,7 +12,7 @@ from calibrate.derive.predict import (
     is_bounded,
     predicted_tokens,
 )
-from calibrate.run.figure import curve
+from calibrate.run.figure import SHARE, curve
 from calibrate.run.records import AnswerCurve, OperatingPoint
 from calibrate.run.traces import Trace
 from calibrate.run.wording import UNKNOWN_ANSWERS
@@ -104,5 +104,5 @@ def answer_curve(
         policy=point.policy,
         rule=point.rule,
         at_most=is_bounded(tokens),
-        divergence=curve(lengths, found, confidence),
+        divergence=curve(lengths, found, confidence, *SHARE),
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from calibrate.derive.predict import CHUNK, policy_atoms, policy_steps, remembered
 from calibrate.run.errors import UsageError
-from calibrate.run.figure import as_figure, figure
+from calibrate.run.figure import SHARE, as_figure, figure
 from calibrate.run.records import Certificate
 from calibrate.run.traces import Trace
 from hlmtheory.answer_cap import cap_fraction, capped_skips, suggested_cap
@@ -242,9 +242,8 @@ def _certificate(
     sums, skip_rate = grid.sums, figure(0.0)
     if found.feasible:
         place = int(np.flatnonzero(sums.thresholds == found.value)[0])
-        skip_rate = as_figure(
-            ratio_of_sums(sums.skipped[:, place], sums.num_tokens), "", confidence
-        )
+        share = ratio_of_sums(sums.skipped[:, place], sums.num_tokens)
+        skip_rate = as_figure(share, "", confidence, *SHARE)
     return Certificate(
         rule=test + ("" if grid.cap is None else f"@cap-{grid.cap:g}"),
         test=test,

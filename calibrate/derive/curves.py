@@ -19,7 +19,7 @@ from calibrate.derive.predict import (
     token_times,
     uplink_bits,
 )
-from calibrate.run.figure import curve
+from calibrate.run.figure import AMOUNT, SHARE, curve
 from calibrate.run.records import (
     AnswerCurve,
     Curve,
@@ -71,7 +71,7 @@ def threshold_curves(study: Study) -> ThresholdCurves | None:
     high = score.high if np.isfinite(score.high) else seen[-1]
     sums = skip_risk_sums(atoms, np.linspace(low, high, NUM_THRESHOLDS))
     rates, risks = (
-        curve(sums.thresholds, estimates, study.request.confidence)
+        curve(sums.thresholds, estimates, study.request.confidence, *SHARE)
         for estimates in sums.estimates()
     )
     return ThresholdCurves(score=score.name, skip_rate=rates, risk=risks)
@@ -143,7 +143,7 @@ def throughput_curves(
     for snr in snr_db:
         found[f"throughput_tok_s@{snr:g}"] = rate_of(found[f"token_time_ms@{snr:g}"])
     both = {
-        name: curve(snr_db, [found[f"{name}@{snr:g}"] for snr in snr_db], confidence)
+        name: curve(snr_db, [found[f"{name}@{snr:g}"] for snr in snr_db], confidence, *AMOUNT)
         for name in THROUGHPUTS
     }
     return ThroughputCurves(policy=point.policy, rule=point.rule, **both)
@@ -228,7 +228,7 @@ def truncation_curves(study: Study, runnable: Sequence[Runnable]) -> TruncationC
 def _column_means(study: Study, sizes: Sequence[int], values: np.ndarray) -> Curve:
     index, num_prompts = study.trace.prompt_index, study.trace.num_prompts
     means = [mean_over_tokens(column, index, num_prompts) for column in values.T]
-    return curve(sizes, means, study.request.confidence)
+    return curve(sizes, means, study.request.confidence, *AMOUNT)
 
 
 def _online_point(runnable: Sequence[Runnable]) -> Runnable | None:

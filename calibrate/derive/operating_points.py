@@ -14,6 +14,7 @@ from calibrate.derive.answers import answer_threshold
 from calibrate.derive.certify import caps_at, certificates, certified_thresholds
 from calibrate.derive.predict import (
     METRICS,
+    RANGES,
     UNITS,
     Economics,
     is_bounded,
@@ -48,8 +49,6 @@ from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import Score, score_named
 from hlmtheory.thresholds import Threshold
 
-BOUNDS = {"answer_divergence": (0.0, 1.0)}
-"""Where the interval of a figure is cut: near an end most answers weigh the same."""
 UNGATED = "none"
 """Rule of a policy without a threshold."""
 
@@ -222,8 +221,7 @@ class Study:
         found = metrics(prediction, self.economics)
         confidence = self.request.confidence
         figures = {
-            name: as_figure(found[name], UNITS[name], confidence, *BOUNDS.get(name, ()))
-            for name in METRICS
+            name: as_figure(found[name], UNITS[name], confidence, *RANGES[name]) for name in METRICS
         }
         return figures, ("answer_divergence",) if is_bounded(prediction.server) else ()
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from calibrate.derive.presets import link_from_dict, profile_from_dict
 from calibrate.run.errors import UserError
+from calibrate.run.figure import AMOUNT, SHARE
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
 from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
@@ -50,6 +51,10 @@ UNITS = {
     "tokens_in_agreement": "token",
 }
 METRICS = tuple(UNITS)
+RANGES: dict[str, tuple[float, float]] = {
+    metric: AMOUNT if unit else SHARE for metric, unit in UNITS.items()
+}
+"""Where each metric lies, and its interval with it: what has no unit is a share."""
 IMPLIED = ("time", "tok_s", "energy", "devices", "downlink")
 SOURCES: dict[str, Literal["counted", "implied"]] = {
     metric: "implied" if any(word in metric for word in IMPLIED) else "counted"

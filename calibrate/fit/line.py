@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from calibrate.run.figure import as_figure, figure
+from calibrate.run.figure import SHARE, as_figure, figure
 from calibrate.run.records import Bin, Curve, Figure, Histogram, LineFit, Relation, WaldTest
 from hlmtheory.clusters import (
     jackknife_correlation_interval,
@@ -55,7 +55,8 @@ def fit_line(
     """
 
     def mean(values: np.ndarray) -> Figure:
-        return as_figure(mean_over_tokens(values, prompt_index, num_prompts), "", confidence)
+        found = mean_over_tokens(values, prompt_index, num_prompts)
+        return as_figure(found, "", confidence, *SHARE)
 
     few = len(uncertainty) < 3
     if few or np.ptp(uncertainty) == 0:
@@ -191,7 +192,7 @@ def relation(
     bins = [
         Bin(
             uncertainty=float(u.sum() / n.sum()),
-            rejection_prob=as_figure(ratio_of_sums(beta, n), "", confidence, 0.0, 1.0),
+            rejection_prob=as_figure(ratio_of_sums(beta, n), "", confidence, *SHARE),
             num_tokens=int(n.sum()),
         )
         for n, u, beta in sums.transpose(2, 1, 0)

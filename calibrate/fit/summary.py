@@ -7,7 +7,7 @@ import numpy as np
 from calibrate.fit.estimators import compare_scores
 from calibrate.fit.line import fit_line, relation
 from calibrate.run.errors import UserError
-from calibrate.run.figure import as_figure, curve
+from calibrate.run.figure import AMOUNT, SHARE, as_figure, curve
 from calibrate.run.records import AttentionSummary, CalibrationRecord, Curve, Figure, RunRecord
 from calibrate.run.traces import Trace
 from hlmtheory.agreement import disagreement_log_e_value
@@ -72,7 +72,7 @@ def _attention(trace: Trace, confidence: float) -> AttentionSummary | None:
 
     def mean(name: str, unit: str = "") -> Figure:
         estimate = mean_over_tokens(trace[name], trace.prompt_index, trace.num_prompts)
-        return as_figure(estimate, unit, confidence)
+        return as_figure(estimate, unit, confidence, *AMOUNT)
 
     # The sink is no part of the entropy.
     share = normalised_entropy(trace["attention_entropy"], trace["num_attended"] - 1.0)
@@ -97,4 +97,4 @@ def _by_step(trace: Trace, values: np.ndarray, confidence: float) -> Curve:
     )
     grid = np.flatnonzero(counts.any(axis=0))
     estimates = [ratio_of_sums(sums[:, step], counts[:, step]) for step in grid]
-    return curve(grid, estimates, confidence)
+    return curve(grid, estimates, confidence, *SHARE)

@@ -32,7 +32,10 @@ THRESHOLD_BINS = 400
 
 @dataclass(frozen=True)
 class DerivedThreshold:
-    """A threshold and its cluster-bootstrap interval; None where its rule has none."""
+    """A threshold and its cluster-bootstrap interval; None where its rule has none.
+
+    The interval is of what a gate can be set to: it ends where the score does.
+    """
 
     threshold: Threshold
     interval: tuple[float, float] | None = None
@@ -71,7 +74,11 @@ def derive_thresholds(
     counts = resample_prompts(atoms.num_prompts, NUM_RESAMPLES, np.random.default_rng(0))
 
     def interval(values: np.ndarray) -> tuple[float, float] | None:
-        return percentile_interval(values, atoms.num_prompts, request.confidence)
+        ends = percentile_interval(values, atoms.num_prompts, request.confidence)
+        if ends is None:
+            return None
+        low, high = np.clip(ends, score.low, score.high)
+        return float(low), float(high)
 
     can_reject = (trace["target_prob"] < trace["draft_prob"]).astype(float)
     moments = line_moments(score.of_draft(trace.step()), trace["rejection_prob"])

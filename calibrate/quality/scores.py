@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.run.errors import UsageError, UserError
-from calibrate.run.figure import mean_figure, share_figure
+from calibrate.run.figure import AMOUNT, mean_figure, share_figure
 from calibrate.run.folder import provenance, read_record, write_record
 from calibrate.run.records import (
     Backbone,
@@ -291,7 +291,7 @@ def score_reruns(
                 identical=none
                 if rerun is second
                 else share_figure(sum(same), len(same), confidence),
-                shared_prefix=mean_figure(prefixes[apart], confidence, "token"),
+                shared_prefix=mean_figure(prefixes[apart], confidence, "token", *AMOUNT),
                 num_prompts=len(rerun.prompt_ids),
             )
         )

@@ -12,6 +12,10 @@ from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 
 NBSP = "\N{NO-BREAK SPACE}"
 NO_VALUE = "–"
+SHARE = (0.0, 1.0)
+"""Where shares, probabilities and risks lie; intervals are cut at its ends, which costs nothing."""
+AMOUNT = (0.0, np.inf)
+"""Where bits, times and counts lie."""
 
 
 def figure(
@@ -36,10 +40,17 @@ def as_figure(
     return figure(estimate.value, low, high, unit)
 
 
-def mean_figure(values: np.ndarray, confidence: float, unit: str = "") -> Figure:
+def mean_figure(
+    values: np.ndarray,
+    confidence: float,
+    unit: str = "",
+    low_bound: float = -np.inf,
+    high_bound: float = np.inf,
+) -> Figure:
     """Mean of independent values (N,), one a prompt or one a draw, with its Student-t interval."""
     num = len(values)
-    return as_figure(mean_over_tokens(values, np.arange(num), num), unit, confidence)
+    estimate = mean_over_tokens(values, np.arange(num), num)
+    return as_figure(estimate, unit, confidence, low_bound, high_bound)
 
 
 def share_figure(count: int, total: int, confidence: float) -> Figure:
@@ -62,10 +73,14 @@ def scaled(number: Figure, scale: float, unit: str = "") -> Figure:
 
 
 def curve(
-    grid: Sequence[float] | np.ndarray, estimates: Sequence[RatioEstimate], confidence: float
+    grid: Sequence[float] | np.ndarray,
+    estimates: Sequence[RatioEstimate],
+    confidence: float,
+    low_bound: float = -np.inf,
+    high_bound: float = np.inf,
 ) -> Curve:
-    """Line up estimates over their grid."""
-    figures = [as_figure(estimate, "", confidence) for estimate in estimates]
+    """Line up estimates over their grid, their intervals clipped to the bounds."""
+    figures = [as_figure(one, "", confidence, low_bound, high_bound) for one in estimates]
     return Curve(
         grid=tuple(float(place) for place in grid),
         value=tuple(number.value for number in figures),

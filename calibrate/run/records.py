@@ -25,7 +25,10 @@ class Record(BaseModel):
 
 
 class Figure(Record):
-    """A number with its interval and unit; low and high are null only where none is defined."""
+    """A number with its interval and unit; low and high are null only where none is defined.
+
+    Intervals of shares and amounts are cut where these end: at 0, and at 1.
+    """
 
     value: float | None
     low: float | None = None

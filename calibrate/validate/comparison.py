@@ -11,6 +11,7 @@ from scipy import stats
 
 from calibrate.derive.predict import (
     METRICS,
+    RANGES,
     SOURCES,
     UNITS,
     Averaged,
@@ -55,12 +56,15 @@ class Comparison:
     cell : Cell
     error : ErrorTerms or None
         Of measured less predicted; None without a spread.
+    margin : float
+        Half of the interval's width, before it is cut at the ends of the figure's range.
     covered_unstratified : bool or None
         Whether the cell holds if prompts count as independent draws of one population.
     """
 
     cell: Cell
     error: ErrorTerms | None
+    margin: float
     covered_unstratified: bool | None
 
 
@@ -151,7 +155,7 @@ def compare(
         predicted, found = point.predicted[metric], measured[metric]
         value = predicted.value
         if value is None or metric in point.at_most or not np.isfinite(found.value):
-            out.append(Comparison(_not_judged(point, metric, found, confidence), None, None))
+            out.append(Comparison(_not_judged(point, metric, found, confidence), None, 0.0, None))
             continue
         influence = (averaged[metric].influence, drawn[metric].influence, found.influence)
         error = difference_error(*influence, strata)
@@ -161,18 +165,28 @@ def compare(
             rule=point.rule,
             metric=metric,
             source="implied" if _is_said(found.value - value, error, said) else SOURCES[metric],
-            predicted=figure(value, low, high, UNITS[metric]),
-            measured=as_figure(found, UNITS[metric], confidence),
+            predicted=figure(value, *_cut(low, high, RANGES[metric]), UNITS[metric]),
+            measured=as_figure(found, UNITS[metric], confidence, *RANGES[metric]),
             covered=covered,
             # The prediction leaves room for rounding only, at both ends. A rerun in which a rare
             # event did not happen has no spread either, but can miss.
             fixed=low is not None and high is not None and high - low <= 4 * _room(value),
         )
         plain = _judge(value, found.value, difference_error(*influence, None), confidence)
-        out.append(Comparison(cell, error, plain[2]))
+        margin = 0.0 if high is None else high - value
+        out.append(Comparison(cell, error, margin, plain[2]))
         if cell.source == "counted":
             said.append((found.value - value, error))
     return out
+
+
+def _cut(
+    low: float | None, high: float | None, ends: tuple[float, float]
+) -> tuple[float | None, float | None]:
+    """An interval without what lies beyond a figure's range, where no rerun can fall."""
+    if low is None or high is None:
+        return low, high
+    return max(low, ends[0]), min(high, ends[1])
 
 
 def _not_judged(
@@ -185,7 +199,7 @@ def _not_judged(
         metric=metric,
         source=SOURCES[metric],
         predicted=point.predicted[metric],
-        measured=as_figure(found, UNITS[metric], confidence),
+        measured=as_figure(found, UNITS[metric], confidence, *RANGES[metric]),
         covered=None,
         fixed=False,
     )
@@ -266,25 +280,25 @@ def repeats(tested: Sequence[Comparison], confidence: float, seed: int = 0) -> R
         spread.
     """
     judged = [
-        (one.cell, one.error)
+        (one.cell, one.error, one.margin)
         for one in tested
         if one.error is not None and one.error.standard_error > 0
     ]
-    if not judged or len({len(error.terms) for _, error in judged}) != 1:
+    if not judged or len({len(error.terms) for _, error, _ in judged}) != 1:
         return None
-    terms = np.column_stack([error.terms for _, error in judged])  # (P, G)
-    spread = np.array([error.standard_error for _, error in judged])
-    predicted, high, measured = (
+    terms = np.column_stack([error.terms for _, error, _ in judged])  # (P, G)
+    spread = np.array([error.standard_error for _, error, _ in judged])
+    predicted, measured, margin = (
         np.array(values, dtype=float)
         for values in zip(
-            *((c.predicted.value, c.predicted.high, c.measured.value) for c, _ in judged),
+            *((c.predicted.value, c.measured.value, margin) for c, _, margin in judged),
             strict=True,
         )
     )
     normal = np.random.default_rng(seed).standard_normal((NUM_REPEATS, len(terms)))
     drawn = np.abs(normal @ terms)
-    counts = np.sum(drawn <= high - predicted, axis=1)
-    covered = sum(bool(cell.covered) for cell, _ in judged)
+    counts = np.sum(drawn <= margin, axis=1)
+    covered = sum(bool(cell.covered) for cell, _, _ in judged)
     widest = float(np.max(np.abs(measured - predicted) / spread))
     shares = counts / len(judged)
     ends = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -30,7 +30,7 @@ from calibrate.derive.certify import AUTO, certificates, grid_losses
 from calibrate.derive.operating_points import plain_gate
 from calibrate.derive.predict import policy_atoms
 from calibrate.run.errors import UsageError, UserError
-from calibrate.run.figure import mean_figure, share_figure
+from calibrate.run.figure import SHARE, mean_figure, share_figure
 from calibrate.run.folder import provenance, read_record, write_record
 from calibrate.run.records import GuaranteeRow, GuaranteesRecord
 from hlmtheory.answer_cap import suggested_cap
@@ -412,6 +412,6 @@ def _row(
         num_calibration_prompts=num_calibration,
         violation_share=share_figure(violations, len(risk), confidence),
         infeasible_share=share_figure(int(np.sum(~feasible)), len(risk), confidence),
-        skip_rate=mean_figure(skip_rate, confidence),
-        risk=mean_figure(risk, confidence),
+        skip_rate=mean_figure(skip_rate, confidence, "", *SHARE),
+        risk=mean_figure(risk, confidence, "", *SHARE),
     )

@@ -389,7 +389,7 @@ def _rerun_info(
 ) -> RerunInfo:
     """What figures show of a rerun beside its cells."""
     from calibrate.derive.curves import size_distribution, throughput_curves
-    from calibrate.run.figure import as_figure
+    from calibrate.run.figure import AMOUNT, as_figure
     from hlmtheory.clusters import mean_over_tokens
 
     sent = tokens.skip < 0.5
@@ -398,7 +398,7 @@ def _rerun_info(
         estimate = mean_over_tokens(
             np.where(sent, tokens.entries, np.nan), tokens.prompt_index, tokens.num_prompts
         )
-        entries = as_figure(estimate, "", derivation.confidence)
+        entries = as_figure(estimate, "", derivation.confidence, *AMOUNT)
     confidence, sweep = derivation.confidence, derivation.snr
     return RerunInfo(
         policy=point.policy,

@@ -216,7 +216,7 @@ def comparison(terms: np.ndarray, off: float) -> Comparison:
         covered=low <= measured <= high,
         fixed=False,
     )
-    return Comparison(cell, error, cell.covered)
+    return Comparison(cell, error, high - 0.5, cell.covered)
 
 
 def normal_share(freedom: int) -> float:
