@@ -160,6 +160,13 @@ def _inside(name: str, values: Sequence[float] | None, low: float, high: float) 
             raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}")
 
 
+def _warn(lines: Sequence[str]) -> None:
+    from calibrate.terminal.progress import say
+
+    for line in lines:
+        say(f"warning: {line}")
+
+
 def _one_of(name: str, value: str, *allowed: str) -> Any:
     if value not in allowed:
         raise UsageError(f"{name} {value}: allowed are {', '.join(allowed)}")
@@ -326,12 +333,14 @@ def calibrate(
         run=output_path,
         resume=resume,
     )
+    from calibrate.derive.caution import sample_cautions
     from calibrate.run.wording import busy_text
     from calibrate.terminal.progress import say
     from calibrate.terminal.tables import print_calibration
 
     if busy := busy_text(summary.timings):
         say(busy)
+    _warn(sample_cautions(summary))
     _show(summary, as_json, print_calibration, output_path, verbose)
 
 
@@ -384,7 +393,8 @@ def _calibrate(
     way_on: str, models: tuple[str | None, ...], num_threads: int | None = None, **settings: Any
 ) -> tuple[CalibrationRecord, LoadedPair | None]:
     """Check, load, decode and fit; the pair, if it was needed, is given back for more."""
-    from calibrate.fit.calibration import CalibrationRequest, finished, prepare
+    from calibrate.derive.caution import pair_cautions
+    from calibrate.fit.calibration import CalibrationRequest, finished, pair_identity, prepare
     from calibrate.fit.calibration import calibrate as run_calibration
     from calibrate.pairs.generation import not_applied
     from calibrate.pairs.registry import resolve_pair
@@ -411,6 +421,7 @@ def _calibrate(
         )
         for line in not_applied(request.spec, request.sampling):
             say(line)
+        _warn(pair_cautions(pair_identity(pair)))
         try:
             with token_progress("calibrating") as bar:
                 return run_calibration(request, chosen, pair, bar.advance, bar.set_total), pair
@@ -508,8 +519,10 @@ def derive(
     _inside("--theta", theta, 0, float("inf"))
     _one_of("--accounting", accounting, "paper", "full")
     _one_of("--certify", certify, "prompts", "tokens", "answers")
+    from calibrate.derive.caution import link_cautions, request_cautions, sample_cautions
     from calibrate.derive.certify import check_caps
     from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
+    from calibrate.derive.predict import economics_of
     from calibrate.run.folder import check_name, read_record
     from calibrate.run.lock import locked
     from calibrate.run.records import CalibrationRecord, DeriveRequest
@@ -541,10 +554,17 @@ def derive(
         if note:
             say(note)
         derivation = derive_run(run, request, name, replace, COMMAND)
-        if profile == "measured" and (
-            busy := busy_text(read_record(run, CalibrationRecord).timings)
-        ):
-            say(busy)
+        calibration = read_record(run, CalibrationRecord)
+    if profile == "measured" and (busy := busy_text(calibration.timings)):
+        say(busy)
+    priced = economics_of(derivation)
+    _warn(
+        [
+            *sample_cautions(calibration),
+            *request_cautions(request),
+            *link_cautions(link, priced.link, priced.vocab_size),
+        ]
+    )
     _show(derivation, as_json, print_operating_points, verbose)
 
 
