@@ -30,6 +30,7 @@ app = typer.Typer(
     name="hlm",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help=(
@@ -114,6 +115,23 @@ ReplaceStudyOption = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from hlmtheory import __version__
+
+        print(f"hlmtheory {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> NoReturn:
     """Run the command line; every failure is one line on stderr and exit 1 or 2.
 
@@ -122,7 +140,7 @@ def main() -> NoReturn:
     listen()
     usage_error: Any = typer.BadParameter.__mro__[1]
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="hlm")
     except usage_error as error:
         command = error.ctx.command_path if error.ctx is not None else "hlm"
         text = error.format_message()
@@ -157,7 +175,10 @@ def _at_least(name: str, value: float, least: float, way_out: str = "") -> None:
 def _inside(name: str, values: Sequence[float] | None, low: float, high: float) -> None:
     for value in values or ():
         if not low < value < high:
-            raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}")
+            hint = ""
+            if high == 1 < value < 100:
+                hint = f"; it is a share: give {value / 100:g} for {value:g} %"
+            raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}{hint}")
 
 
 def _warn(lines: Sequence[str]) -> None:
@@ -296,7 +317,8 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
-    from calibrate.fit.pilot import MIN_PROMPTS
+    from calibrate.pairs.registry import resolve_pair
+    from calibrate.run.prompts import MIN_PROMPTS, check_source
 
     _check_decoding(limit, max_new_tokens, batch_size, seed, device, dtype, num_threads)
     _one_of("--sampling", sampling, "options", "generation-config")
@@ -313,6 +335,8 @@ def calibrate(
     if pair is None and slm is None and llm is None:
         pair = "smollm2"
     models = (pair, slm, llm, drop_layers)
+    resolve_pair(*models)
+    check_source(prompts)
     if sampling == "generation-config":
         chosen = _config_sampling(models, given)
     summary, _ = _calibrate(

@@ -39,10 +39,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.risk import SkipAtoms, SkipRiskSums
 from hlmtheory.risk_tests import (
     MONOTONE,
-    TestMethod,
     check_level,
     conformal_bound,
     conformal_prompts_needed,
@@ -50,7 +50,7 @@ from hlmtheory.risk_tests import (
     prompts_needed,
     risk_upper_bound,
 )
-from hlmtheory.thresholds import Certified, Threshold, largest_passing
+from hlmtheory.thresholds import Threshold, largest_passing
 
 
 def prompt_losses(

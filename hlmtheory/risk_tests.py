@@ -6,14 +6,13 @@ Beside the tests that hold at every number of prompts stands the asymptotic one,
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from scipy import stats
 
 from hlmtheory.domain import check_unit_interval
-
-TestMethod = Literal["betting", "hoeffding-bentkus", "wsr", "t"]
+from hlmtheory.kinds import TestMethod
 
 BETS = np.append(np.arange(1, 16) / 16, 1.0)
 """Shares of the largest stake that the betting test spreads its capital over."""

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from hlmtheory.domain import check_unit_interval
+from hlmtheory.kinds import Certified
 from hlmtheory.risk import SkipAtoms
-
-Certified = Literal["prompts", "tokens", "answers"]
-"""What a budget is about: the mean over prompts of each prompt's mean risk, the risk over tokens,
-or whole answers: the share that differs from the server's, or the total variation of their law;
-docs/theory.md, (33), (48), (52)."""
 
 
 @dataclass(frozen=True)

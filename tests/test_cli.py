@@ -12,6 +12,7 @@ import pytest
 from paper_records import run_record
 
 import cli
+import hlmtheory
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import write_record
 from calibrate.run.prompts import Prompt
@@ -60,7 +61,8 @@ def empty_prompts(tmp_path: Path) -> Path:
         (["derive", "nowhere"], 2, ["nowhere", "no such folder"]),
         (["derive", "nowhere", "--policy", "x-hlm"], 2, ["x-hlm", "r-hlm"]),
         (["derive", "nowhere", "--risk", "1.5"], 2, ["--risk 1.5"]),
-        (["derive", "nowhere", "--confidence", "95"], 2, ["--confidence 95"]),
+        (["derive", "nowhere", "--risk", "5"], 2, ["--risk 5", "give 0.05 for 5 %"]),
+        (["derive", "nowhere", "--confidence", "95"], 2, ["--confidence 95", "give 0.95"]),
         (["derive", "nowhere", "--importance", "topk"], 2, ["--importance topk"]),
         (["derive", "nowhere", "--policy", "mine.py:Mine"], 2, ["mine.py:Mine", "no such file"]),
         (["derive", "nowhere", "--score", "mood"], 2, ["--score mood", "one_minus_margin"]),
@@ -190,6 +192,53 @@ def test_help_loads_no_model_library() -> None:
                     "guarantees", "attenuation", "quality", "report", "monitor",
                     "plan", "export"):  # fmt: skip
         assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--pair", "x"], ["--limit", "0"], ["--slm", "a.gguf", "--llm", "b.gguf"], ["--top-p", "95"],
+     ["--prompts", "nowhere.jsonl"], ["--pilot", "3"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_mistakes_in_calibrate_are_told_before_anything_heavy_is_imported(wrong: list[str]) -> None:
+    code = (
+        "import sys, cli\n"
+        f"sys.argv = ['hlm', 'calibrate', '--output-path', 'nowhere', *{wrong}]\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit as end:\n    assert end.code == 2\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pyarrow', 'pandas'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_and_version_have_their_usual_names() -> None:
+    for asked in (["-h"], ["calibrate", "-h"], ["pairs", "list", "-h"]):
+        result = hlm(*asked)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith("Usage: hlm ")
+    result = hlm("--version")
+    assert (result.returncode, result.stdout) == (0, f"hlmtheory {hlmtheory.__version__}\n")
+
+
+def test_a_gated_model_out_of_reach_says_licence_and_token(tmp_path: Path) -> None:
+    result = hlm("pairs", "pull", "tinyllama-llama2", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()[-1:]
+    for words in ("Llama-2-7b-chat-hf", "HF_HUB_OFFLINE is set", "accept its licence", "HF_TOKEN"):
+        assert words in line
+
+
+def test_pairs_show_says_what_each_line_is() -> None:
+    result = hlm("pairs", "show", "smollm2")
+    names = [line.split("  ")[0] for line in result.stdout.splitlines()]
+    for name in ("name", "source", "sha256", "layers left out", "download", "in cache", "folder"):
+        assert name in names
 
 
 def test_an_unknown_policy_is_told_at_once_and_so_is_a_broken_file(tmp_path: Path) -> None:

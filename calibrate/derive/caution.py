@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrate.fit.pilot import MIN_PROMPTS
+from calibrate.run.prompts import MIN_PROMPTS
 from calibrate.run.records import CalibrationRecord, DeriveRequest, PairIdentity
 from hlmtheory.cost import index_bits
 from hlmtheory.link import Link

@@ -22,11 +22,11 @@ from hlmtheory.guarantees import (
     fixed_sequence_threshold,
     learn_then_test_threshold,
 )
+from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.policies import GatedPolicy
 from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
-from hlmtheory.risk_tests import TestMethod
 from hlmtheory.steps import Step
-from hlmtheory.thresholds import Certified, Threshold
+from hlmtheory.thresholds import Threshold
 
 AUTO = "auto"
 TESTS: tuple[TestMethod, ...] = ("betting", "wsr", "hoeffding-bentkus", "t")

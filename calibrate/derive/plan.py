@@ -29,15 +29,14 @@ from calibrate.run.records import (
 from hlmtheory.answer_cap import suggested_cap
 from hlmtheory.clusters import ratio_of_sums
 from hlmtheory.guarantees import GridLosses
+from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.risk_tests import (
-    TestMethod,
     conformal_bound,
     conformal_prompts_needed,
     p_value_of_counts,
     prompts_needed,
     wsr_p_value,
 )
-from hlmtheory.thresholds import Certified
 
 NUM_DRAWS = 200
 MOST = 30_000

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibrate.fit.pilot import DEFAULT_PROMPTS, MIN_PROMPTS, plan_pilot, policy_of
+from calibrate.fit.pilot import DEFAULT_PROMPTS, plan_pilot, policy_of
 from calibrate.fit.summary import summarise
 from calibrate.run.errors import UserError
 from calibrate.run.folder import (
@@ -20,6 +20,7 @@ from calibrate.run.folder import (
 )
 from calibrate.run.lock import locked
 from calibrate.run.prompts import (
+    MIN_PROMPTS,
     Prompt,
     draw_prompts,
     read_prompts,

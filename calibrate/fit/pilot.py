@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibrate.run.prompts import Prompt, draw_prompts
+from calibrate.run.prompts import MIN_PROMPTS, Prompt, draw_prompts
 from calibrate.run.records import Pilot
 from calibrate.run.traces import Trace
 from hlmtheory.policies import Policy, pilot_policy, policy_from_settings
@@ -21,9 +21,6 @@ from hlmtheory.thresholds import risk_budget_threshold
 
 PILOT_RISK = 0.02
 """Large enough for answers to part within their length, small enough for first order to hold."""
-
-MIN_PROMPTS = 16
-"""Fewer say nothing of their own spread."""
 
 DEFAULT_PROMPTS = 64
 """More narrow the intervals little: the sampling of prompts in the calibration is most of them."""

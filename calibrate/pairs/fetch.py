@@ -218,19 +218,17 @@ def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
             tqdm_class=_bar_class(_reporter(f"download {label}", progress), None),
         )
     except GatedRepoError as error:
-        raise UserError(
-            f"{source.repo_id} is gated: accept its licence at "
-            f"https://huggingface.co/{source.repo_id}, then run 'hf auth login'"
-        ) from error
+        raise UserError(f"{source.repo_id} is gated: {source.access}") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{source.repo_id} is neither a folder here nor a public model on the hub: check the "
-            "name, or run 'hf auth login' if it is private"
+            "name, or set HF_TOKEN or run 'hf auth login' if it is private"
         ) from error
     except (HTTPError, OSError) as error:
         raise UserError(
             f"cannot fetch {label} from the hub ({_hub_reason(error)}): connect once, or give a "
             "local folder or .gguf file with --slm/--llm"
+            + (f"; it is gated too: {source.access}" if source.gated else "")
         ) from error
 
 

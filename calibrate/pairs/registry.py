@@ -95,7 +95,7 @@ _PAIRS = (
     PairSpec(
         "tinyllama-llama2",
         ModelSpec("TinyLlama-1.1B-Chat-v1.0", HubRepo("TinyLlama/TinyLlama-1.1B-Chat-v1.0")),
-        ModelSpec("Llama-2-7b-chat-hf", HubRepo("meta-llama/Llama-2-7b-chat-hf")),
+        ModelSpec("Llama-2-7b-chat-hf", HubRepo("meta-llama/Llama-2-7b-chat-hf", gated=True)),
         "the papers' pair; the server model is gated on the hub",
         "Apache-2.0 (device), Llama 2 Community License (server)",
     ),

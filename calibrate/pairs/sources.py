@@ -74,9 +74,19 @@ class HubRepo:
 
     repo_id: str
     revision: str | None = None
+    gated: bool = False
+    """Whether its licence has to be accepted on the hub before it is handed out."""
 
     def __str__(self) -> str:
         return f"hub {self.repo_id}" + (f" at {self.revision}" if self.revision else "")
+
+    @property
+    def access(self) -> str:
+        """What a user has to do to be let in."""
+        return (
+            f"accept its licence at https://huggingface.co/{self.repo_id}, then set HF_TOKEN to a "
+            "token of that account, or run 'hf auth login'"
+        )
 
 
 @dataclass(frozen=True)

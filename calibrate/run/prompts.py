@@ -18,6 +18,9 @@ from calibrate.run.resources import data_path
 Split: TypeAlias = Literal["calibration", "validation"]
 Order: TypeAlias = Literal["random", "file"]
 
+MIN_PROMPTS = 16
+"""Fewer say nothing of their own spread."""
+
 # Beside the seed, so that the two draws of one seed have nothing to do with each other.
 _DRAW_TAGS: dict[Split, int] = {"calibration": 1, "validation": 2}
 
@@ -49,6 +52,24 @@ def text_key(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
+def check_source(source: str | None) -> Path | None:
+    """The file that prompts are read from; None for a dataset of the hub.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    path = data_path("prompts.jsonl") if source is None else Path(source)
+    if path.is_dir():
+        raise UsageError(f"--prompts {source}: is a folder; give a .jsonl or .txt file")
+    if path.is_file():
+        return path
+    if source is not None and source.count("/") == 1 and not path.suffix:
+        return None
+    raise UsageError(f"--prompts {source}: no such file; give a .jsonl or .txt file")
+
+
 def read_prompts(source: str | None) -> list[Prompt]:
     """Read a prompt file.
 
@@ -65,13 +86,9 @@ def read_prompts(source: str | None) -> list[Prompt]:
     UserError
         If the file cannot be read, is empty, or a line of it is not a prompt.
     """
-    path = data_path("prompts.jsonl") if source is None else Path(source)
-    if path.is_dir():
-        raise UsageError(f"--prompts {source}: is a folder; give a .jsonl or .txt file")
-    if not path.is_file():
-        if source is not None and source.count("/") == 1 and not path.suffix:
-            return _from_hub(source)
-        raise UsageError(f"--prompts {source}: no such file; give a .jsonl or .txt file")
+    path = check_source(source)
+    if path is None:
+        return _from_hub(source or "")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

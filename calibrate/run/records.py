@@ -10,9 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hlmtheory.risk_tests import TestMethod
+from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.sampled_law import Sampling
-from hlmtheory.thresholds import Certified
 
 Share = Annotated[float, Field(ge=0, le=1)]
 MonitorUnit = Literal["tokens", "answers"]

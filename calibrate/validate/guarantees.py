@@ -35,16 +35,15 @@ from calibrate.run.folder import provenance, read_record, write_record
 from calibrate.run.records import GuaranteeRow, GuaranteesRecord
 from hlmtheory.answer_cap import suggested_cap
 from hlmtheory.guarantees import GridLosses, num_passing
+from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.risk import SkipAtoms, SkipRiskSums, skip_risk_sums
 from hlmtheory.risk_tests import (
-    TestMethod,
     betting_p_value,
     check_level,
     conformal_bound,
     p_value_of_counts,
     wsr_p_value,
 )
-from hlmtheory.thresholds import Certified
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
 NUM_DRAWS = 500

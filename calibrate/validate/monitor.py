@@ -28,8 +28,8 @@ from calibrate.run.records import (
     OperatingPoint,
 )
 from calibrate.run.stopping import Interrupted
+from hlmtheory.kinds import Certified
 from hlmtheory.monitoring import Tally, audited_losses, window_level
-from hlmtheory.thresholds import Certified
 
 CHUNK_NUM_BYTES = 1 << 20
 TAIL_NUM_BYTES = 1024
