@@ -34,7 +34,8 @@ class Recommendation:
     reason : str
         Why there is none; empty otherwise.
     hidden_bias : bool
-        Whether the point's bias is above its risk: verification adds to it.
+        Whether the point's bias is above its risk, which is what the budget is of: verification
+        adds to it.
     certified : OperatingPoint or None
         Of the same policy, certified for the budget and skipping most.
     not_certified : str
@@ -89,7 +90,8 @@ def _recommend(derivation: DerivationRecord, kind: str, budget: float) -> Recomm
         reason = next((one.reason for one in gated if one.reason), "no policy has a gate")
     certified, why = _certified(derivation, found, kind, budget)
     return Recommendation(
-        kind, budget, found, reason, found is not None and found.score is not None and _adds(found),
+        kind, budget, found, reason,
+        kind == "risk" and found is not None and found.score is not None and _adds(found),
         certified, why, server, None if found is None else _num_users(derivation, found, server),
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from calibrate.derive.recommend import (
+    Recommendation,
     fixed_size,
     recommendation_texts,
     recommendations,
@@ -13,7 +14,7 @@ from calibrate.derive.recommend import (
     server_time_ms,
     threshold_text,
 )
-from calibrate.run.figure import number_text, percent_text, share_text
+from calibrate.run.figure import NO_VALUE, number_text, percent_text, share_text
 from calibrate.run.records import Certificate, DerivationRecord, Figure, OperatingPoint
 from calibrate.run.wording import UNKNOWN_ANSWERS, pilot_text, promise_texts, rule_text
 from calibrate.terminal.page import Page
@@ -29,6 +30,12 @@ PRICES = {
 }
 SERVER_TIME = ">server ms/token"
 ANSWERS = ("answer_divergence", "tokens_in_agreement")
+ADVICE = (
+    "take", ">keep up to", ">skips %", ">TV bias %", ">bit/token", ">token/s", ">certified up to",
+    ">users",
+)  # fmt: skip
+FEW = 2
+"""Budgets whose recommendations are told in sentences; those of more are a table."""
 TAKEN = "*"
 
 Section: TypeAlias = tuple[str, list[OperatingPoint]]
@@ -46,26 +53,59 @@ def print_operating_points(result: DerivationRecord, verbose: bool = False) -> N
     """
     page = Page()
     advice = recommendations(result)
-    for one in advice:
-        for text in recommendation_texts(result, one):
-            page.say(text)
     taken = {one.point.key for one in advice if one.point}
     chosen = {(one.kind, one.budget) for one in advice}
     feasible = [point for point in result.operating_points if point.feasible]
-    shown = [
-        point for point in feasible
-        if point.score is None or (point.family, point.budget) in chosen
-    ]  # fmt: skip
-    _print_short(page, result, shown, taken, verbose or page.with_intervals)
+    if verbose or len(advice) <= FEW:
+        for one in advice:
+            for text in recommendation_texts(result, one):
+                page.say(text)
+        shown = [
+            point for point in feasible
+            if (point.score is None or (point.family, point.budget) in chosen)
+            and (verbose or not point.variant or point.key in taken)
+        ]  # fmt: skip
+        _print_short(page, result, shown, taken, verbose or page.with_intervals)
+    else:
+        _print_advice(page, advice)
     for text in _notes(result, [one.point for one in advice if one.point]):
         page.say(text)
     if not verbose:
         page.say(
-            f"{len(result.operating_points)} points in all; --verbose has the other rules, "
-            "intervals, whole answers and certificates"
+            f"{len(result.operating_points)} points in all; --verbose has the other rules and "
+            "settings, intervals, whole answers and certificates"
         )
         return
     _print_all(page, result, feasible)
+
+
+def _print_advice(page: Page, advice: Sequence[Recommendation]) -> None:
+    """The recommendations of many budgets, a line each."""
+
+    def row(one: Recommendation) -> list[Any]:
+        if one.point is None:
+            return [f"none for {one.kind}-{one.budget:g}", *[NO_VALUE] * (len(ADVICE) - 1)]
+        seen = one.point.predicted
+        certified = None if one.certified is None else one.certified.uncertainty_threshold
+        return [
+            one.point.key,
+            number_text(one.point.uncertainty_threshold, interval=False),
+            percent_text(seen["skip_rate"], decimals=1, interval=False),
+            percent_text(seen["tv_bias"], decimals=2, interval=False),
+            number_text(seen["uplink_bits_per_token"], interval=False),
+            number_text(seen["throughput_tok_s"], interval=False),
+            number_text(certified, interval=False),
+            NO_VALUE if one.num_users is None else f"{one.num_users:,}",
+        ]
+
+    page.table(ADVICE, map(row, advice))
+    page.say("certified up to: the threshold that is certified for the budget, if one is")
+    server = next((one.server for one in advice if one.server), None)
+    if server is not None:
+        page.say(
+            f"users: of one server, from which on the point is faster than {server.policy} alone, "
+            f"{number_text(server.predicted['throughput_tok_s'], interval=False)} token/s for one"
+        )
 
 
 def _print_short(
@@ -98,12 +138,13 @@ def _print_short(
 
 def _notes(result: DerivationRecord, taken: Sequence[OperatingPoint]) -> list[str]:
     """What the table means, in a few lines."""
+    mark = f"{TAKEN} recommended; " if len(taken) <= FEW else ""
     out = [
-        f"{TAKEN} recommended; {result.num_prompts:,} prompts, {result.num_tokens:,} tokens; link "
+        f"{mark}{result.num_prompts:,} prompts, {result.num_tokens:,} tokens; link "
         f"{result.link['name']}, profile {result.profile['name']}, {result.accounting} accounting; "
         f"brackets: {share_text(result.confidence)}, by prompt"
     ]
-    out += risk_texts(result, taken)
+    out += risk_texts(result, taken[:FEW])
     if assumed := result.profile.get("assumed"):
         out.append(f"assumed, not measured: {', '.join(assumed)}")
     return out
@@ -225,6 +266,7 @@ def print_certificates(page: Page, certificates: Sequence[Certificate]) -> None:
             for one in certificates
         ),
         "what the run's own prompts certify",
+        num_names=3,
     )  # fmt: skip
     for text in promise_texts(sorted({one.certified for one in certificates})):
         page.say(text)

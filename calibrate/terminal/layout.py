@@ -23,7 +23,9 @@ Row: TypeAlias = Sequence[str] | str
 """Cells; or a line of its own across the table, and an empty sequence for a blank one."""
 
 
-def table_lines(columns: Sequence[str], rows: Sequence[Row], width: int) -> list[str]:
+def table_lines(
+    columns: Sequence[str], rows: Sequence[Row], width: int, num_names: int | None = None
+) -> list[str]:
     """A table in lines of at most `width`, but for a single cell that is wider.
 
     Parameters
@@ -33,10 +35,12 @@ def table_lines(columns: Sequence[str], rows: Sequence[Row], width: int) -> list
     rows : sequence of Row
         Every cell stands whole on one line, those of folded columns word by word.
     width : int
+    num_names : int, optional
+        Columns at the left that name the rows; those before the first number, unless told.
     """
-    names = _num_names(columns)
+    names = _num_names(columns) if num_names is None else num_names
     widths = _widths(columns, rows, width, names)
-    while names > 0 and _total(widths[:names]) > width * MOST_NAMES:
+    while names > 1 and _total(widths[:names]) > width * MOST_NAMES:
         names -= 1
     blocks: list[list[int]] = [[]]
     for place in range(names, len(columns)):
@@ -71,7 +75,7 @@ def _total(widths: Sequence[int]) -> int:
 def _num_names(columns: Sequence[str]) -> int:
     """How many columns at the left name the rows: all before the first number, but not all."""
     numbers = (place for place, name in enumerate(columns) if name.startswith(RIGHT))
-    return min(next(numbers, 1), len(columns) - 1)
+    return max(min(next(numbers, 1), len(columns) - 1), 1)
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Row], width: int, num_names: int) -> list[int]:

@@ -41,17 +41,19 @@ class Page:
         columns: Sequence[str],
         rows: Iterable[Sequence[Any] | str],
         title: str | None = None,
+        num_names: int | None = None,
     ) -> None:
         """A table of texts, figures, numbers and truths, with room above and below.
 
         Columns whose name begins with ">" are set to the right, with "~" folded between words; a
-        row that is a text is a line of its own, an empty one is blank.
+        row that is a text is a line of its own, an empty one is blank. `num_names` columns name
+        the rows, and are repeated where a table is set in parts.
         """
         told = [row if isinstance(row, str) else [_cell(one) for one in row] for row in rows]
         print()
         if title:
             self.say(title)
-        for line in table_lines(columns, told, self.width):
+        for line in table_lines(columns, told, self.width, num_names):
             print(line)
         print()
 

@@ -241,6 +241,7 @@ def print_guarantees(result: GuaranteesRecord) -> None:
              row.weighting, row.violation_share, row.infeasible_share, row.skip_rate, row.risk)
             for row in result.rows
         ),
+        num_names=4,
     )  # fmt: skip
     print_certificates(page, result.certificates)
 
@@ -254,7 +255,7 @@ def print_plan(result: PlanRecord) -> None:
         f"prompts are like the run's {result.num_prompts}; {result.ms_per_prompt / 1e3:.2g} s each"
     )
     page.table(
-        (">budget", "rule", ">answer cap", ">skip rate", ">without any loss", ">prompts",
+        (">budget", "~rule", ">answer cap", ">skip rate", ">without any loss", ">prompts",
          ">minutes"),
         (
             (one.budget, one.rule + ("" if one.guaranteed else ": " + WEAKER[one.rule]), one.cap,
@@ -263,6 +264,7 @@ def print_plan(result: PlanRecord) -> None:
              None if one.wall_s is None else one.wall_s / 60)
             for one in result.rows
         ),
+        num_names=2,
     )  # fmt: skip
     page.table(
         (">budget", "interval of", ">width", ">prompts", ">minutes"),
@@ -270,6 +272,7 @@ def print_plan(result: PlanRecord) -> None:
             (one.budget, one.metric, one.width, f"{one.num_prompts:,}", one.wall_s / 60)
             for one in result.intervals
         ),
+        num_names=2,
     )
 
 

@@ -53,6 +53,15 @@ def test_what_does_not_fit_is_set_in_parts_that_all_name_their_rows():
     assert max(map(len, lines)) <= 50
 
 
+def test_the_columns_that_name_rows_may_be_told():
+    rows = [("0.01", "x", "1" * 20, "2" * 20), ("0.05", "x", "3" * 20, "4" * 20)]
+    columns = (">budget", "rule", ">a", ">b")
+    for told, with_rule in ((None, 2), (2, 4)):
+        lines = table_lines(columns, rows, 40, told)
+        assert sum(line.startswith(("  0.01", "  0.05")) for line in lines) == 4
+        assert sum(" x" in line for line in lines) == with_rule
+
+
 def test_a_single_cell_that_is_wider_is_not_cut():
     lines = table_lines(("name", ">number"), [("x", "9" * 60)], 40)
     assert any("9" * 60 in line for line in lines)

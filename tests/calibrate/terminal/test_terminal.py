@@ -117,3 +117,13 @@ def test_a_pipe_has_no_width_and_texts_are_not_folded(judged_run: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.split("\n"))) > 120
+
+
+def test_many_budgets_are_a_line_each(judged_run: Path) -> None:
+    command = [str(ROOT / "cli.py"), "derive", str(judged_run), "--name", "many"]
+    asked = [word for risk in ("0.02", "0.05", "0.3") for word in ("--risk", risk)]
+    lines = in_terminal(80, *command, *asked, "--policy", "llm", "--policy", "r-hlm").split("\n")
+    table = [line for line in lines if line.startswith("r-hlm/risk-")]
+    assert [line.split()[0] for line in table] == [f"r-hlm/risk-{risk}" for risk in asked[1::2]]
+    assert all(len(line) <= 80 for line in lines)
+    assert sum("certified up to" in line for line in lines) == 1
