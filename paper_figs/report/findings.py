@@ -1,8 +1,9 @@
-"""The README's findings, every number and figure of them made from shipped results.
+"""What the shipped results say: README's table, docs/findings.md with its figures, and the table of
+docs/choosing.md, made from them.
 
-    python -m paper_figs.report.findings        # writes them into README.md and docs/figures again
+    python -m paper_figs.report.findings        # writes them again
 
-A test fails when README and results drift apart.
+A test fails when one of them and the results drift apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from pathlib import Path
 
 from calibrate.run.figure import NO_VALUE, number_text, scaled
 from calibrate.run.folder import write_text
-from calibrate.run.records import Figure, GuaranteeRow, LineFit, ValidationRecord
+from calibrate.run.records import (
+    Figure,
+    GuaranteeRow,
+    GuaranteesRecord,
+    LineFit,
+    OperatingPoint,
+    ValidationRecord,
+)
 from calibrate.run.resources import data_path
 from paper_figs.draw import figures, save
 from paper_figs.loaded import LoadedRun, load_run
@@ -22,6 +30,7 @@ from paper_figs.report.tables import markdown_table
 from paper_figs.style import styled
 
 BEGIN, END = "<!-- findings: from data/results, by paper_figs.report.findings -->", "<!-- end -->"
+ROOT = Path(__file__).resolve().parents[2]
 REAL = "qwen2.5-coder"
 EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
 FULL = "full"
@@ -47,12 +56,86 @@ def shipped_findings(results: Path) -> str:
     return findings(list(runs.values()), runs[REAL], load_run(results / REAL, FULL))
 
 
+def summary(real: LoadedRun, full: LoadedRun) -> str:
+    """Markdown of README's table: what was found on the real pair, a line each, in plain words."""
+    predicted = {point.key: point.predicted for point in full.feasible}
+    whole, residual = (predicted.get(f"{name}/risk-0.01", {}) for name in ("u-hlm", "r-hlm"))
+    rows = [[
+        "tokens that the phone writes alone, at a risk of 1 % a token",
+        _percent(_skip_rates(real)["uncertainty"]),
+    ]]  # fmt: skip
+    if BITS in whole and BITS in residual:
+        rows.append([
+            "sent up a token at that risk: all probabilities (`u-hlm`), or only what the gate "
+            "would have skipped (`r-hlm`)",
+            f"{number_text(whole[BITS])} bit, or {number_text(residual[BITS])} bit",
+        ])  # fmt: skip
+    if "answer_divergence" in residual:
+        tokens = real.calibration.settings.max_new_tokens
+        rows.append([
+            f"how far whole answers of up to {tokens} tokens then lie from the server's: no score "
+            "in [0, 1] moves by more",
+            _percent(residual["answer_divergence"]),
+        ])  # fmt: skip
+    if real.guarantees is not None:
+        found = _of_all_prompts(real.guarantees)
+        rows.append([
+            "how often a budget of 5 % that calibration met is broken afterwards: as it is, or "
+            "certified",
+            " or ".join(_percent(found[rule, 0.05].violation_share) for rule in ("risk", "ltt")),
+        ])  # fmt: skip
+    rows.append(_last_row(real))
+    return _table(["what was measured", "result"], rows)
+
+
+def costs(full: LoadedRun) -> str:
+    """Markdown of the table of docs/choosing.md: every policy at 1 % risk or without a gate."""
+    told = {
+        "skip_rate": "skipped",
+        BITS: "bit/token",
+        BIAS: "TV bias",
+        "answer_divergence": "of answers",
+    }
+    points = [point for point in full.feasible if point.rule in ("none", "risk-0.01")]
+    points.sort(key=lambda point: (point.rule, point.predicted[BITS].value or 0.0))
+
+    def cell(point: OperatingPoint, name: str) -> str:
+        number = point.predicted[name]
+        text = number_text(number) if name == BITS else _percent(number)
+        return f"at most {text}" if name in point.at_most else text
+
+    rows = [[f"`{point.policy}`", *(cell(point, name) for name in told)] for point in points]
+    return _table(["policy", *told.values()], rows)
+
+
+def _last_row(real: LoadedRun) -> list[str]:
+    """Whether predictions held; without reruns, how well the score tells rejections."""
+    if real.validation is not None:
+        covered = real.validation.coverage
+        what = "figures of reruns on fresh prompts that lie in their prediction intervals"
+        return [what, f"{covered.covered} of {covered.total}"]
+    fit = real.calibration.fit
+    what = "correlation of the phone's uncertainty with rejection: in the mean, and token by token"
+    return [what, f"{number_text(fit.correlation_binned)} and {number_text(fit.correlation)}"]
+
+
+def _skip_rates(loaded: LoadedRun) -> dict[str, Figure]:
+    """Share of tokens that each score skips at 1 % risk."""
+    return {one.name: one.skip_rate_at_risk["0.01"] for one in loaded.calibration.estimators}
+
+
+def _of_all_prompts(record: GuaranteesRecord) -> dict[tuple[str, float], GuaranteeRow]:
+    """Rows of the study with calibrations as large as the run's own, by rule and budget."""
+    return {(row.rule, row.budget): row for row in record.rows if row.source == "all-prompts"}
+
+
 def _percent(number: Figure) -> str:
-    return f"{number_text(scaled(number, 100))} %"
+    text = number_text(scaled(number, 100))
+    return text if number.value is None else f"{text}\N{NO-BREAK SPACE}%"
 
 
 def _figure(name: str, alt: str) -> str:
-    return f"![{alt}](docs/figures/{name}.png)"
+    return f"![{alt}](figures/{name}.png)"
 
 
 def _table(titles: Sequence[str], rows: list[list[str]]) -> str:
@@ -61,14 +144,14 @@ def _table(titles: Sequence[str], rows: list[list[str]]) -> str:
 
 def _relation(loaded: LoadedRun) -> str:
     calibration, fit = loaded.calibration, loaded.calibration.fit
-    rates = {entry.name: entry.skip_rate_at_risk["0.01"] for entry in calibration.estimators}
+    rates = _skip_rates(loaded)
     less = next(
         (one.less_uncertainty["0.01"] for one in calibration.estimators
          if one.name == "uncertainty_sampled" and one.less_uncertainty),
         Figure(value=None),
     )  # fmt: skip
     return (
-        "**1. A line describes averages, not tokens, and not exactly.** "
+        "## 1. A line describes averages, not tokens, and not exactly\n\n"
         f"{calibration.num_prompts} prompts, {calibration.num_tokens:,} tokens: "
         f"slope {number_text(fit.slope)}, intercept {number_text(fit.intercept)}; correlation of "
         f"binned means {number_text(fit.correlation_binned)}, token by token "
@@ -97,7 +180,7 @@ def _wald(fit: LineFit) -> str:
 def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]], drawn: bool) -> str:
     """What reruns said; with figures where the run that is drawn has some."""
     if not runs:
-        return "**2. Predictions against reruns.** None of the shipped runs was rerun yet."
+        return "## 2. Predictions against reruns\n\nNone of the shipped runs was rerun yet."
     rows = []
     for loaded, validation in runs:
         tested, hold = validation.coverage, validation.coverage.if_predictions_hold
@@ -116,7 +199,7 @@ def _coverage(runs: list[tuple[LoadedRun, ValidationRecord]], drawn: bool) -> st
     titles = ["run", "prompts", "tokens", "inside", "to expect", "as few",
               "widest error in standard errors, as wide", "inside if independent"]  # fmt: skip
     text = (
-        "**2. Predictions against reruns.** Every policy at derived settings, decoded again on "
+        "## 2. Predictions against reruns\n\nEvery policy at derived settings, decoded again on "
         "prompts and random numbers that the derivation has not seen; a cell is one figure of one "
         f"rerun, held to its {level} % interval. Cells that a policy fixes by itself, "
         "or that others imply, are left out. Intervals take prompts by category, of which "
@@ -199,7 +282,7 @@ def _payload(loaded: LoadedRun) -> str:
     same = f"({', '.join(twins)}: all figures of the row before, for it skips the same.) "
     same = same if twins else ""
     return (
-        f"**3. What sending less costs in bias: {' and '.join(least)} {verb} least.** "
+        f"## 3. What sending less costs in bias: {' and '.join(least)} {verb} least\n\n"
         "Every gated policy at the thresholds of three risk budgets, by rising payload in "
         f"'{accounting}' accounting, which bills unseen tokens and the server's reply as well. "
         f"{same}In one context all of them skip the same drafts where the score alone decides, at "
@@ -231,13 +314,11 @@ def _capped(rows: dict[tuple[str, float], GuaranteeRow]) -> str:
 def _guarantees(loaded: LoadedRun) -> str:
     if loaded.guarantees is None:
         return ""
-    rows = {
-        (row.rule, row.budget): row for row in loaded.guarantees.rows if row.source == "all-prompts"
-    }
+    rows = _of_all_prompts(loaded.guarantees)
     plug_in, certified = rows["risk", 0.05], rows["ltt", 0.05]
     return (
-        "**4. A budget met on the calibration prompts is broken about every other time; a "
-        f"certified one keeps its promise.** {plug_in.num_draws} calibrations of "
+        "## 4. A budget met on the calibration prompts is broken about every other time; a "
+        f"certified one keeps its promise\n\n{plug_in.num_draws} calibrations of "
         f"{plug_in.num_calibration_prompts} prompts drawn from the real ones with "
         "replacement, at 5 % risk: the plug-in threshold breaks its budget (a mean over "
         f"{plug_in.weighting}) in {_percent(plug_in.violation_share)} of them, Learn-then-Test "
@@ -250,13 +331,24 @@ def _guarantees(loaded: LoadedRun) -> str:
     )
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with its findings between the two marks exchanged."""
-    before, _, rest = readme.partition(BEGIN)
+def replaced(page: str, text: str) -> str:
+    """The page with what stands between its two marks exchanged."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not rest or not after:
-        raise ValueError(f"README has no findings between {BEGIN!r} and {END!r}")
+        raise ValueError(f"nothing stands between {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """Every page that says what the results say, as it should be."""
+    full = load_run(results / REAL, FULL)
+    told = {
+        ROOT / "README.md": summary(load_run(results / REAL), full),
+        ROOT / "docs" / "findings.md": shipped_findings(results),
+        ROOT / "docs" / "choosing.md": costs(full),
+    }
+    return {path: replaced(path.read_text(encoding="utf-8"), text) for path, text in told.items()}
 
 
 def draw_figures(results: Path, output: Path) -> None:
@@ -271,12 +363,11 @@ def draw_figures(results: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Write the findings into README.md, and their figures into docs/figures."""
-    root, results = Path(__file__).resolve().parent.parent.parent, data_path("results")
-    path = root / "README.md"
-    text = replaced(path.read_text(encoding="utf-8"), shipped_findings(results))
-    write_text(path, text)
-    draw_figures(results, root / "docs" / "figures")
+    """Write README's table, the findings and their figures."""
+    results = data_path("results")
+    for path, text in pages(results).items():
+        write_text(path, text)
+    draw_figures(results, ROOT / "docs" / "figures")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""README says what the shipped results say."""
+"""README and docs/findings.md say what the shipped results say."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import paper_records
@@ -15,9 +15,7 @@ from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, Figure, RunRecord
 from calibrate.run.resources import data_path
 from paper_figs.loaded import LoadedRun
-from paper_figs.report.findings import REAL, findings, replaced, shipped_findings
-
-ROOT = Path(__file__).resolve().parents[2]
+from paper_figs.report.findings import REAL, ROOT, costs, findings, pages, summary
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +23,45 @@ def loaded() -> LoadedRun:
     return paper_records.full_run()
 
 
-def test_numbers_in_readme_are_those_of_the_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert replaced(readme, shipped_findings(data_path("results"))) == readme
+def test_numbers_on_the_pages_are_those_of_the_results() -> None:
+    made = pages(data_path("results"))
+    assert [path.name for path in made] == ["README.md", "findings.md", "choosing.md"]
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, path
 
 
 def test_figures_of_the_findings_are_there() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for part in readme.split("](docs/")[1:]:
-        assert (ROOT / "docs" / part.partition(")")[0]).is_file()
+    shown = re.findall(r"]\((figures/[^)]+)\)", (ROOT / "docs" / "findings.md").read_text())
+    assert shown
+    for path in shown:
+        assert (ROOT / "docs" / path).is_file()
+
+
+def test_the_guide_has_each_policy_once(loaded: LoadedRun) -> None:
+    lines = costs(loaded).splitlines()[2:]
+    names = [line.split("`")[1] for line in lines]
+    expected = {p.policy for p in loaded.feasible if p.rule in ("none", "risk-0.01")}
+    assert sorted(names) == sorted(expected)
+
+
+def table(loaded: LoadedRun) -> dict[str, str]:
+    """README's table: result by what was measured."""
+    lines = summary(loaded, loaded).splitlines()[2:]
+    return dict(line.strip("| ").split(" | ") for line in lines)  # type: ignore[misc]
+
+
+def test_readme_has_five_rows_with_a_number_each(loaded: LoadedRun) -> None:
+    for run in (loaded, replace(loaded, validation=None)):
+        rows = table(run)
+        assert len(rows) == 5
+        assert all(re.search(r"\d", result) for result in rows.values())
+
+
+def test_readme_says_what_reruns_said_once_there_are_some(loaded: LoadedRun) -> None:
+    assert loaded.validation is not None
+    covered = loaded.validation.coverage
+    assert list(table(loaded).values())[-1] == f"{covered.covered} of {covered.total}"
+    assert "correlation" in list(table(replace(loaded, validation=None)))[-1]
 
 
 def test_a_changed_result_is_a_changed_finding(loaded: LoadedRun) -> None:
@@ -41,6 +69,13 @@ def test_a_changed_result_is_a_changed_finding(loaded: LoadedRun) -> None:
     fit = loaded.calibration.fit.model_copy(update={"slope": Figure(value=1.1)})
     moved = replace(loaded, calibration=loaded.calibration.model_copy(update={"fit": fit}))
     assert findings([moved], moved, moved) != findings([loaded], loaded, loaded)
+    skipped = loaded.calibration.estimators[0].model_copy(
+        update={"skip_rate_at_risk": {"0.01": Figure(value=0.5)}}
+    )
+    others = loaded.calibration.estimators[1:]
+    better = loaded.calibration.model_copy(update={"estimators": (skipped, *others)})
+    moved = replace(loaded, calibration=better)
+    assert summary(moved, loaded) != summary(loaded, loaded)
 
 
 def test_figures_of_reruns_are_shown_where_the_drawn_run_has_some(loaded: LoadedRun) -> None:
@@ -55,7 +90,7 @@ def test_figures_of_reruns_are_shown_where_the_drawn_run_has_some(loaded: Loaded
 
 def payload_rows(loaded: LoadedRun) -> dict[str, list[str]]:
     """Rows of the third finding, by policy and in their order."""
-    part = findings([loaded], loaded, loaded).split("**3. ")[1].split("**4. ")[0]
+    part = findings([loaded], loaded, loaded).split("## 3. ")[1].split("## 4. ")[0]
     lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
     return {line[0].strip("`"): line[1:] for line in lines}
 
@@ -65,7 +100,7 @@ def test_payload_and_bias_of_every_gated_policy_by_what_it_sends(loaded: LoadedR
     assert list(rows) == ["coupled", "r-hlm", "cu-hlm-online", "ui-hlm", "u-hlm"]
     assert {row[-1] for row in rows.values()} == {"reruns"}
     text = findings([loaded], loaded, loaded)
-    assert " least.**" in text
+    assert " least\n" in text
 
 
 def test_a_policy_that_was_not_rerun_says_so(loaded: LoadedRun) -> None:
@@ -93,7 +128,7 @@ def test_findings_of_runs_that_lack_parts(loaded: LoadedRun) -> None:
     bare = replace(loaded, validation=None, guarantees=None)
     text = findings([bare], bare, bare)
     assert "None of the shipped runs was rerun yet" in text
-    assert "**4. " not in text
+    assert "## 4. " not in text
     assert "predicted; not rerun yet" in text
 
 
