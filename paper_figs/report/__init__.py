@@ -1,1 +1,1 @@
-"""Pages and tables of a run: the HTML report, the main table, the README's findings."""
+"""Pages and tables of a run: the HTML report, the main table, what the shipped results say."""
