@@ -64,7 +64,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 def written_by(words: str) -> list[type[StageRecord]]:
     """Records that a command writes into the run folder."""
-    return [one for one in STAGES if one.made_by.partition(" --")[0] == f"hlm {words}"]
+    return [one for one in STAGES if f"{one.made_by} ".startswith(f"hlm {words} ")]
 
 
 def commands_text() -> str:

@@ -5,7 +5,8 @@
 - a bar in the code of a table needs no backslash, which GitHub asks for;
 - a formula between two `$$` stands alone in its paragraph, as the Markdown of the site wants it;
 - `**(60)**` at the head of a paragraph of docs/theory.md is an anchor, and "docs/theory.md, (60)"
-  anywhere, docstrings too, leads there. One that is not there fails the build.
+  anywhere, docstrings too, leads there. One that is not there fails the build, and so does a page
+  that fetches anything.
 """
 
 from __future__ import annotations
@@ -73,6 +74,14 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         return f'<a href="{target}#eq-{label}">{text}</a>'
 
     return "".join(_texts(html, lambda text: pattern.sub(link, text)))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that would fetch something."""
+    fetched = re.search(r"""<(?:script|img|link|iframe)\b[^>]*(?:src|href)="https?:[^"]*""", output)
+    if fetched:
+        raise PluginError(f"{page.file.src_uri} fetches: {fetched.group()}")
+    return output
 
 
 def _outside(pattern: re.Pattern[str], text: str, change: Any) -> list[str]:

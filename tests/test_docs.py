@@ -38,6 +38,8 @@ COMMANDS = dict(commands())
 ALL_OPTIONS = {option for one in COMMANDS.values() for parameter in one.params
                for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}  # fmt: skip
 PROGRAMS = {"hlm", "make", "cp", "cat", ".", "pip", "pre-commit", "python"}
+NOT_RUN = {"pairs pull", "quality"}
+"""Commands that fetch; they are parsed."""
 MOST = {"--limit": 16, "--max-new-tokens": 8, "--num-draws": 20}
 CALIBRATE = ["--max-new-tokens", "8", "--dtype", "float32"]
 
@@ -129,7 +131,7 @@ def of_pair(arguments: list[str]) -> str:
         return "smollm2"
     if command == "calibrate" and not (given["slm"] or given["llm"]):
         return str(given["pair"] or "smollm2")
-    return "other" if command in ("pairs pull", "quality") else ""
+    return "other" if command in NOT_RUN else ""
 
 
 def lines_of(page: Path) -> list[list[str]]:
@@ -250,7 +252,7 @@ def test_the_pages_name_every_link_profile_metric_and_score() -> None:
     assert links == set(LINK_MODELS)
     profile = first_cells("how-to/own-link.md", "| key | unit | meaning |")
     assert profile == {field.name for field in fields(DeviceProfile)}
-    metrics = first_cells("glossary.md", "| name | unit | better | meaning |")
+    metrics = first_cells("glossary.md", "| name, in operating points and reruns | meaning |")
     assert metrics == set(METRICS)
     assert first_cells("how-to/own-policy.md", "| score | of | what it is |") == set(SCORE_NAMES)
     policies = first_cells("choosing.md", "| policy | the device skips the server when |")
