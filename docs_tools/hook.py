@@ -57,6 +57,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Lead from each equation that is named to the equation."""
+    if left := re.search(r"\.\. \w+::|:\w+:<code>", html):
+        raise PluginError(f"{page.file.src_uri}: {left.group()!r} is shown as it stands")
     known = set(OPENING.findall((ROOT / "docs" / THEORY).read_text(encoding="utf-8")))
     own = page.file.src_uri
     here = own == THEORY
