@@ -27,6 +27,7 @@ import hlmtheory
 from calibrate.derive.predict import METRICS
 from calibrate.derive.presets import LINK_MODELS
 from docs_tools.commands import PRINTED, commands, commands_text, written_by
+from docs_tools.outputs import refreshed
 from docs_tools.pages import FENCE, ROOT, Block, block_of, blocks, inline, pages, words
 from hlmtheory.cost import DeviceProfile
 from hlmtheory.policies import policy_names
@@ -272,3 +273,34 @@ def test_every_module_of_the_theory_is_on_one_page() -> None:
     named = re.findall(r"^::: (hlmtheory\S*)$", text, re.MULTILINE)
     there = {module.name for module in pkgutil.walk_packages(hlmtheory.__path__, "hlmtheory.")}
     assert sorted(named) == sorted(there)
+
+
+def test_outputs_are_put_in_the_place_of_the_old_ones(tmp_path: Path) -> None:
+    page = "Say:\n\n```console\n$ echo a \\\n  b\nold\n$ tput cols\n```\n\n```sh\necho c\n```\n"
+    made = page.replace("b\nold", "b\na b").replace("tput cols\n", "tput cols\n100\n")
+    assert refreshed(page, tmp_path) == made
+    with pytest.raises(SystemExit, match="exit 3"):
+        refreshed("```console\n$ exit 3\n```\n", tmp_path)
+
+
+def test_docstrings_become_markdown() -> None:
+    docstrings = pytest.importorskip("docs_tools.docstrings", reason="needs the extra docs")
+    made = docstrings.as_markdown(
+        "Of :math:`u_K`; see :func:`f`.\n\n.. math:: a = b, \\\\\n    c = d\n\nRest.\n\n"
+        "Raises\n------\nValueError\n    If so.\n\nSource: somebody.\n"
+    )
+    assert "Of $u_K$; see `f`." in made
+    assert "$$\n\\begin{aligned} a = b, \\\\\nc = d \\end{aligned}\n$$" in made
+    assert made.endswith("If so.\n\nNotes\n-----\nSource: somebody.\n")
+
+
+def test_hooks_move_links_bars_and_formulas() -> None:
+    hook = pytest.importorskip("docs_tools.hook", reason="needs the extra docs")
+    assert hook._linked("[a](docs/x.md#b) ![c](docs/figures/d.png)", "README.md", "index.md") == (
+        "[a](x.md#b) ![c](figures/d.png)"
+    )
+    told = hook._linked("[a](../../CONTRIBUTING.md) `A \\| B`", "docs/how-to/x.md", "how-to/x.md")
+    assert told == "[a](../contributing.md) `A | B`"
+    assert hook._displayed("so\n$$a$$\nand") == "so\n\n$$a$$\n\nand"
+    html = "<p>a <code>b</code> <a>c</a></p><h2>d</h2><span class='arithmatex'>e</span>f"
+    assert "".join(hook._texts(html, str.upper)) == html.replace("a <", "A <").replace(">f", ">F")
