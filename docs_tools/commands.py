@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from typer.main import get_command
@@ -15,7 +15,7 @@ from typer.main import get_command
 import cli
 from calibrate.pairs.registry import ModelDescription, PairDescription
 from calibrate.run.records import STAGES, RunRecord, StageRecord
-from calibrate.terminal.doctor import Check, HealthReport
+from calibrate.terminal.doctor import Check
 from hlmtheory.audit import AuditRow
 from hlmtheory.reconcile import Reconciliation
 
@@ -41,11 +41,12 @@ PRINTED: dict[str, dict[str, type]] = {
     "pairs list": {"pairs": PairDescription},
     "pairs show": {"": PairDescription},
     "audit": {"rows": AuditRow, "reconciliations": Reconciliation},
-    "doctor": {"": HealthReport},
+    "doctor": {"healthy": bool, "checks": Check},
 }
-"""What commands print with --json that is in no file: lists under a key, or one object."""
+"""What commands print with --json that is in no file: by key, where a shape stands for a list of
+it; the shape itself under no key."""
 
-INNER: tuple[type, ...] = (ModelDescription, Check)
+INNER: tuple[type, ...] = (ModelDescription,)
 """Shapes inside the ones above."""
 
 
@@ -105,10 +106,14 @@ def _output(words: str, command: Any) -> list[str]:
     if words in PRINTED:
         kinds = PRINTED[words]
         lines.append("`--json` prints:\n")
+        shapes = [kind for kind in kinds.values() if is_dataclass(kind)]
         for key, kind in kinds.items():
-            lines.append(f"`{key}`: a list of\n" if key else "")
-            lines.append(_fields_table(kind))
-        said = " ".join(str(field.type) for kind in kinds.values() for field in fields(kind))
+            if kind in shapes:
+                lines.append(f"`{key}`: a list of\n" if key else "")
+                lines.append(_fields_table(kind))
+            else:
+                lines.append(f"`{key}`: `{kind.__name__}`\n")
+        said = " ".join(str(field.type) for kind in shapes for field in fields(kind))
         inner = [one for one in INNER if one.__name__ in said]
         lines += [f"`{one.__name__}`:\n\n{_fields_table(one)}" for one in inner]
     return lines

@@ -9,13 +9,14 @@ Sizes are cut down. What needs weights is parsed only; pages on the embedded pai
 from __future__ import annotations
 
 import importlib.util
+import json
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,25 @@ def test_every_json_that_a_command_prints_is_described() -> None:
     for command, one in COMMANDS.items():
         if any("--json" in parameter.opts for parameter in one.params):
             assert written_by(command) or command in PRINTED or command == "plan", command
+
+
+@pytest.mark.parametrize("command", PRINTED)
+def test_what_is_printed_is_what_the_page_says(command: str, capsys: Any) -> None:
+    more = ["smollm2"] if command == "pairs show" else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hlm", *command.split(), *more, "--json"])
+        with pytest.raises(SystemExit):
+            cli.main()
+    made = json.loads(capsys.readouterr().out)
+    for key, kind in PRINTED[command].items():
+        found = made[key] if key else [made]
+        if is_dataclass(kind):
+            keys = {field.name for field in fields(kind)}
+            assert found
+            assert all(set(entry) == keys for entry in found)
+        else:
+            assert isinstance(found, kind)
+    assert "" in PRINTED[command] or set(made) == set(PRINTED[command])
 
 
 def first_cells(page: str, title: str) -> set[str]:
