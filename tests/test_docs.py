@@ -40,8 +40,8 @@ COMMANDS = dict(commands())
 ALL_OPTIONS = {option for one in COMMANDS.values() for parameter in one.params
                for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}  # fmt: skip
 PROGRAMS = {"hlm", "make", "cp", "cat", ".", "pip", "pre-commit", "python"}
-NOT_RUN = {"pairs pull", "quality"}
-"""Commands that fetch; they are parsed."""
+NOT_RUN = {"pairs pull", "quality", "serve", "device", "relay"}
+"""Commands that fetch or serve; they are parsed."""
 MOST = {"--limit": 16, "--max-new-tokens": 8, "--num-draws": 20}
 CALIBRATE = ["--max-new-tokens", "8", "--dtype", "float32"]
 
@@ -278,6 +278,13 @@ def test_the_pages_name_every_link_profile_metric_and_score() -> None:
     assert first_cells("how-to/own-policy.md", "| score | of | what it is |") == set(SCORE_NAMES)
     policies = first_cells("choosing.md", "| policy | the device skips the server when |")
     assert policies - {"-online"} == set(policy_names()) - {"cu-hlm-online"}
+
+
+def test_presets_are_named() -> None:
+    text = (ROOT / "docs" / "how-to" / "own-link.md").read_text(encoding="utf-8")
+    for folder in ("links", "devices"):
+        for path in (ROOT / "data" / folder).glob("*.json"):
+            assert f"`{path.stem}`" in text, path
 
 
 def test_keys_of_links_are_those_of_their_classes() -> None:
