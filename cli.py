@@ -589,7 +589,7 @@ def derive(
             *link_cautions(link, priced.link, priced.vocab_size),
         ]
     )
-    _show(derivation, as_json, print_operating_points, verbose)
+    _show(derivation, as_json, print_operating_points, verbose, run)
 
 
 def _policies(chosen: list[str] | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from calibrate.derive.recommend import (
@@ -15,6 +16,7 @@ from calibrate.derive.recommend import (
     threshold_text,
 )
 from calibrate.run.figure import NO_VALUE, number_text, percent_text, share_text
+from calibrate.run.folder import DEFAULT_NAME
 from calibrate.run.records import Certificate, DerivationRecord, Figure, OperatingPoint
 from calibrate.run.wording import UNKNOWN_ANSWERS, pilot_text, promise_texts, rule_text
 from calibrate.terminal.page import Page
@@ -42,7 +44,9 @@ Section: TypeAlias = tuple[str, list[OperatingPoint]]
 """A line that says what the points under it share, and the points."""
 
 
-def print_operating_points(result: DerivationRecord, verbose: bool = False) -> None:
+def print_operating_points(
+    result: DerivationRecord, verbose: bool = False, run: Path | None = None
+) -> None:
     """The recommendation of every budget, and the points that it was chosen from.
 
     Parameters
@@ -50,6 +54,8 @@ def print_operating_points(result: DerivationRecord, verbose: bool = False) -> N
     result : DerivationRecord
     verbose : bool
         Also every other rule, intervals, prices, whole answers, certificates and optima.
+    run : Path, optional
+        Of the derivation: the commands that go on from here name it.
     """
     page = Page()
     advice = recommendations(result)
@@ -70,13 +76,18 @@ def print_operating_points(result: DerivationRecord, verbose: bool = False) -> N
         _print_advice(page, advice)
     for text in _notes(result, [one.point for one in advice if one.point]):
         page.say(text)
-    if not verbose:
+    if verbose:
+        _print_all(page, result, feasible)
+    else:
         page.say(
             f"{len(result.operating_points)} points in all; --verbose has the other rules and "
             "settings, intervals, whole answers and certificates"
         )
-        return
-    _print_all(page, result, feasible)
+    if run is not None:
+        name = "" if result.name == DEFAULT_NAME else f" --name {result.name}"
+        gated = (one.point.key for one in advice if one.point and one.point.score)
+        page.say(f"next: hlm validate {run}{name}")
+        page.say(f"then: hlm export {run}{name} --point {next(gated, 'POINT')}")
 
 
 def _print_advice(page: Page, advice: Sequence[Recommendation]) -> None:

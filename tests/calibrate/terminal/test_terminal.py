@@ -99,6 +99,8 @@ def test_derive_answers_first_and_in_one_table(width: int, judged_run: Path) -> 
     assert "certified? no: 12 prompts certify no threshold at risk 0.02" in text
     assert "worth it? for one user llm alone is faster" in text
     assert sum(line.startswith("policy ") for line in lines) == 1
+    assert f"next: hlm validate {judged_run} --name w{width}" in text
+    assert text.endswith(f"hlm export {judged_run} --name w{width} --point u-hlm/risk-0.02")
     assert any(line.startswith("risk-0.02: ") and "certifies nothing" in line for line in lines)
     assert all(len(line) <= width for line in lines)
     assert ("[" in next(line for line in lines if line.startswith("u-hlm*"))) == (width >= 100)
