@@ -416,7 +416,7 @@ class ScoreDefinition(Record):
 
 
 class ExportRecord(StageRecord):
-    """point.json: one operating point, for an application; docs/export.md reads it."""
+    """point.json: one operating point, for an application; docs/how-to/export.md reads it."""
 
     file_name: ClassVar[str] = "point.json"
     made_by: ClassVar[str] = "hlm export RUN --point POINT --output-path point.json"

@@ -24,11 +24,13 @@ from calibrate.terminal.page import Page
 SHORT = (">k", ">skips %", ">risk %", ">TV bias %", ">bit/token", ">token/s", ">J/token")
 DOES = (">k", ">skips %", ">risk %", ">TV bias %")
 PRICES = {
-    "uplink_bits_per_token": ">bit/token",
+    "uplink_bits_per_token": ">bit/token up",
+    "downlink_bits_per_token": ">bit/token down",
     "token_time_ms": ">ms/token",
     "throughput_tok_s": ">token/s",
     "mean_throughput_tok_s": ">mean of every token's 1/time",
     "energy_j_per_token": ">J/token",
+    "devices_per_server": ">devices a server",
 }
 SERVER_TIME = ">server ms/token"
 ANSWERS = ("answer_divergence", "tokens_in_agreement")
@@ -169,7 +171,7 @@ def _print_all(page: Page, result: DerivationRecord, points: Sequence[OperatingP
         return [_size(result, point), *(percent_text(point.predicted[name]) for name in names)]
 
     def costs(point: OperatingPoint) -> list[str]:
-        prices = [number_text(point.predicted[key], 4, interval=False) for key in PRICES]
+        prices = [number_text(point.predicted.get(key), 4, interval=False) for key in PRICES]
         return [*prices, number_text(server_time_ms(result, point), 4)]
 
     page.table(("~policy", *DOES), _rows(sections, does), f"every rule; {pilot_text(result)}")

@@ -26,8 +26,10 @@ POINT = "r-hlm/risk-0.05"
 
 
 def docs_reader() -> str:
-    """The one Python block of docs/export.md."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.S)
+    """The one Python block of docs/how-to/export.md."""
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "export.md").read_text(), re.S
+    )
     return str(code)
 
 
