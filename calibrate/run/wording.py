@@ -8,7 +8,9 @@ from calibrate.run.figure import number_text, percent_text, share_text
 from calibrate.run.records import (
     CalibrationRecord,
     DerivationRecord,
+    GuaranteesRecord,
     OperatingPoint,
+    PlanRecord,
     Timings,
     ValidationRecord,
 )
@@ -114,6 +116,45 @@ def coverage_details(validation: ValidationRecord) -> list[str]:
             f"independent draws, {plain.covered} of {plain.total} would be inside"
         )
     return out
+
+
+def plan_texts(plan: PlanRecord) -> list[str]:
+    """How many prompts a certificate of each budget takes, a sentence each."""
+    out = []
+    for budget in dict.fromkeys(row.budget for row in plan.rows):
+        rows = [row for row in plan.rows if row.budget == budget and row.guaranteed]
+        known = [row for row in rows if row.num_prompts is not None]
+        if not known:
+            out.append(f"for risk {share_text(budget)}: more than {plan.most:,} prompts")
+            continue
+        best = min(known, key=lambda row: row.num_prompts or 0)
+        minutes = "" if best.wall_s is None else f", {number_text(best.wall_s / 60, 2)} min here"
+        out.append(
+            f"for risk {share_text(budget)}: {best.num_prompts:,} prompts{minutes}, certify a "
+            f"threshold that skips {100 * best.goal_skip_rate:.3g} % of the tokens in "
+            f"{100 * plan.power:g} of 100 calibrations ({best.rule}); this run has "
+            f"{plan.num_prompts:,}"
+        )
+    return out
+
+
+def guarantees_text(study: GuaranteesRecord) -> str:
+    """Whether rules kept their promise over redrawn calibrations, in one sentence."""
+    certified = [row.violation_share for row in study.rows if row.family == "ltt"]
+    plain = [row.violation_share.value or 0.0 for row in study.rows if row.family == "risk"]
+    allowed, out = 1 - study.confidence, []
+    if certified:
+        worst = max(certified, key=lambda share: share.value or 0.0)
+        kept = (worst.low or 0.0) <= allowed
+        out.append(
+            f"certified thresholds {'keep' if kept else 'do not keep'} their promise: over "
+            f"{study.num_draws:,} redrawn calibrations their budget is broken in at most "
+            f"{percent_text(worst)} % of them, and {share_text(round(allowed, 10))} are allowed"
+        )
+    if plain:
+        ends = f"{100 * min(plain):.2g} to {100 * max(plain):.2g}"
+        out.append(f"a budget that is met on the calibration alone is broken in {ends} %")
+    return "; ".join(out)
 
 
 def busy_text(timings: Timings) -> str:

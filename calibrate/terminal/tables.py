@@ -20,7 +20,14 @@ from calibrate.run.records import (
     PlanRecord,
     ValidationRecord,
 )
-from calibrate.run.wording import SHOWN_RISKS, coverage_details, coverage_text, verdict_text
+from calibrate.run.wording import (
+    SHOWN_RISKS,
+    coverage_details,
+    coverage_text,
+    guarantees_text,
+    plan_texts,
+    verdict_text,
+)
 from calibrate.terminal.derived import print_certificates
 from calibrate.terminal.page import Page
 
@@ -228,6 +235,7 @@ def _points(number: Figure) -> str:
 def print_guarantees(result: GuaranteesRecord) -> None:
     """`hlm guarantees`: how often each rule broke its promise."""
     page = Page()
+    page.say(guarantees_text(result))
     page.say(
         f"rules over {result.num_draws} redrawn calibrations of the run's own "
         f"{result.num_prompts} prompts ({result.num_tokens} tokens; score {result.score}; "
@@ -249,6 +257,8 @@ def print_guarantees(result: GuaranteesRecord) -> None:
 def print_plan(result: PlanRecord) -> None:
     """`hlm plan`: prompts for a certificate, for an interval, and their time."""
     page = Page()
+    for text in plan_texts(result):
+        page.say(text)
     page.say(
         f"prompts that certify a budget with confidence {result.confidence:g} in "
         f"{result.power:.0%} of calibrations (about {result.certified}; score {result.score}), if "

@@ -7,8 +7,14 @@ from typing import Any
 import paper_records
 import pytest
 
-from calibrate.run.records import Figure, Repeats, ValidationRecord
-from calibrate.run.wording import coverage_details, coverage_text, verdict_text
+from calibrate.run.records import Figure, PlanRecord, PlanRow, Repeats, ValidationRecord
+from calibrate.run.wording import (
+    coverage_details,
+    coverage_text,
+    guarantees_text,
+    plan_texts,
+    verdict_text,
+)
 
 
 def validation(at_most: float, as_wide: float) -> ValidationRecord:
@@ -61,3 +67,38 @@ def test_a_calibration_says_whether_uncertainty_tells_rejections() -> None:
     assert fitted(mean_rejection=same, slope=flat).endswith("both models have the same law")
     assert "too few prompts" in fitted(slope=Figure(value=0.5))
     assert fitted(degenerate="no spread").endswith("rejections here: no spread")
+
+
+def test_a_study_of_guarantees_says_whether_promises_were_kept() -> None:
+    record = paper_records.guarantees_record()
+    families = {row.family for row in record.rows}
+    assert {"ltt", "risk"} <= families
+    for low, verdict in ((0.0, "keep"), (0.2, "do not keep")):
+        broken = Figure(value=0.25, low=low, high=0.4)
+        rows = tuple(
+            row.model_copy(update={"violation_share": broken}) if row.family == "ltt" else row
+            for row in record.rows
+        )
+        text = guarantees_text(record.model_copy(update={"rows": rows}))
+        assert text.startswith(f"certified thresholds {verdict} their promise")
+        assert "met on the calibration alone" in text
+
+
+def test_a_plan_says_the_fewest_prompts_of_the_rules_that_promise() -> None:
+    def row(rule: str, num_prompts: int | None, guaranteed: bool) -> PlanRow:
+        return PlanRow(
+            budget=0.01, rule=rule, test=None, guaranteed=guaranteed, cap=None,
+            goal_skip_rate=0.2, without_loss=1, num_prompts=num_prompts, wall_s=60.0,
+        )  # fmt: skip
+
+    def plan(*rows: PlanRow) -> PlanRecord:
+        return PlanRecord(
+            num_prompts=160, num_tokens=9000, score="uncertainty", certified="prompts",
+            confidence=0.95, power=0.8, most=5000, ms_per_prompt=1.0, rows=rows, intervals=(),
+        )  # fmt: skip
+
+    (text,) = plan_texts(plan(row("a", 700, True), row("b", 500, True), row("t", 10, False)))
+    assert "500 prompts, 1 min here" in text
+    assert "(b); this run has 160" in text
+    (text,) = plan_texts(plan(row("a", None, True), row("t", 10, False)))
+    assert text.endswith("more than 5,000 prompts")
