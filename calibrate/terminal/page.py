@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from calibrate.run.figure import number_text
+from calibrate.run.figure import NBSP, NO_VALUE, number_text
 from calibrate.terminal.layout import folded, table_lines
 
 PIPE_WIDTH = 160
@@ -15,6 +15,18 @@ PIPE_WIDTH = 160
 LEAST_WIDTH = 40
 INTERVAL_WIDTH = 100
 """Columns from which tables that shrink show their intervals."""
+
+
+PLAIN = str.maketrans(
+    {
+        NBSP: " ",
+        NO_VALUE: "-",
+        "\N{MINUS SIGN}": "-",
+        "\N{BOX DRAWINGS LIGHT HORIZONTAL}": "-",
+        "\N{RIGHTWARDS ARROW}": "->",
+    }
+)
+"""What an encoding without these signs gets for them; an arrow moves what is right of it by one."""
 
 
 class Page:
@@ -34,7 +46,7 @@ class Page:
         """Lines, folded between words where a terminal is narrower."""
         for line in text.split("\n"):
             for part in folded(line, self.width, "  ") if self._is_terminal else [line]:
-                print(part)
+                self._print(part)
 
     def table(
         self,
@@ -54,8 +66,17 @@ class Page:
         if title:
             self.say(title)
         for line in table_lines(columns, told, self.width, num_names):
-            print(line)
+            self._print(line)
         print()
+
+    def _print(self, line: str) -> None:
+        """A line, with other signs where standard output cannot encode its own."""
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:
+            line = line.translate(PLAIN).encode(encoding, "replace").decode(encoding)
+        print(line)
 
 
 def _cell(value: Any) -> str:

@@ -129,3 +129,15 @@ def test_many_budgets_are_a_line_each(judged_run: Path) -> None:
     assert [line.split()[0] for line in table] == [f"r-hlm/risk-{risk}" for risk in asked[1::2]]
     assert all(len(line) <= 80 for line in lines)
     assert sum("certified up to" in line for line in lines) == 1
+
+
+def test_an_encoding_without_the_signs_gets_others(judged_run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES, str(judged_run), "verbose"],
+        capture_output=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode("ascii")
+    assert "?" not in text.replace("certified? ", "").replace("worth it? ", "")
+    assert "--------" in text
