@@ -260,7 +260,7 @@ def test_written_record_reads_back(rng: np.random.Generator, tmp_path: Path) -> 
     assert len(written.rows) == len(SOURCES) * sum(not rule.capped for rule in RULES) + len(capped)
     assert {one.certified for one in written.certificates} == {"prompts", "tokens", "answers"}
     assert [one.guaranteed for one in written.certificates if one.test == "t"] == [False] * 3
-    lacks = rf"^RUN {tmp_path}: .*head_prob.* calibrate with --trace full$"
+    lacks = rf"^RUN {tmp_path}: .*head_uncertainty.* calibrate with --trace full$"
     with pytest.raises(UserError, match=lacks):
         write_guarantees(tmp_path, replace=True)
     with pytest.raises(UserError, match=lacks):
