@@ -30,22 +30,15 @@ from paper_figs.report.audit_table import write_audit
 from paper_figs.report.tables import write_tables
 from paper_figs.style import PNG_DPI, styled
 
-MODULES: tuple[ModuleType, ...] = (
-    relation,
-    attenuation,
-    thresholds,
-    answers,
-    guarantees,
-    estimators,
-    truncation,
-    payload_bias,
-    throughput_snr,
-    attention,
-    importance_plane,
-    validation,
-    context_shift,
-)
-"""One figure a module, in the order of a reader's questions."""
+SECTIONS: dict[str, tuple[ModuleType, ...]] = {
+    "When does the device know that it should ask?": (relation, estimators, attenuation),
+    "How much may be skipped?": (thresholds, guarantees, answers),
+    "What does asking cost?": (payload_bias, throughput_snr, truncation),
+    "Does attention help?": (attention, importance_plane),
+    "Did the predictions hold?": (validation, context_shift),
+}
+"""What a reader asks, and the figures that answer, one a module."""
+MODULES = tuple(module for modules in SECTIONS.values() for module in modules)
 
 METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None, "ModDate": None}}
 

@@ -143,6 +143,32 @@ class LoadedRun:
         return tuple(point for point in self.points if point.feasible)
 
     @cached_property
+    def compared(self) -> tuple[OperatingPoint, ...]:
+        """Feasible points that policies are compared at: one rule for all gates, and no gate."""
+        sweep = None if self.derivation is None else self.derivation.snr
+        if sweep is None:
+            return ()
+        return tuple(p for p in self.feasible if p.score is None or p.rule == sweep.rule)
+
+    @property
+    def gates(self) -> tuple[OperatingPoint, ...]:
+        """Those of them that have a gate."""
+        return tuple(point for point in self.compared if point.score is not None)
+
+    def figure_of(self, point: OperatingPoint, metric: str) -> Figure:
+        """What the rerun measured of a point, or what is predicted where it was not rerun."""
+        cell = self.measured(point).get(metric)
+        return point.predicted[metric] if cell is None else cell.measured
+
+    @property
+    def source_note(self) -> str:
+        """Whether figures of compared points are of reruns, of some of them, or predictions."""
+        rerun = {bool(self.measured(point)) for point in self.compared}
+        if rerun == {True}:
+            return "measured in reruns"
+        return "predicted" if True not in rerun else "measured where rerun, else predicted"
+
+    @cached_property
     def shown(self) -> tuple[OperatingPoint, ...]:
         """Feasible points that were rerun; all of them where none was.
 

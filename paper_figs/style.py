@@ -6,7 +6,7 @@ opens windows nor keeps figures alive, and `styled` restores whatever settings t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,18 @@ from matplotlib.textpath import text_to_path
 from calibrate.run.records import Curve, PolicyInfo
 from calibrate.run.records import Figure as Number
 
-WIDTH_IN = 7.0
-"""Width of every figure: two columns of a paper."""
+COLUMN_WIDTHS_IN = {1: 3.5, 2: 7.0}
+"""Width of a figure over one column of a paper, or two."""
 
 PNG_DPI = 160
 CAPTION_SIZE_PT = 8.0
 TITLE_HEIGHT_IN = 0.25
+STACKED_HEIGHT = 0.78
+"""Height of a panel in one column, of what it has beside others in two."""
+LONG_LABEL = 28
+"""Characters of a legend's entry from which on entries stand below each other in one column."""
+COINCIDE = 0.01
+"""Curves closer than this share of an axis are one to the eye: its line covers as much."""
 
 BLACK, GREY, LIGHT = "#000000", "#6b6b6b", "#d0d0d0"
 BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -59,6 +65,18 @@ SETTINGS: dict[str, Any] = {
     "pdf.fonttype": 42,
     "path.simplify": True,
 }
+NARROW: dict[str, Any] = {
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "legend.fontsize": 6.5,
+    "legend.handlelength": 2.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.0,
+}
+"""What is smaller in one column."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +135,19 @@ def policy_style(info: PolicyInfo) -> SeriesStyle:
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Draw and save inside this; the caller's Matplotlib settings are restored after it."""
+def styled(num_columns: int = 2) -> Iterator[None]:
+    """Draw and save inside this, for so many columns; the caller's settings come back after it."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+        matplotlib.rcParams.update(SETTINGS | (NARROW if num_columns == 1 else {}))
+        width = COLUMN_WIDTHS_IN[num_columns]
+        matplotlib.rcParams["figure.figsize"] = (width, width)
         yield
+
+
+def is_narrow() -> bool:
+    """Whether figures are made for one column."""
+    return float(matplotlib.rcParams["figure.figsize"][0]) <= COLUMN_WIDTHS_IN[1]
 
 
 def new_figure(
@@ -134,19 +159,34 @@ def new_figure(
     share_y: Any = False,
     height_ratios: tuple[float, ...] | None = None,
     width_ratios: tuple[float, ...] | None = None,
+    stacked: bool = True,
 ) -> tuple[Figure, np.ndarray]:
-    """An empty figure on the Agg canvas, and its axes as an array (num_rows, num_columns)."""
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    """An empty figure on the Agg canvas, and its axes as an array (num_rows, num_columns).
+
+    In one column the panels of a row stand below each other, unless they are not to be stacked.
+    """
+    grid = (num_rows, num_columns)
+    stacked = stacked and is_narrow()
+    if stacked:
+        height_in *= STACKED_HEIGHT * num_columns
+        grid = (num_rows * num_columns, 1)
+        height_ratios = tuple(np.repeat(height_ratios or (1.0,) * num_rows, num_columns))
+        width_ratios = None
+    width_in = matplotlib.rcParams["figure.figsize"][0]
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
-        num_rows,
-        num_columns,
+        *grid,
         sharex=share_x,
         sharey=share_y,
         squeeze=False,
         height_ratios=height_ratios,
         width_ratios=width_ratios,
-    )
+    ).reshape(num_rows, num_columns)
+    if stacked and share_y == "row":
+        for row in axes:
+            for other in row[1:]:
+                other.sharey(row[0])
     return figure, axes
 
 
@@ -154,22 +194,42 @@ def finish(figure: Figure, question: str, caption: str) -> Figure:
     """Put the question above the axes and the caption, wrapped to the width, below them.
 
     The caption adds its own lines to the height, so that the axes keep the size they asked for.
+    Figures of one column have no room for either: see :func:`take_words`.
     """
+    if is_narrow():
+        _fit_labels(figure)
     left = 0.012
     figure.suptitle(question, x=left, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    width, height = figure.get_size_inches()
     # Glyphs snapped to pixels are up to a thirtieth wider than their outlines.
-    wrapped = wrap(caption, (1 - 2 * left) * WIDTH_IN * 72 / (1 + 1 / 30), CAPTION_SIZE_PT)
+    wrapped = wrap(caption, (1 - 2 * left) * width * 72 / (1 + 1 / 30), CAPTION_SIZE_PT)
     # Prompt names may hold a dollar sign, which is not the start of a formula here.
     figure.supxlabel(
         wrapped, x=left, ha="left", fontsize=CAPTION_SIZE_PT, color="#303030", parse_math=False
     )
-    width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + _caption_height_in(wrapped))
     return figure
 
 
+def _fit_labels(figure: Figure) -> None:
+    """Break titles and labels that are longer than one column, and label shared axes again.
+
+    Panels below each other do not stand beside the axis whose label they share.
+    """
+    figure.draw_without_rendering()
+    size_pt = NARROW["axes.labelsize"]
+    for axes in figure.axes:
+        shared = axes.get_shared_y_axes().get_siblings(axes)
+        label = axes.get_ylabel() or next((o.get_ylabel() for o in shared if o.get_ylabel()), "")
+        box = axes.get_window_extent()
+        width_pt, height_pt = (72 * length / figure.dpi for length in (box.width, box.height))
+        axes.set_ylabel(wrap(label, height_pt, size_pt))
+        axes.set_xlabel(wrap(axes.get_xlabel(), width_pt, size_pt))
+        axes.set_title(wrap(axes.get_title(loc="left"), width_pt, size_pt), loc="left")
+
+
 def take_words(figure: Figure) -> tuple[str, str]:
-    """Remove question and caption from a finished figure and return them, for HTML to set."""
+    """Remove question and caption from a finished figure and return them, to be set elsewhere."""
     words = question_of(figure), caption_of(figure)
     width, height = figure.get_size_inches()
     removed = _caption_height_in(str(figure.get_supxlabel())) + TITLE_HEIGHT_IN
@@ -252,3 +312,48 @@ def direct_legend(axes: Any, **options: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(handles, labels, **options)
+
+
+def outer_legend(axes: Any, labelled: Any = None, **options: Any) -> None:
+    """A legend beside the axes unless told where, or below the panels of one column.
+
+    Of other axes, if they are `labelled`.
+    """
+    handles, labels = (labelled or axes).get_legend_handles_labels()
+    if not handles:
+        return
+    if is_narrow():
+        lines = [label.split("\n") for label in labels]
+        ncols = 1 + (max(len(line) for entry in lines for line in entry) < LONG_LABEL)
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
+        num_lines = sum(map(len, lines)) / ncols + 1
+        width, height = axes.figure.get_size_inches()
+        height += 1.5 * num_lines * NARROW["legend.fontsize"] / 72
+        axes.figure.set_size_inches(width, height)
+    else:
+        axes.legend(
+            handles, labels, **{"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} | options
+        )
+
+
+def coinciding(curves: Sequence[np.ndarray], span: float) -> list[list[int]]:
+    """Which curves lie on each other, as lists of their places, in order.
+
+    Parameters
+    ----------
+    curves : sequence of array (G,)
+        On one grid, in the units of an axis; where both are NaN they agree.
+    span : float
+        Length of that axis. Curves closer than COINCIDE of it, everywhere, to the first of a group
+        are of the group.
+    """
+    groups: list[list[int]] = []
+    for place, values in enumerate(curves):
+        for group in groups:
+            first = curves[group[0]]
+            if np.allclose(values, first, rtol=0, atol=COINCIDE * span, equal_nan=True):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups

@@ -10,11 +10,29 @@ from calibrate.run.figure import number_text
 from calibrate.run.records import AnswerCurve, OperatingPoint
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
+from paper_figs.words import percent
 
 QUESTION = "How far are whole answers from the server's, by length and by budget?"
 NEEDS, LACKS = "derivation", "no gated policy's answers are known at two budgets"
+CAVEAT = (
+    "Total variation is what a score of answers could lose at most in expectation, not what it "
+    "loses: most answers that differ are no worse."
+)
 METRIC = "answer_divergence"
 BUDGETS = ("risk", "answer")
+
+
+def answer(loaded: LoadedRun) -> str:
+    """What the least and the greatest budget of the drawn policy make of answers."""
+    curves = length_curves(loaded)
+    (first, _), (last, one) = curves[0], curves[-1]
+    length = one.divergence.grid[-1]
+    return (
+        f"A little a token is much an answer: {loaded.label(first.policy)}'s answers of up to "
+        f"{length:g} tokens are {number_text(first.predicted[METRIC])} from the server's at a risk "
+        f"of {percent(first.predicted['rejection_risk'])} a token, and "
+        f"{number_text(last.predicted[METRIC])} at {percent(last.predicted['rejection_risk'])}."
+    )
 
 
 def length_curves(loaded: LoadedRun) -> list[tuple[OperatingPoint, AnswerCurve]]:

@@ -7,12 +7,42 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from calibrate.run.figure import number_text
 from calibrate.run.records import ImportanceExample
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
 
-QUESTION = "Does attention collapse along an answer, and which tokens count as important?"
+QUESTION = "Does the device's attention tell which tokens may be skipped whatever their u?"
 NEEDS, LACKS = "calibration", "attention was not recorded; `hlm calibrate --trace full` does"
+CAVEAT = (
+    "Importance, and the reading of k and gamma, are our assumption; one answer stands for no "
+    "other. That importance adds skips says nothing of their risk: see the plane."
+)
+
+
+def answer(loaded: LoadedRun) -> str:
+    """How entropy moves along answers, and what importance would let skip in the longest one."""
+    attention = loaded.calibration.attention
+    if attention is None:
+        return ""
+    means = attention.normalised_entropy_by_step.figures()
+    text = (
+        f"The entropy of attention goes from {number_text(means[0])} at the first token to "
+        f"{number_text(means[-1])} at the last, of 1 for uniform."
+    )
+    example = None if loaded.derivation is None else loaded.derivation.importance_example
+    if example is None:
+        return text
+    num, total = sum(example.important), len(example.important)
+    skips = (
+        "importance lets nothing be skipped that uncertainty would not"
+        if num == total
+        else f"the other {total - num} may be skipped whatever their uncertainty"
+    )
+    return (
+        f"{text} With {example.setting}, {num} of the {total} tokens of the longest answer count "
+        f"as important: {skips}."
+    )
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -76,4 +106,4 @@ def _draw_example(axes: Any, example: ImportanceExample) -> None:
     axes.set_xlabel("position in the answer (token)")
     axes.set_ylabel("attention weight\n(share of attention)")
     style.panel_letter(axes, "c", "importance and its threshold along one answer")
-    style.direct_legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
+    style.outer_legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)

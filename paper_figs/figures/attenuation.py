@@ -5,19 +5,37 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibrate.run.figure import excludes_zero
+from calibrate.run.figure import excludes_zero, number_text
 from calibrate.run.records import AttenuationRow
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
 
 QUESTION = "Does theory predict how K drawn tokens weaken the correlation?"
 NEEDS, LACKS = "attenuation", "no K was compared"
+CAVEAT = (
+    "Draws of different K share their random numbers, and the prompts are fewer than those of the "
+    "calibration."
+)
 MEASURED = {
     "fmt": "s",
     "color": style.VERMILLION,
     "markeredgecolor": style.BLACK,
     "markeredgewidth": 0.4,
 }
+
+
+def answer(loaded: LoadedRun) -> str:
+    """How many differences are none, and what the fewest draws cost."""
+    rows = () if loaded.attenuation is None else loaded.attenuation.rows
+    least = min(rows, key=lambda row: row.num_temperatures)
+    known = [row.correlation_gap for row in rows if row.correlation_gap.low is not None]
+    agree = sum(not excludes_zero(gap) for gap in known)
+    return (
+        f"In {agree} of {len(known)} cases the measured correlation is the predicted one, within "
+        f"its interval. At K = {least.num_temperatures} it is "
+        f"{number_text(least.measured_correlation)}, where the exact uncertainty has "
+        f"{number_text(least.exact_correlation)}."
+    )
 
 
 def figure(loaded: LoadedRun) -> Figure | None:

@@ -15,7 +15,26 @@ from paper_figs.loaded import LoadedRun
 
 QUESTION = "Do skipped tokens lead a policy into other contexts than the server's?"
 NEEDS, LACKS = "validation", "no rerun has contexts that could differ from the server's"
+CAVEAT = (
+    "Only the pilot's policy was decoded to predict the shift; for the others the prediction is an "
+    "assumption, which these reruns test."
+)
 PANELS = {"below_threshold": "tokens below\nthe threshold", "risk": "risk of\nthose tokens"}
+
+
+def answer(loaded: LoadedRun) -> str:
+    """The mean change of all gated reruns, beside the pilot's word."""
+    pooled = None if loaded.validation is None else loaded.validation.pooled_shift
+    if pooled is None:
+        return "No rerun of a lossless policy is there to compare with."
+    mean, said = (scaled(n, 100) for n in (pooled.below_threshold, pooled.predicted))
+    text = (
+        f"Over {pooled.num_reruns} gated reruns the share of tokens below the threshold changes by "
+        f"{number_text(mean, 2)} points"
+    )
+    if pooled.p_value is not None:
+        text += f" (no change: p = {pooled.p_value:.2g})"
+    return text + ("." if said.value is None else f"; predicted was {number_text(said, 2)}.")
 
 
 def shift_rows(loaded: LoadedRun) -> list[ContextShift]:
@@ -44,7 +63,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
         axis.set_ylim(len(rows) - 0.5, -0.5)
         style.panel_letter(axis, letter, label)
     axes[0, 1].sharey(axes[0, 0])
-    axes[0, 1].tick_params(labelleft=False)
+    axes[0, 1].tick_params(labelleft=style.is_narrow())
     axes[0, 0].set_ylabel("policy")
     said = [row.predicted.value for row in rows]
     if all(value is not None for value in said):

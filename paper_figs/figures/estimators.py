@@ -5,12 +5,32 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from calibrate.run.figure import NBSP
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
+from paper_figs.words import percent
 
 QUESTION = "Which score lets the device skip most at the same risk?"
 NEEDS, LACKS = "calibration", "no score was compared"
+CAVEAT = (
+    "Scores are compared on the trace that they are computed from, and intervals that overlap do "
+    "not tell scores apart."
+)
 MAX_RISK = 0.12
+
+
+def answer(loaded: LoadedRun) -> str:
+    """The score that skips most at the least budget, beside the exact uncertainty."""
+    scores = loaded.calibration.estimators
+    level = next(iter(scores[0].skip_rate_at_risk))
+    best = max(scores, key=lambda one: one.skip_rate_at_risk[level].value or 0.0)
+    told = [f"{best.label} skips most, {percent(best.skip_rate_at_risk[level])} of the tokens"]
+    told += [
+        f"{one.label} skips {percent(one.skip_rate_at_risk[level])}"
+        for one in scores
+        if one.name == "uncertainty" and one is not best
+    ]
+    return f"At a risk of {100 * float(level):g}{NBSP}%, {'; '.join(told)}."
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -52,9 +72,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     right.set_xlabel("risk budget (% probability per token)")
     right.set_ylabel("skip rate at the budget (% of tokens)")
     style.panel_letter(right, "b", "at fixed budgets")
-    right.legend(
-        *left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7
-    )
+    style.outer_legend(right, left, fontsize=7)
     caption = (
         f"{loaded.sample} (a) Tokens are skipped in rising order of each score, ties together; "
         "R is the sum of β over the skipped tokens, divided by all tokens. "

@@ -6,12 +6,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from calibrate.run.figure import NBSP
 from calibrate.run.records import GuaranteeRow, GuaranteesRecord
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
+from paper_figs.words import percent
 
 QUESTION = "How often does each rule break its risk budget?"
 NEEDS, LACKS = "guarantees", "no rule was redrawn"
+CAVEAT = (
+    "The prompts are redrawn from the run's own: the promise is for prompts like them. What a "
+    "policy adds to the gate's risk (truncation, shared or asked draws) is not certified."
+)
 SOURCES = {
     "all-prompts": "risk known: prompts redrawn",
     "halves": "risk from the other half",
@@ -34,6 +40,22 @@ RULES: dict[str, tuple[str, style.SeriesStyle]] = {
 """Rules with a label and a look; a rule that is not among them is not drawn."""
 
 ROW_SPACING = 0.22
+
+
+def answer(loaded: LoadedRun) -> str:
+    """How often the plug-in and the certified rule break the largest budget they were tried at."""
+    if loaded.guarantees is None:
+        return ""
+    found = {rule: rows_of(loaded.guarantees, "all-prompts", rule)[-1:] for rule in ("risk", "ltt")}
+    parts = [
+        f"{name} in {percent(row.violation_share)} of calibrations, skipping "
+        f"{percent(row.skip_rate)} of the tokens"
+        for rule, name in (("risk", "the plug-in threshold"), ("ltt", "the certified one"))
+        for row in found[rule]
+    ]
+    budgets = {row.budget for rows in found.values() for row in rows}
+    level = ", ".join(f"{100 * budget:g}{NBSP}%" for budget in sorted(budgets))
+    return f"A budget of {level} is broken by {'; by '.join(parts)}."
 
 
 def rows_of(record: GuaranteesRecord, source: str, rule: str) -> list[GuaranteeRow]:

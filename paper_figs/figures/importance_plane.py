@@ -14,13 +14,32 @@ from calibrate.run.figure import number_text
 from calibrate.run.records import Cell, ImportancePlane
 from paper_figs import style
 from paper_figs.loaded import LoadedRun, metric_label
+from paper_figs.words import percent
 
 NEEDS, LACKS = "derivation", "no policy with importance was derived, or its rule is infeasible"
+CAVEAT = (
+    "Importance is our assumption. One threshold for all cells: what more strictness skips, it "
+    "skips whatever the uncertainty."
+)
 # Even the darkest cell stays light enough for black numbers.
 COLORS = LinearSegmentedColormap.from_list("plane", ["#ffffff", "#7fb2d8"])
 DARK = "#8a3300"  # vermillion is too pale for small figures on blue
 
 Measured = dict[tuple[int, int], dict[str, Cell]]
+
+
+def answer(loaded: LoadedRun) -> str:
+    """Skip rate and bias in the plane's least and most skipping cells."""
+    plane = None if loaded.derivation is None else loaded.derivation.importance_plane
+    if plane is None:
+        return ""
+    cells = sorted(plane.cells, key=lambda cell: cell.predicted["skip_rate"].value or 0.0)
+    least, most = (
+        f"{percent(cell.predicted['skip_rate'])} of the tokens are skipped at a bias of "
+        f"{percent(cell.predicted['tv_bias'])} with k = {cell.k} and γ = {cell.gamma:g}"
+        for cell in (cells[0], cells[-1])
+    )
+    return f"Skips, for bias: {least}, and {most}."
 
 
 def measured_cells(loaded: LoadedRun, plane: ImportancePlane) -> Measured:

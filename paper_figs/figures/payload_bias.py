@@ -8,15 +8,44 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from calibrate.run.figure import number_text
 from calibrate.run.records import OperatingPoint
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
+from paper_figs.words import percent
 
 QUESTION = "How many uplink bits does each policy pay for its bias?"
 NEEDS, LACKS = "derivation", "no feasible setting sends anything"
+CAVEAT = (
+    "Policies are compared at thresholds of the same risk; what sends less may pay in time on a "
+    "link with a long round trip, which no payload saves."
+)
 METRICS = ("uplink_bits_per_token", "tv_bias")
 # Rounding of float32 sums over a vocabulary reaches 1e-6; below that a bias is not told from 0.
 MIN_BIAS = 1e-5
+
+
+def answer(loaded: LoadedRun) -> str:
+    """What sends least and most of the gated policies at the compared rule, and their biases."""
+    bits, bias = METRICS
+    gates = [p for p in loaded.gates if p.predicted[bits].value is not None]
+    gates.sort(key=lambda point: loaded.figure_of(point, bits).value or 0.0)
+    if not gates:
+        return "No gated policies can be compared at one rule."
+
+    def told(end: OperatingPoint) -> str:
+        text = number_text(loaded.figure_of(end, bits))
+        names = [
+            f"{loaded.label(point.policy)} at a bias of {percent(loaded.figure_of(point, bias))}"
+            for point in gates
+            if number_text(loaded.figure_of(point, bits)) == text
+        ]
+        return f"{text} bit a token ({'; '.join(names)})"
+
+    return (
+        f"At {gates[0].rule} the least is {told(gates[0])}, the most {told(gates[-1])}: "
+        f"{loaded.source_note}."
+    )
 
 
 def plane_points(loaded: LoadedRun) -> list[OperatingPoint]:
@@ -66,7 +95,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
         "strip: 0)"
     )
     plane.set_ylabel("TV bias of the output (probability; log, grey strip: 0)")
-    style.direct_legend(plane, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    style.outer_legend(plane)
     return style.finish(drawn, QUESTION, _caption(loaded, bool(cells)))
 
 
@@ -82,7 +111,8 @@ def _zero_and_log(axes: Any, which: str, floor: float, limit: float) -> None:
     getattr(axes, f"set_{which}scale")("symlog", linthresh=floor, linscale=0.5)
     getattr(axes, f"set_{which}lim")(-0.35 * floor, limit)
     first, last = round(np.log10(floor)), int(np.floor(np.log10(limit) + 1e-9))
-    axis.set_major_locator(FixedLocator([0.0, *(10.0**n for n in range(first, last + 1))]))
+    every = 2 if style.is_narrow() else 1
+    axis.set_major_locator(FixedLocator([0.0, *(10.0**n for n in range(first, last + 1, every))]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(_power_of_ten))
 

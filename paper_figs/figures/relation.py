@@ -6,12 +6,37 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from calibrate.run.figure import number_text
+from calibrate.run.figure import excludes_zero, number_text
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
 
 QUESTION = "Does the device's uncertainty predict rejection, and linearly?"
 NEEDS, LACKS = "calibration", "the calibration has no tokens"
+CAVEAT = (
+    "The line is about averages: at one uncertainty some drafts are surely rejected and others "
+    "surely not. It is a statement about these two models on these prompts."
+)
+MISFIT = 0.01
+"""A p-value below which the line is said not to fit."""
+
+
+def answer(loaded: LoadedRun) -> str:
+    """Whether rejection rises with uncertainty, how closely, and whether along a line."""
+    fit = loaded.calibration.fit
+    if fit.slope.value is None:
+        return f"There is no line: {fit.degenerate}."
+    rises = fit.slope.value > 0 and excludes_zero(fit.slope)
+    text = (
+        f"{'Yes, on average' if rises else 'Not on these tokens'}: the rejection probability "
+        f"changes by {number_text(fit.slope)} for a unit of uncertainty. The correlation is "
+        f"{number_text(fit.correlation_binned)} for means of bins, and "
+        f"{number_text(fit.correlation)} token by token."
+    )
+    test = fit.lack_of_fit
+    if test is None:
+        return text
+    leave = "leave the line" if test.p_value < MISFIT else "do not leave the line"
+    return f"{text} The bins {leave} (Wald test, p = {test.p_value:.1g})."
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -55,7 +80,10 @@ def figure(loaded: LoadedRun) -> Figure | None:
     style.error_bars(
         bottom, rank, means - np.clip(slope * u + intercept, 0, 1), fmt="o", color=style.BLACK
     )
-    bottom.set_xticks(rank, [f"{x:.2f}" if x < 0.95 else f"{x:.3f}" for x in u], fontsize=6.5)
+    bottom.set_xticks(
+        rank, [f"{x:.2f}" if x < 0.95 else f"{x:.3f}" for x in u], fontsize=6.5,
+        rotation=90 if style.is_narrow() else 0,
+    )  # fmt: skip
     bottom.set_ylabel("mean β − line\n(probability)")
     bottom.set_xlabel("bin, by its mean uncertainty (dimensionless)")
     style.panel_letter(bottom, "b", "what the line leaves over, bin by bin")

@@ -11,10 +11,36 @@ from calibrate.run.figure import number_text
 from calibrate.run.records import OperatingPoint, ThresholdCurves
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
+from paper_figs.words import budget_text, percent
 
 QUESTION = "What does each threshold skip, what does it risk, and did the rerun agree?"
 NEEDS, LACKS = "derivation", "no policy whose score alone decides has a feasible threshold"
+CAVEAT = (
+    "A threshold that meets its budget on the calibration prompts promises nothing for others; "
+    "only certified ones do. Risk counts over all tokens: of the skipped ones alone a larger share "
+    "would be rejected."
+)
 TICKS = (0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def answer(loaded: LoadedRun) -> str:
+    """What the compared rule's gate skips, and at what risk."""
+    if not loaded.gates:
+        return "No budget leaves a threshold that skips some of the tokens and not all."
+    point = loaded.gates[0]
+    text = (
+        f"{budget_text(point)[:1].upper()}{budget_text(point)[1:]}, the threshold of "
+        f"{loaded.label(point.policy)} is {number_text(point.uncertainty_threshold)}: it skips "
+        f"{percent(point.predicted['skip_rate'])} of the tokens at a predicted risk of "
+        f"{percent(point.predicted['rejection_risk'])}."
+    )
+    cells = loaded.measured(point)
+    if not cells:
+        return text
+    return (
+        f"{text} The rerun skipped {percent(cells['skip_rate'].measured)} at a risk of "
+        f"{percent(cells['rejection_risk'].measured)}."
+    )
 
 
 def drawn_points(loaded: LoadedRun) -> list[OperatingPoint]:
@@ -66,7 +92,9 @@ def figure(loaded: LoadedRun) -> Figure | None:
     style.panel_letter(bottom, "b", "rejection risk, which is the bias of the output")
     # The curve passes the middle above the legend's height or below it: the other corner is free.
     middle = float(curves.skip_rate.value[len(curves.skip_rate.grid) // 2] or 0.0)
-    style.direct_legend(top, loc="lower right" if middle > 0.45 else "upper left", fontsize=7)
+    style.outer_legend(
+        top, loc="lower right" if middle > 0.45 else "upper left", bbox_to_anchor=None, fontsize=7
+    )
     return style.finish(drawn, QUESTION, _caption(loaded, points))
 
 

@@ -12,11 +12,31 @@ from paper_figs.loaded import LoadedRun
 
 QUESTION = "How does each policy's throughput depend on the uplink?"
 NEEDS, LACKS = "derivation", "no rule has gated policies to compare"
+CAVEAT = (
+    "Capacity is reached, nothing queues, and the server has no other user; token times are of the "
+    "machine that measured them, or of the named profile."
+)
 NUM_MARKERS = 4
 PANELS = {
     "throughput_tok_s": "1 / mean token time",
     "mean_throughput_tok_s": "mean of 1 / token time",
 }
+
+
+def answer(loaded: LoadedRun) -> str:
+    """The fastest gated policy at the worst and the best of the drawn links."""
+    series = () if loaded.derivation is None or loaded.derivation.snr is None else (
+        loaded.derivation.snr.series
+    )  # fmt: skip
+    gated = [one for one in series if loaded.policies[one.policy].gated]
+    told = []
+    for place in (0, -1):
+        best = max(gated, key=lambda one: one.throughput_tok_s.value[place] or 0.0)
+        told.append(
+            f"{number_text(best.throughput_tok_s.figures()[place])} token/s at "
+            f"{best.throughput_tok_s.grid[place]:g} dB ({loaded.label(best.policy)})"
+        )
+    return f"The fastest gated policy has {' and '.join(told)}."
 
 
 def measured_series(loaded: LoadedRun, predicted: ThroughputCurves) -> ThroughputCurves | None:
@@ -60,7 +80,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
                          linestyle=(0, (1, 1)))  # fmt: skip
         axis.set_ylabel("throughput (token/s)")
         style.panel_letter(axis, letter, name)
-    style.direct_legend(axes[0, 1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+    style.outer_legend(axes[0, 1])
     return style.finish(drawn, QUESTION, _caption(loaded, derivation, snr, measured))
 
 

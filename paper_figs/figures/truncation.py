@@ -14,6 +14,29 @@ from paper_figs.loaded import LoadedRun
 
 QUESTION = "What does sending k probabilities cost, and which k do the rules choose?"
 NEEDS, LACKS = "derivation", "N(k) was not recorded; `hlm calibrate --trace full` does"
+CAVEAT = (
+    "The bias is of truncation alone: a gate adds its own. Which of the papers' k this is, is an "
+    "assumption (docs/theory.md, section 6)."
+)
+
+
+def answer(loaded: LoadedRun) -> str:
+    """Exact bias and bound at a recorded size: the offline rule's, or the nearest below."""
+    truncation = None if loaded.derivation is None else loaded.derivation.truncation
+    if truncation is None:
+        return ""
+    chosen = truncation.chosen_size or truncation.exact.grid[-1]
+    place = max(i for i, size in enumerate(truncation.exact.grid) if i == 0 or size <= chosen)
+    exact, soft, sharp = (
+        means.figures()[place]
+        for means in (truncation.exact, truncation.soft_bound, truncation.sharp_bound)
+    )
+    return (
+        f"Sending the {truncation.exact.grid[place]:,.0f} likeliest of "
+        f"{loaded.calibration.pair.vocab_size:,} probabilities moves the output law by "
+        f"{number_text(exact)}; bound (22) allows {number_text(sharp)}, CU-HLM's bound (19) "
+        f"{number_text(soft)}."
+    )
 
 
 def measured_sizes(loaded: LoadedRun, truncation: TruncationCurves) -> SizeDistribution | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,26 @@ from paper_figs.loaded import LoadedRun, PointKey, metric_label, metric_names
 
 QUESTION = "Do fresh reruns fall inside their prediction intervals?"
 NEEDS, LACKS = "validation", "no figure was judged"
+CAVEAT = (
+    "Cells of one validation share their prompts and many say nearly the same, so their count is a "
+    "weak witness. Times and energies follow from counts and the profile: no clock was read."
+)
 NUM_COLUMNS = 4
 LIMIT = 2.5
+
+
+def answer(loaded: LoadedRun) -> str:
+    """How many predictions hold, and of which policies some do not."""
+    if loaded.validation is None:
+        return ""
+    tested = loaded.validation.coverage
+    outside = Counter(cell.policy for cell in loaded.cells if cell.covered is False)
+    missed = ", ".join(f"{policy} {count}" for policy, count in outside.items())
+    return (
+        f"{tested.covered} of {tested.total} do, of intervals meant to hold "
+        f"{loaded.validation.confidence:.0%} of them."
+        + (f" Outside, by policy: {missed}." if missed else "")
+    )
 
 
 def normalised_error(cell: Cell) -> float:
@@ -47,9 +66,13 @@ def figure(loaded: LoadedRun) -> Figure | None:
         return None
     rows, metrics = heights(judged), metric_names(judged)
     policies = list(dict.fromkeys(cell.policy for cell in judged))
-    num_rows = -(-len(metrics) // NUM_COLUMNS)
+    # Panels of one metric are narrow enough for two of them in one column.
+    num_columns = NUM_COLUMNS // 2 if style.is_narrow() else NUM_COLUMNS
+    num_rows = -(-len(metrics) // num_columns)
     height = num_rows * (0.75 + 0.19 * len(policies))
-    drawn, axes = style.new_figure(num_rows, NUM_COLUMNS, height, share_x=True, share_y=True)
+    drawn, axes = style.new_figure(
+        num_rows, num_columns, height, share_x=True, share_y=True, stacked=False
+    )
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, metric in zip(axes.flat, metrics, strict=False):

@@ -25,6 +25,7 @@ from calibrate.run.records import (
 )
 from calibrate.run.resources import data_path
 from paper_figs.draw import figures, save
+from paper_figs.figures.relation import MISFIT
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.report.tables import markdown_table
 from paper_figs.style import styled
@@ -36,8 +37,6 @@ EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
 FULL = "full"
 """Name of the derivation that bills everything that crosses the link."""
 FIGURES = ("relation", "validation", "context_shift", "payload_bias", "guarantees")
-MISFIT = 0.01
-"""A p-value below which the line is said not to fit."""
 BITS, BIAS = "uplink_bits_per_token", "tv_bias"
 
 

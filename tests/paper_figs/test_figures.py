@@ -41,6 +41,7 @@ from paper_figs.style import (
     SERIES,
     caption_of,
     error_lengths,
+    is_narrow,
     parts,
     policy_style,
     question_of,
@@ -67,6 +68,16 @@ def drawings(loaded: LoadedRun) -> Iterator[dict[str, Drawing]]:
         found = dict(draw.figures(loaded))
         assert not any(isinstance(drawing, str) for drawing in found.values())
         yield {name: drawing for name, drawing in found.items() if isinstance(drawing, Drawing)}
+
+
+@pytest.fixture(scope="module")
+def narrow(loaded: LoadedRun) -> Iterator[dict[str, Drawing]]:
+    """The same for one column of a paper, their words apart."""
+    with styled(num_columns=1):
+        found = {name: drawn for name, drawn in draw.figures(loaded) if isinstance(drawn, Drawing)}
+        for drawing in found.values():
+            take_words(drawing)
+        yield found
 
 
 def drawn_by(module: ModuleType, loaded: LoadedRun) -> Drawing:
@@ -113,7 +124,38 @@ def test_every_axis_has_a_label_with_a_unit(name: str, drawings: dict[str, Drawi
 @pytest.mark.parametrize("name", draw.figure_names())
 def test_words_fit_on_the_page(name: str, drawings: dict[str, Drawing]) -> None:
     """Nothing drawn reaches over the edge, apart from half a pixel of antialiasing."""
-    drawing = drawings[name]
+    assert_words_fit(drawings[name])
+
+
+@pytest.mark.parametrize("name", draw.figure_names())
+def test_one_column_holds_every_figure(name: str, narrow: dict[str, Drawing]) -> None:
+    """3.5 inches wide, nothing over the edge, and every panel says what its own axes are."""
+    drawing = narrow[name]
+    assert drawing.get_size_inches()[0] == 3.5
+    assert_words_fit(drawing)
+    assert all(axes.get_ylabel() for axes in drawing.axes if axes.get_visible())
+
+
+def test_panels_of_one_column_stand_below_each_other(
+    drawings: dict[str, Drawing], narrow: dict[str, Drawing]
+) -> None:
+    wide = [axes.get_position() for axes in drawings["guarantees"].axes]
+    tall = [axes.get_position() for axes in narrow["guarantees"].axes]
+    assert len({round(box.x0, 2) for box in wide}) == 2
+    assert len({round(box.x0, 2) for box in tall}) == 1
+    assert [box.y0 for box in tall] == sorted((box.y0 for box in tall), reverse=True)
+    first, second, *_ = narrow["guarantees"].axes
+    assert first.get_ylim() == second.get_ylim(), "panels of a row share their axis all the same"
+
+
+def test_a_caller_in_two_columns_is_not_left_in_one() -> None:
+    with styled(num_columns=1):
+        assert is_narrow()
+    with styled():
+        assert not is_narrow()
+
+
+def assert_words_fit(drawing: Drawing) -> None:
     drawing.canvas.draw()
     inside = drawing.bbox
     tight = drawing.get_tightbbox().transformed(drawing.dpi_scale_trans)
