@@ -1,8 +1,9 @@
-"""`hlm report`: a run's settings, fit, predictions, reruns, figures and provenance on one page."""
+"""`hlm report`: a run as an article on one page: questions, answers, figures and their limits."""
 
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 import struct
 from dataclasses import dataclass
@@ -10,27 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from calibrate.derive.presets import published_audit
-from calibrate.run.figure import NBSP, NO_VALUE, number_text
+from calibrate.run.figure import NO_VALUE, number_text
 from calibrate.run.folder import DEFAULT_NAME, write_text
-from calibrate.run.records import OperatingPoint, Provenance
-from paper_figs.draw import figures, png_bytes
-from paper_figs.loaded import LoadedRun, load_run, metric_label, metric_names
-from paper_figs.report import audit_table, tables
+from calibrate.run.records import Provenance
+from paper_figs.draw import SECTIONS, figure_names, figures, png_bytes
+from paper_figs.loaded import LoadedRun, load_run
+from paper_figs.report import audit_table
+from paper_figs.report.page_tables import PageTable, section_tables
+from paper_figs.report.verdict import headline, verdict
 from paper_figs.style import styled, take_words
+from paper_figs.words import GLOSSARY
+
+
+@dataclass(frozen=True)
+class Image:
+    """A PNG in base64, and its size in pixels."""
+
+    png: str
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
 class EmbeddedFigure:
-    """A figure as the page holds it: words apart, the PNG in base64, its size in pixels."""
+    """A figure as the page holds it: its words, and images for a page and for a phone."""
 
     name: str
     question: str
+    answer: str
     caption: str
-    png: str
-    width: int
-    height: int
+    caveat: str
+    wide: Image
+    narrow: Image
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a reader asks, and what answers."""
+
+    anchor: str
+    title: str
+    figures: tuple[EmbeddedFigure, ...]
+    tables: tuple[PageTable, ...]
+    left_out: dict[str, str]
 
 
 def write_report(run: Path, name: str = DEFAULT_NAME) -> Path:
@@ -51,91 +77,75 @@ def render(loaded: LoadedRun) -> str:
     environment = Environment(  # escaping, so that no name of a prompt or file becomes markup
         loader=PackageLoader("paper_figs", "report"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"number": number_text, "metric": metric_label}
-    embedded, left_out = embedded_figures(loaded)
-    estimators = loaded.calibration.estimators
-    quality = [(point, tables.quality_texts(loaded, point)) for point in loaded.feasible]
+    environment.filters["code"] = with_code
     return environment.get_template("page.html").render(
         title=f"When should the device ask? {loaded.pair_name}",
         subtitle=" ".join(part for part in (loaded.sample, loaded.validation_sample) if part),
-        findings=findings(loaded),
-        loaded=loaded,
+        headline=headline(loaded),
+        verdict=verdict(loaded),
+        sections=sections(loaded),
+        outdated=", ".join("/".join(key) for key in loaded.outdated),
         settings=settings_rows(loaded),
-        levels=list(estimators[0].skip_rate_at_risk) if estimators else [],
-        more_points=[point for point in loaded.feasible if point not in loaded.shown],
-        point_columns=[column.title for column in tables.COLUMNS],
-        predicted_texts=tables.predicted_texts,
-        notes=tables.reasons(point for point in loaded.points if point.reason),
-        metrics=metric_names(loaded.cells),
-        quality=[(point, texts) for point, texts in quality if set(texts) != {NO_VALUE}],
-        quality_columns=[column.title for column in tables.QUALITY_COLUMNS],
-        audit=[audit_table.audit_cells(row) for row in published_audit()[0]],
-        audit_columns=audit_table.COLUMNS,
+        audit=PageTable.of(
+            "", audit_table.COLUMNS, map(audit_table.audit_cells, published_audit()[0]), num_text=6
+        ),
         audit_note=audit_table.INTRODUCTION,
-        figures=embedded,
-        left_out=left_out,
+        glossary=GLOSSARY,
         provenance=provenance_rows(loaded),
     )
 
 
-def embedded_figures(loaded: LoadedRun) -> tuple[list[EmbeddedFigure], dict[str, str]]:
-    """Figures of the run without their words, for the page sets them; and why others are left out.
+def with_code(text: str) -> Markup:
+    """Text, escaped, with what stands between backticks as code."""
+    parts = re.split("`([^`]+)`", text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(parts)
+    )
 
-    The width and height of a PNG stand at a fixed place in its header.
-    """
-    embedded: list[EmbeddedFigure] = []
-    left_out: dict[str, str] = {}
-    with styled():
-        for name, drawn in figures(loaded):
+
+def sections(loaded: LoadedRun) -> list[Section]:
+    """Every section with its figures and tables, and why others of its figures are left out."""
+    modules = dict(zip(figure_names(), (m for own in SECTIONS.values() for m in own), strict=True))
+    wide, narrow = _drawn(loaded, 2), _drawn(loaded, 1)
+    own_tables = section_tables(loaded)
+    found = []
+    for number, (title, members) in enumerate(SECTIONS.items(), 1):
+        names = [name for name, module in modules.items() if module in members]
+        embedded, left_out = [], {}
+        for name in names:
+            drawn = wide[name]
             if isinstance(drawn, str):
                 left_out[name.replace("_", " ")] = drawn
                 continue
-            words = take_words(drawn)
-            data = png_bytes(drawn)
+            (question, caption), image = drawn
+            embedded.append(
+                EmbeddedFigure(
+                    name=name, question=question, answer=modules[name].answer(loaded),
+                    caption=caption, caveat=modules[name].CAVEAT, wide=image,
+                    narrow=narrow[name][1],  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
+        tables = tuple(own_tables.get(title, ()))
+        found.append(Section(f"part-{number}", title, tuple(embedded), tables, left_out))
+    return found
+
+
+def _drawn(loaded: LoadedRun, num_columns: int) -> dict[str, str | tuple[tuple[str, str], Image]]:
+    """Words and image of every figure by its name, or why there is none.
+
+    The width and height of a PNG stand at a fixed place in its header.
+    """
+    found: dict[str, str | tuple[tuple[str, str], Image]] = {}
+    with styled(num_columns):
+        for name, drawn in figures(loaded):
+            if isinstance(drawn, str):
+                found[name] = drawn
+                continue
+            words, data = take_words(drawn), png_bytes(drawn)
             png = base64.b64encode(data).decode("ascii")
-            embedded.append(EmbeddedFigure(name, *words, png, *struct.unpack(">II", data[16:24])))
-    return embedded, left_out
-
-
-def findings(loaded: LoadedRun) -> list[str]:
-    """The run in a few sentences: the line, what sends most and least, and how reruns went."""
-    fit = loaded.calibration.fit
-    slope, intercept = float(fit.slope.value or 0.0), float(fit.intercept.value or 0.0)
-    lines = [
-        f"Fitted line: β = {slope:.3f} u {'−' if intercept < 0 else '+'} {abs(intercept):.3f}. "
-        f"Correlation {number_text(fit.correlation, 2)} token by token, "
-        f"{number_text(fit.correlation_binned, 2)} for binned means."
-    ]
-    snr = None if loaded.derivation is None else loaded.derivation.snr
-    compared = [point for point in loaded.feasible if snr and point.rule == snr.rule]
-    compared.sort(key=lambda point: point.predicted["uplink_bits_per_token"].value or 0.0)
-    told = compared[:2] + compared[2:][-1:]  # the two that send least, and the most
-    lines += [_point_sentence(loaded, point) for point in told]
-    num_infeasible = len(loaded.points) - len(loaded.feasible)
-    if num_infeasible:
-        lines.append(
-            f"Infeasible on this calibration: {num_infeasible} of {len(loaded.points)} derived "
-            "settings; the tables.reasons are below."
-        )
-    lines.append(loaded.coverage_note or "Nothing was rerun yet: `hlm validate` does.")
-    return lines
-
-
-def _point_sentence(loaded: LoadedRun, point: OperatingPoint) -> str:
-    by_metric = {column.metric: column for column in tables.COLUMNS}
-    cells = loaded.measured(point)
-
-    def pair(metric: str, unit: str) -> str:
-        text = f"{by_metric[metric].text(point.predicted[metric])}{NBSP}{unit} predicted"
-        if metric not in cells:
-            return text
-        return f"{text}, {by_metric[metric].text(cells[metric].measured)}{NBSP}{unit} measured"
-
-    threshold = number_text(point.uncertainty_threshold, interval=False)
-    return (
-        f"{point.policy} at {point.rule} (u_th = {threshold}): skips {pair('skip_rate', '%')}; "
-        f"output bias {pair('tv_bias', '%')}; uplink {pair('uplink_bits_per_token', 'bit/token')}."
-    )
+            found[name] = words, Image(png, *struct.unpack(">II", data[16:24]))
+    return found
 
 
 def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:

@@ -183,7 +183,9 @@ def markdown(loaded: LoadedRun) -> str:
         text += ["", f"Derived but not rerun: {num_others} settings, in {TABLE_NAME}.csv."]
     infeasible = [point for point in loaded.points if not point.feasible]
     if infeasible:
-        text += ["", "Infeasible:", "", *(f"- {_escape(line)}" for line in reasons(infeasible))]
+        text += ["", "Infeasible:", ""]
+        for reason, names in grouped_reasons(infeasible).items():
+            text.append(f"- {_escape(', '.join(names))}: {_escape(reason)}")
     return "\n".join(text) + "\n"
 
 
@@ -197,12 +199,12 @@ def _quality_note(loaded: LoadedRun) -> str:
     )
 
 
-def reasons(points: Iterable[OperatingPoint]) -> list[str]:
-    """One line a reason, with every point that it holds for."""
+def grouped_reasons(points: Iterable[OperatingPoint]) -> dict[str, list[str]]:
+    """Why points are infeasible or degenerate, and the names of those it holds for."""
     grouped: dict[str, list[str]] = {}
     for point in points:
         grouped.setdefault(point.reason, []).append(point.key)
-    return [f"{', '.join(names)}: {reason}" for reason, names in grouped.items()]
+    return grouped
 
 
 def markdown_table(

@@ -1,0 +1,107 @@
+"""What a run says, in a few sentences: the first thing on its report."""
+
+from __future__ import annotations
+
+from calibrate.run.figure import NBSP, NO_VALUE, number_text
+from calibrate.run.records import OperatingPoint
+from paper_figs.figures import payload_bias, relation
+from paper_figs.loaded import LoadedRun
+from paper_figs.words import budget_text, percent
+
+THROUGHPUT, ENERGY = "throughput_tok_s", "energy_j_per_token"
+
+
+def headline(loaded: LoadedRun) -> str:
+    """The answer in one sentence."""
+    if loaded.derivation is None:
+        return f"Nothing was derived yet: `hlm derive {loaded.run}` says what may be skipped."
+    if not loaded.gates:
+        return "No derived budget leaves a threshold at which some tokens are skipped and not all."
+    point = loaded.gates[0]
+    kept = budget_text(point)
+    source = "measured in a rerun" if loaded.measured(point) else "predicted"
+    return (
+        f"{kept[:1].upper()}{kept[1:]}, the device answers "
+        f"{percent(loaded.figure_of(point, 'skip_rate'))} of the tokens alone ({source}). It asks "
+        f"the server where its score ({loaded.score_label(point.score or '')}) is above "
+        f"{number_text(point.uncertainty_threshold, interval=False)}."
+    )
+
+
+def verdict(loaded: LoadedRun) -> list[str]:
+    """What carries the headline, and what limits it."""
+    lines = [f"{relation.QUESTION} {relation.answer(loaded)}"]
+    if loaded.derivation is None:
+        return lines
+    if loaded.gates:
+        lines += [payload_bias.answer(loaded), _speed(loaded)]
+    lines += [_certified(loaded), _reruns(loaded)]
+    lacking = len(loaded.points) - len(loaded.feasible)
+    if lacking:
+        lines.append(
+            f"{lacking} of {len(loaded.points)} derived settings are infeasible on this "
+            "calibration; why stands below the thresholds."
+        )
+    return [line for line in lines if line]
+
+
+def _speed(loaded: LoadedRun) -> str:
+    """The fastest gate and the most frugal one, beside the models alone."""
+    derivation = loaded.derivation
+    if derivation is None:
+        return ""
+
+    def value(point: OperatingPoint, metric: str) -> float:
+        return loaded.figure_of(point, metric).value or 0.0
+
+    def told(best: OperatingPoint, metric: str, unit: str) -> str:
+        alone = ", ".join(
+            f"{loaded.label(p.policy)} {number_text(value(p, metric))}"
+            for p in loaded.compared
+            if p.score is None
+        )
+        number = number_text(loaded.figure_of(best, metric))
+        return f"{loaded.label(best.policy)}, {number}{NBSP}{unit}; without a gate: {alone}"
+
+    fast = max(loaded.gates, key=lambda point: value(point, THROUGHPUT))
+    frugal = min(loaded.gates, key=lambda point: value(point, ENERGY))
+    return (
+        f"Link {derivation.link.get('name', NO_VALUE)}, profile "
+        f"{derivation.profile.get('name', NO_VALUE)}: the fastest gated policy is "
+        f"{told(fast, THROUGHPUT, 'token/s')}. The most frugal, device and server together, is "
+        f"{told(frugal, ENERGY, 'J/token')}."
+    )
+
+
+def _certified(loaded: LoadedRun) -> str:
+    """The least budget that is certified without a cap."""
+    derivation = loaded.derivation
+    certificates = [
+        one for one in (() if derivation is None else derivation.certificates) if one.guaranteed
+    ]
+    passed = [one for one in certificates if one.feasible]
+    if not certificates:
+        return "Nothing was asked to be certified: budgets hold on the calibration prompts."
+    if not passed:
+        return (
+            "None of the budgets asked for is certified with "
+            f"{loaded.calibration.num_prompts:,} prompts; `hlm plan {loaded.run}` says how many "
+            "it takes."
+        )
+    best = min(passed, key=lambda one: (one.budget, one.cap or 0.0))
+    cap = "" if best.cap is None else f", skipping at most {best.cap:.0%} of an answer"
+    return (
+        f"Certified with {best.confidence:.0%} confidence, as a mean over {best.certified}: a risk "
+        f"of {100 * best.budget:g}{NBSP}%{cap}, with a threshold of {number_text(best.threshold)} "
+        f"that skips {percent(best.skip_rate)} of the tokens."
+    )
+
+
+def _reruns(loaded: LoadedRun) -> str:
+    if loaded.validation is None:
+        return f"Nothing was rerun yet, so these are predictions: `hlm validate {loaded.run}`."
+    tested = loaded.validation.coverage
+    return (
+        f"Rerun on fresh prompts, {tested.covered} of {tested.total} predicted figures held, of "
+        f"intervals meant to hold {loaded.validation.confidence:.0%} of them."
+    )
