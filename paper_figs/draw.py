@@ -15,11 +15,14 @@ from paper_figs.figures import (
     attention,
     attenuation,
     context_shift,
+    costs,
     estimators,
     guarantees,
     importance_plane,
     payload_bias,
+    payload_sizes,
     relation,
+    skipping,
     thresholds,
     throughput_snr,
     truncation,
@@ -32,8 +35,14 @@ from paper_figs.style import PNG_DPI, styled
 
 SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "When does the device know that it should ask?": (relation, estimators, attenuation),
-    "How much may be skipped?": (thresholds, guarantees, answers),
-    "What does asking cost?": (payload_bias, throughput_snr, truncation),
+    "How much may be skipped?": (thresholds, guarantees, answers, skipping),
+    "What does asking cost?": (
+        payload_bias,
+        payload_sizes,
+        costs,
+        throughput_snr,
+        truncation,
+    ),
     "Does attention help?": (attention, importance_plane),
     "Did the predictions hold?": (validation, context_shift),
 }

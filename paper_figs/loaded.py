@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +127,12 @@ class LoadedRun:
         """The same with the name that commands, tables and captions call it by."""
         label = self.label(policy)
         return label if label.lower() == policy else f"{label}\n({policy})"
+
+    def legend_of(self, policies: Sequence[str]) -> str:
+        """One legend for policies that are drawn as one: a line each."""
+        if len(policies) == 1:
+            return self.legend(policies[0])
+        return "\n".join(self.legend(policy).replace("\n", " ") for policy in policies)
 
     def score_label(self, score: str) -> str:
         """What figures call a score."""

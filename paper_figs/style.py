@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from calibrate.run.records import Curve, PolicyInfo
 from calibrate.run.records import Figure as Number
@@ -302,6 +303,25 @@ def band(axes: Any, means: Curve, color: str, high: float = 1.0, **line: Any) ->
     axes.plot(means.grid, value, color=color, **line)
 
 
+def zero_and_log(axes: Any, which: str, floor: float, limit: float) -> None:
+    """A logarithmic axis with a linear strip from 0 to `floor`, so that 0 has a place."""
+    axis = getattr(axes, f"{which}axis")
+    getattr(axes, f"set_{which}scale")("symlog", linthresh=floor, linscale=0.5)
+    getattr(axes, f"set_{which}lim")(-0.35 * floor, limit)
+    first, last = round(np.log10(floor)), int(np.floor(np.log10(limit) + 1e-9))
+    every = 2 if is_narrow() else 1
+    axis.set_major_locator(FixedLocator([0.0, *(10.0**n for n in range(first, last + 1, every))]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(_power_of_ten))
+
+
+def _power_of_ten(value: float, _: int) -> str:
+    if value == 0:
+        return "0"
+    power = round(np.log10(value))
+    return f"{value:g}" if -2 <= power <= 2 else f"$10^{{{power}}}$"
+
+
 def panel_letter(axes: Any, letter: str, text: str) -> None:
     """Name a panel, for the caption to refer to."""
     axes.set_title(f"({letter}) {text}", loc="left")
@@ -336,24 +356,50 @@ def outer_legend(axes: Any, labelled: Any = None, **options: Any) -> None:
         )
 
 
-def coinciding(curves: Sequence[np.ndarray], span: float) -> list[list[int]]:
-    """Which curves lie on each other, as lists of their places, in order.
+def coinciding(*panels: Sequence[Any]) -> list[list[int]]:
+    """Which drawn lines lie on each other, as lists of their places, in order.
 
     Parameters
     ----------
-    curves : sequence of array (G,)
-        On one grid, in the units of an axis; where both are NaN they agree.
-    span : float
-        Length of that axis. Curves closer than COINCIDE of it, everywhere, to the first of a group
-        are of the group.
+    *panels : sequence of Line2D
+        The same series in each panel, whose axes have their limits. Series are one where every
+        point of either line is within COINCIDE of the axes' height and width of the other line, in
+        every panel.
     """
     groups: list[list[int]] = []
-    for place, values in enumerate(curves):
+    paths = [[_in_axes(line) for line in panel] for panel in panels]
+    for place in range(len(panels[0])):
         for group in groups:
-            first = curves[group[0]]
-            if np.allclose(values, first, rtol=0, atol=COINCIDE * span, equal_nan=True):
+            if all(_far(path[place], path[group[0]]) <= COINCIDE for path in paths):
                 group.append(place)
                 break
         else:
             groups.append([place])
     return groups
+
+
+def _in_axes(line: Any) -> np.ndarray:
+    """Points of a line (G, 2) as shares of its axes, those that the axes can show."""
+    to = line.axes.transScale + line.axes.transLimits
+    points = np.array(to.transform(np.column_stack(line.get_data())))
+    shown: np.ndarray = points[np.isfinite(points).all(axis=1)]
+    return shown
+
+
+def _far(one: np.ndarray, other: np.ndarray) -> float:
+    """Greatest distance of a point of either line from the other line."""
+    return max(_farthest(one, other), _farthest(other, one))
+
+
+def _farthest(points: np.ndarray, line: np.ndarray) -> float:
+    """Greatest distance of points (N, 2) from a line of segments, (M, 2)."""
+    if not len(points) or not len(line):
+        return np.inf
+    begin, end = line[:-1], line[1:]
+    if len(line) == 1:
+        begin = end = line
+    along = end - begin
+    length = np.maximum((along**2).sum(-1), 1e-300)
+    share = ((points[:, None] - begin) * along).sum(-1) / length
+    nearest = begin + np.clip(share, 0, 1)[..., None] * along
+    return float(np.sqrt(((points[:, None] - nearest) ** 2).sum(-1)).min(axis=1).max())

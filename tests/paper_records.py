@@ -41,6 +41,7 @@ from calibrate.run.records import (
     ModelIdentity,
     OperatingPoint,
     PairIdentity,
+    PayloadDistribution,
     PlaneCell,
     PolicyInfo,
     PolicyPath,
@@ -272,6 +273,27 @@ def sizes(scale: float = 1.0) -> SizeDistribution:
     )  # fmt: skip
 
 
+def payloads() -> tuple[PayloadDistribution, ...]:
+    """Always the bits of a sent token, but for the online rule: log-uniform over three decades."""
+    levels = np.linspace(0, 1, 101)
+    found = []
+    for entry in POLICIES:
+        name, gated, bits = entry[0], entry[2], entry[6]
+        if name in ("slm", "llm"):
+            continue
+        values = 16 * 1000**levels if name == "cu-hlm-online" else np.full(101, bits)
+        found.append(
+            PayloadDistribution(
+                policy=name, rule="risk-0.02" if gated else "none",
+                bits=SizeDistribution(
+                    levels=tuple(levels.tolist()), quantiles=tuple(values.tolist()),
+                    mean=float(values.mean()), num_tokens=300,
+                ),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
 def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord:
     gated = [entry[0] for entry in POLICIES if entry[2]]
     points = [point(entry[0], "none") for entry in POLICIES if not entry[2]]
@@ -315,11 +337,12 @@ def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord
             for policy in gated
         ),
         "snr": SnrSweep(
-            rule="risk-0.02", bandwidth_hz=2e7, round_trip_ms=5.0, snr_db=SNR_DB,
+            rule="risk-0.02", model="awgn", bandwidth_hz=2e7, round_trip_ms=5.0, snr_db=SNR_DB,
             series=tuple(
                 throughputs(entry[0], "risk-0.02" if entry[2] else "none") for entry in POLICIES
             ),
         ),
+        "payloads": payloads(),
         "truncation": TruncationCurves(
             theta=0.1, soft_bound=curve(sizes_grid, 4 * bias),
             sharp_bound=curve(sizes_grid, 1.2 * bias), exact=curve(sizes_grid, bias),
@@ -377,6 +400,10 @@ def validation_record(derivation: DerivationRecord, **changes: Any) -> Validatio
                 policy=own.policy, rule=own.rule, folder=own.policy, num_tokens=300,
                 entries_per_sent_token=fig(bits / 16),
                 throughput=throughputs(own.policy, own.rule, 1.05) if compared else None,
+                payload=next(
+                    (one.bits for one in derivation.payloads
+                     if (one.policy, one.rule) == (own.policy, own.rule)), None
+                ),
                 sizes=sizes(1.2) if online else None,
             )
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,12 +19,14 @@ from calibrate.derive.predict import (
     token_times,
     uplink_bits,
 )
+from calibrate.derive.presets import link_to_dict
 from calibrate.run.figure import AMOUNT, SHARE, curve
 from calibrate.run.records import (
     AnswerCurve,
     Curve,
     ImportanceExample,
     OperatingPoint,
+    PayloadDistribution,
     SizeDistribution,
     SnrSweep,
     ThresholdCurves,
@@ -32,7 +34,6 @@ from calibrate.run.records import (
     TruncationCurves,
 )
 from hlmtheory.clusters import RatioEstimate, mean_over_tokens
-from hlmtheory.link import AwgnLink, Link
 from hlmtheory.policies import GatedPolicy, Policy
 from hlmtheory.policies.base import TruncatingPolicy, recorded_bias
 from hlmtheory.relation import linear_rejection
@@ -45,8 +46,6 @@ Runnable: TypeAlias = tuple[OperatingPoint, Policy]
 
 NUM_THRESHOLDS = 161
 SNR_DB = tuple(float(snr) for snr in range(-15, 36))
-DEFAULT_BANDWIDTH_HZ = 20e6
-"""Of the sweep where the derivation's link has none."""
 USUAL_BUDGET = 0.01
 """Policies are compared at the risk budget nearest to it."""
 NUM_LEVELS = 101
@@ -98,9 +97,29 @@ def comparison_rule(points: Sequence[OperatingPoint]) -> str | None:
 
 
 def economics_at(economics: Economics, snr_db: float) -> Economics:
-    """The same over an AWGN link of that SNR, its own bandwidth and round trip kept."""
-    link = economics.link
-    return replace(economics, link=AwgnLink(bandwidth_hz(link), snr_db, link.round_trip_ms))
+    """The same with the link at that SNR.
+
+    Raises
+    ------
+    ValueError
+        If the link does not allow it.
+    """
+    link: Any = economics.link
+    return replace(economics, link=replace(link, snr_db=snr_db))
+
+
+def allowed_snrs(economics: Economics) -> tuple[float, ...]:
+    """Those of SNR_DB that the link can have: none without an SNR, and none where all is outage."""
+    if not hasattr(economics.link, "snr_db"):
+        return ()
+    found = []
+    for snr in SNR_DB:
+        try:
+            economics_at(economics, snr)
+        except ValueError:
+            continue
+        found.append(snr)
+    return tuple(found)
 
 
 def answer_curves(study: Study, runnable: Sequence[Runnable]) -> tuple[AnswerCurve, ...]:
@@ -115,11 +134,6 @@ def answer_curves(study: Study, runnable: Sequence[Runnable]) -> tuple[AnswerCur
         for point, policy in chosen
     ]
     return tuple(one for one in found if one is not None)
-
-
-def bandwidth_hz(link: Link) -> float:
-    """The link's own, or the usual one of a link that has none."""
-    return float(getattr(link, "bandwidth_hz", DEFAULT_BANDWIDTH_HZ))
 
 
 def throughput_curves(
@@ -150,28 +164,58 @@ def throughput_curves(
 
 
 def snr_sweep(study: Study, runnable: Sequence[Runnable]) -> SnrSweep | None:
-    """Throughput against SNR of one point a policy: at the common rule, or without a gate."""
+    """Throughput along the link's SNR of one point a policy: see :func:`compared`."""
     rule = comparison_rule([point for point, _ in runnable])
     if rule is None:
         return None
-    link = study.economics.link
+    link, grid = study.economics.link, allowed_snrs(study.economics)
     return SnrSweep(
         rule=rule,
-        bandwidth_hz=bandwidth_hz(link),
+        model=link_to_dict(link)["model"],
+        bandwidth_hz=getattr(link, "bandwidth_hz", None),
         round_trip_ms=link.round_trip_ms,
-        snr_db=SNR_DB,
+        snr_db=grid,
         series=tuple(
             throughput_curves(
                 point,
                 study.roads.prediction(policy),
                 study.economics,
-                SNR_DB,
+                grid,
                 study.request.confidence,
             )
-            for point, policy in runnable
-            if point.rule in (rule, UNGATED)
-        ),
+            for point, policy in compared(runnable)
+        )
+        if grid
+        else (),
     )
+
+
+def compared(runnable: Sequence[Runnable]) -> list[Runnable]:
+    """Points to compare policies at: the gated ones at the common rule, and those without a gate.
+
+    None if there is no such rule.
+    """
+    rule = comparison_rule([point for point, _ in runnable])
+    return [one for one in runnable if rule is not None and one[0].rule in (rule, UNGATED)]
+
+
+def payload_distributions(
+    study: Study, runnable: Sequence[Runnable]
+) -> tuple[PayloadDistribution, ...]:
+    """Distribution of the uplink bits of sent tokens, of the policies that send any."""
+    found = []
+    for point, policy in compared(runnable):
+        bits = sent_bits(drawn_tokens(study.trace, policy), study.economics)
+        if bits is not None:
+            found.append(PayloadDistribution(policy=point.policy, rule=point.rule, bits=bits))
+    return tuple(found)
+
+
+def sent_bits(tokens: PolicyTokens, economics: Economics) -> SizeDistribution | None:
+    """Uplink bits of those tokens that are sent; None where none is, or no device sends them."""
+    bits = uplink_bits(tokens, economics)[tokens.skip < 0.5]
+    known = np.isfinite(bits).any()
+    return size_distribution(bits) if tokens.policy.role == "both" and known else None
 
 
 def size_distribution(entries: np.ndarray) -> SizeDistribution:

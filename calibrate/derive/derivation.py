@@ -153,6 +153,7 @@ def _derived(
         answers=curves.answer_curves(study, runnable),
         paths=tuple(path.record() for path in paths if path.policy.gated),
         snr=curves.snr_sweep(study, runnable),
+        payloads=curves.payload_distributions(study, runnable),
         truncation=curves.truncation_curves(study, runnable),
         importance_plane=importance_plane(study),
         importance_example=curves.importance_example(study),

@@ -506,7 +506,7 @@ class PolicyPath(Record):
 
 
 class ThroughputCurves(Record):
-    """Both throughputs of one operating point along the SNR of an AWGN link."""
+    """Both throughputs of one operating point along the SNR of the sweep's link."""
 
     policy: str
     rule: str
@@ -526,13 +526,16 @@ class AnswerCurve(Record):
 
 
 class SnrSweep(Record):
-    """Throughput against SNR: the derivation's own bandwidth, round trip, times and accounting."""
+    """Throughput along the SNR of the derivation's own link, whatever else of it kept."""
 
     rule: str
     """The rule that gated policies are compared at."""
-    bandwidth_hz: float
+    model: str = "awgn"
+    """Of the link. Derivations that do not say so swept an AWGN link, whatever theirs was."""
+    bandwidth_hz: float | None
     round_trip_ms: float
     snr_db: tuple[float, ...]
+    """Empty, as `series`, where the link has no SNR."""
     series: tuple[ThroughputCurves, ...]
 
 
@@ -543,6 +546,14 @@ class SizeDistribution(Record):
     quantiles: tuple[float, ...]
     mean: float
     num_tokens: int
+
+
+class PayloadDistribution(Record):
+    """Uplink bits of those tokens that a policy sends at an operating point."""
+
+    policy: str
+    rule: str
+    bits: SizeDistribution
 
 
 class TruncationCurves(Record):
@@ -606,6 +617,9 @@ class DerivationRecord(StageRecord):
     """Of every gated policy at its budgets, where it is known, and of the device alone."""
     paths: tuple[PolicyPath, ...]
     snr: SnrSweep | None
+    payloads: tuple[PayloadDistribution, ...] = ()
+    """Of every policy that sends something at the sweep's rule, or without a gate, with the drafts
+    that the calibration drew."""
     truncation: TruncationCurves | None
     importance_plane: ImportancePlane | None
     importance_example: ImportanceExample | None
@@ -623,6 +637,8 @@ class RerunInfo(Record):
     """Probabilities sent with a token that is sent; no value where nothing is ever sent."""
     throughput: ThroughputCurves | None
     """Its tokens priced along the derivation's SNR sweep."""
+    payload: SizeDistribution | None = None
+    """Uplink bits of its sent tokens, where the derivation has their distribution."""
     sizes: SizeDistribution | None
     """Sizes of its sent tokens, where the size is chosen token by token."""
 

@@ -388,7 +388,7 @@ def _rerun_info(
     derivation: DerivationRecord,
 ) -> RerunInfo:
     """What figures show of a rerun beside its cells."""
-    from calibrate.derive.curves import size_distribution, throughput_curves
+    from calibrate.derive.curves import sent_bits, size_distribution, throughput_curves
     from calibrate.run.figure import AMOUNT, as_figure
     from hlmtheory.clusters import mean_over_tokens
 
@@ -400,15 +400,19 @@ def _rerun_info(
         )
         entries = as_figure(estimate, "", derivation.confidence, *AMOUNT)
     confidence, sweep = derivation.confidence, derivation.snr
+    swept = sweep is not None and sweep.series and sweep.model == derivation.link["model"]
+    compared = any((one.policy, one.rule) == (point.policy, point.rule)
+                   for one in derivation.payloads)  # fmt: skip
     return RerunInfo(
         policy=point.policy,
         rule=point.rule,
         folder=folder,
         num_tokens=len(tokens.skip),
         entries_per_sent_token=entries,
-        throughput=None
-        if sweep is None
-        else throughput_curves(point, tokens, economics, sweep.snr_db, confidence),
+        throughput=throughput_curves(point, tokens, economics, sweep.snr_db, confidence)
+        if sweep is not None and swept
+        else None,
+        payload=sent_bits(tokens, economics) if compared else None,
         sizes=size_distribution(tokens.entries[sent])
         if tokens.policy.entries_vary and sent.any()
         else None,

@@ -79,15 +79,8 @@ def figure(loaded: LoadedRun) -> Figure | None:
     left.set_xlabel("length that answers are cut after (tokens)")
     left.set_ylabel("TV between answers (probability)")
     style.panel_letter(left, "a", f"by length, {loaded.label(policy)}")
-    for name, members in points.items():
-        look = loaded.style(name)
-        bias = style.parts(point.predicted["tv_bias"] for point in members)[0]
-        found = style.parts(point.predicted[METRIC] for point in members)
-        right.plot(bias, found[0], **look.line(), linewidth=1.0)
-        style.error_bars(right, bias, found, **look.open_marker())
-        right.plot([], [], **look.open_marker() | look.line(), label=loaded.legend(name))
-        _draw_measured(loaded, members, look, right)
     right.set_xscale("log")
+    draw_along(loaded, points, "tv_bias", right)
     right.set_xlabel("TV bias of a token (probability; log)")
     style.panel_letter(right, "b", f"at {longest:g} tokens, by budget")
     style.direct_legend(right, loc="lower right", fontsize=7)
@@ -104,15 +97,41 @@ def _name_line(axes: Any, one: AnswerCurve, point: OperatingPoint, color: str) -
         )
 
 
-def _draw_measured(
-    loaded: LoadedRun, members: list[OperatingPoint], look: style.SeriesStyle, axes: Any
+def draw_along(
+    loaded: LoadedRun, points: dict[str, list[OperatingPoint]], metric: str, axes: Any
 ) -> None:
+    """Distance of answers along another metric at each policy's points, predicted and measured.
+
+    Policies whose lines coincide are drawn as one, with all their names.
+    """
+    lines = []
+    for name, members in points.items():
+        at = style.parts(point.predicted[metric] for point in members)[0]
+        found = style.parts(point.predicted[METRIC] for point in members)[0]
+        lines += axes.plot(at, found, **loaded.style(name).line(), linewidth=1.0)
+    names = list(points)
+    for group in style.coinciding(lines):
+        look = loaded.style(names[group[0]])
+        for place in group[1:]:
+            lines[place].remove()
+        for place in group:
+            _draw_points(loaded, points[names[place]], look, metric, axes)
+        label = loaded.legend_of([names[place] for place in group])
+        axes.plot([], [], **look.open_marker() | look.line(), label=label)
+
+
+def _draw_points(
+    loaded: LoadedRun, members: list[OperatingPoint], look: style.SeriesStyle, metric: str,
+    axes: Any,
+) -> None:  # fmt: skip
+    at = style.parts(point.predicted[metric] for point in members)[0]
+    found = style.parts(point.predicted[METRIC] for point in members)
+    style.error_bars(axes, at, found, **look.open_marker())
     for point in members:
         cells = loaded.measured(point)
-        if cells and METRIC in cells and cells[METRIC].measured.value is not None:
-            found = style.parts([cells[METRIC].measured])
-            bias = [cells["tv_bias"].measured.value]
-            style.error_bars(axes, bias, found, **look.filled_marker(), capsize=1.5, zorder=4)
+        if METRIC in cells and cells[METRIC].measured.value is not None:
+            place, values = [cells[metric].measured.value], style.parts([cells[METRIC].measured])
+            style.error_bars(axes, place, values, **look.filled_marker(), capsize=1.5, zorder=4)
 
 
 def _caption(

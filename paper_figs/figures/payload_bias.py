@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from calibrate.run.figure import number_text
 from calibrate.run.records import OperatingPoint
@@ -76,18 +75,27 @@ def figure(loaded: LoadedRun) -> Figure | None:
         for metric in METRICS
     )
     min_bits = _floor(bits, 1e-2)
-    _zero_and_log(plane, "x", min_bits, 3 * max(np.nanmax(bits), 10 * min_bits))
-    _zero_and_log(plane, "y", MIN_BIAS, min(3 * max(np.nanmax(biases), 10 * MIN_BIAS), 1.0))
+    style.zero_and_log(plane, "x", min_bits, 3 * max(np.nanmax(bits), 10 * min_bits))
+    style.zero_and_log(plane, "y", MIN_BIAS, min(3 * max(np.nanmax(biases), 10 * MIN_BIAS), 1.0))
     shown = {point.policy for point in points}
-    for path in loaded.derivation.paths:
-        if path.policy in shown:
-            plane.plot(
-                path.uplink_bits_per_token, path.tv_bias, **loaded.style(path.policy).line(),
-                linewidth=1.0, alpha=0.8,
-            )  # fmt: skip
+    paths = [path for path in loaded.derivation.paths if path.policy in shown]
+    lines = [
+        plane.plot(
+            path.uplink_bits_per_token, path.tv_bias, **loaded.style(path.policy).line(),
+            linewidth=1.0, alpha=0.8,
+        )[0]
+        for path in paths
+    ]  # fmt: skip
+    as_one = [group for group in style.coinciding(lines) if len(group) > 1] if lines else []
+    without_line = {paths[place].policy for group in as_one for place in group[1:]}
+    for group in as_one:
+        for place in group[1:]:
+            lines[place].remove()
+    coinciding = [[loaded.label(paths[place].policy) for place in group] for group in as_one]
     for policy in loaded.policies:
         if policy in shown:
-            _draw_policy(loaded, plane, [point for point in points if point.policy == policy])
+            own = [point for point in points if point.policy == policy]
+            _draw_policy(loaded, plane, own, policy not in without_line)
     plane.axvspan(-1, min_bits, color="#f1f1f1", zorder=0, linewidth=0)
     plane.axhspan(-1, MIN_BIAS, color="#f1f1f1", zorder=0, linewidth=0)
     plane.set_xlabel(
@@ -96,7 +104,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     )
     plane.set_ylabel("TV bias of the output (probability; log, grey strip: 0)")
     style.outer_legend(plane)
-    return style.finish(drawn, QUESTION, _caption(loaded, bool(cells)))
+    return style.finish(drawn, QUESTION, _caption(loaded, bool(cells), coinciding))
 
 
 def _floor(values: np.ndarray, default: float) -> float:
@@ -105,30 +113,13 @@ def _floor(values: np.ndarray, default: float) -> float:
     return float(10.0 ** np.floor(np.log10(positive.min()))) if len(positive) else default
 
 
-def _zero_and_log(axes: Any, which: str, floor: float, limit: float) -> None:
-    """A logarithmic axis with a linear strip from 0 to `floor`, so that 0 has a place."""
-    axis = getattr(axes, f"{which}axis")
-    getattr(axes, f"set_{which}scale")("symlog", linthresh=floor, linscale=0.5)
-    getattr(axes, f"set_{which}lim")(-0.35 * floor, limit)
-    first, last = round(np.log10(floor)), int(np.floor(np.log10(limit) + 1e-9))
-    every = 2 if style.is_narrow() else 1
-    axis.set_major_locator(FixedLocator([0.0, *(10.0**n for n in range(first, last + 1, every))]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_power_of_ten))
-
-
-def _power_of_ten(value: float, _: int) -> str:
-    if value == 0:
-        return "0"
-    power = round(np.log10(value))
-    return f"{value:g}" if -2 <= power <= 2 else f"$10^{{{power}}}$"
-
-
-def _draw_policy(loaded: LoadedRun, plane: Any, points: list[OperatingPoint]) -> None:
+def _draw_policy(
+    loaded: LoadedRun, plane: Any, points: list[OperatingPoint], with_line: bool
+) -> None:
     """Points of one policy; what an interval says below 0 is cut, for neither axis goes there."""
     policy = points[0].policy
     look = loaded.style(policy)
-    combined = look.filled_marker() | {"linestyle": look.linestyle}
+    combined = look.filled_marker() | ({"linestyle": look.linestyle} if with_line else {})
     plane.plot([], [], **combined, label=loaded.legend(policy))
     for point in points:
         bits, bias = style.parts(point.predicted[metric] for metric in METRICS)[0]
@@ -144,7 +135,7 @@ def _draw_policy(loaded: LoadedRun, plane: Any, points: list[OperatingPoint]) ->
         )  # fmt: skip
 
 
-def _caption(loaded: LoadedRun, measured: bool) -> str:
+def _caption(loaded: LoadedRun, measured: bool, coinciding: list[list[str]]) -> str:
     paths = () if loaded.derivation is None else loaded.derivation.paths
     ends = [threshold for path in paths for threshold in path.thresholds]
     reruns = (
@@ -159,6 +150,8 @@ def _caption(loaded: LoadedRun, measured: bool) -> str:
         if ends
         else ""
     )
+    for names in coinciding:
+        lines += f" Those of {' and '.join(names)} coincide: drawn as one."
     return (
         f"{loaded.sample} Hollow: predicted at the derived settings{reruns}{lines} Both axes are "
         "logarithmic above the grey strip and linear inside it; biases in the strip are rounding. "

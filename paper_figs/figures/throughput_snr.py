@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -11,7 +13,12 @@ from paper_figs import style
 from paper_figs.loaded import LoadedRun
 
 QUESTION = "How does each policy's throughput depend on the uplink?"
-NEEDS, LACKS = "derivation", "no rule has gated policies to compare"
+NEEDS, LACKS = "derivation", "the link has no SNR, or no rule has gated policies to compare"
+LINKS = {
+    "awgn": "AWGN link at capacity",
+    "ergodic-rayleigh": "Rayleigh link at its ergodic rate, by mean SNR",
+    "rayleigh-outage": "Rayleigh link at a fixed rate with outage, by mean SNR",
+}
 CAVEAT = (
     "Capacity is reached, nothing queues, and the server has no other user; token times are of the "
     "machine that measured them, or of the named profile."
@@ -48,40 +55,53 @@ def measured_series(loaded: LoadedRun, predicted: ThroughputCurves) -> Throughpu
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
-    """Both throughputs against SNR: predicted lines, measured markers."""
+    """Both throughputs along the link's SNR: predicted lines, measured markers."""
     derivation = loaded.derivation
     if derivation is None or derivation.snr is None or not derivation.snr.series:
         return None
     snr = derivation.snr
     drawn, axes = style.new_figure(1, 2, 3.9, share_y=True)
+    lines = [_draw_lines(loaded, axis, snr, metric)
+             for axis, metric in zip(axes[0], PANELS, strict=True)]  # fmt: skip
+    axes[0, 0].set_ylim(bottom=0)
     measured = False
-    for number, series in enumerate(snr.series):
-        look = loaded.style(series.policy)
-        found = measured_series(loaded, series)
-        for axis, metric in zip(axes[0], PANELS, strict=True):
-            line = getattr(series, metric)
-            axis.plot(line.grid, style.parts(line)[0], **look.line(), linewidth=1.2)
-            if found is not None:
+    for group in style.coinciding(*lines):
+        members = [snr.series[place] for place in group]
+        look = loaded.style(members[0].policy)
+        for panel in lines:
+            for place in group[1:]:
+                panel[place].remove()
+        for place, series in zip(group, members, strict=True):
+            found = measured_series(loaded, series)
+            at = marker_places(len(snr.snr_db), place / len(snr.series))
+            for axis, metric in zip(axes[0], PANELS, strict=True) if found is not None else ():
                 measured = True
-                at = marker_places(len(snr.snr_db), number / len(snr.series))
                 means = getattr(found, metric)
                 style.error_bars(
                     axis, np.array(means.grid)[at], style.parts(means)[:, at], capsize=1.5,
                     **look.filled_marker(),
                 )  # fmt: skip
         combined = look.filled_marker() | {"linestyle": look.linestyle}
-        axes[0, 1].plot([], [], **combined, label=loaded.legend(series.policy))
+        label = loaded.legend_of([series.policy for series in members])
+        axes[0, 1].plot([], [], **combined, label=label)
     for axis, letter, name in zip(axes[0], "ab", PANELS.values(), strict=True):
-        axis.set_ylim(bottom=0)
-        axis.set_xlim(snr.snr_db[0], snr.snr_db[-1])
         axis.set_xlabel("uplink SNR (dB)")
-        if "snr_db" in derivation.link:
-            axis.axvline(derivation.link["snr_db"], color=style.GREY, linewidth=0.9,
-                         linestyle=(0, (1, 1)))  # fmt: skip
+        axis.axvline(derivation.link["snr_db"], color=style.GREY, linewidth=0.9,
+                     linestyle=(0, (1, 1)))  # fmt: skip
         axis.set_ylabel("throughput (token/s)")
         style.panel_letter(axis, letter, name)
     style.outer_legend(axes[0, 1])
     return style.finish(drawn, QUESTION, _caption(loaded, derivation, snr, measured))
+
+
+def _draw_lines(loaded: LoadedRun, axis: Any, snr: SnrSweep, metric: str) -> list[Any]:
+    axis.set_xlim(snr.snr_db[0], snr.snr_db[-1])
+    lines = []
+    for series in snr.series:
+        means = getattr(series, metric)
+        look = loaded.style(series.policy).line()
+        lines += axis.plot(means.grid, style.parts(means)[0], **look, linewidth=1.2)
+    return lines
 
 
 def marker_places(num: int, share: float) -> np.ndarray:
@@ -103,14 +123,11 @@ def _caption(loaded: LoadedRun, derivation: DerivationRecord, snr: SnrSweep, mea
         if measured
         else ". No rerun at this rule is stored."
     )
-    own = (
-        f"Grey line: {derivation.link['snr_db']:g} dB, the link of the derivation. "
-        if "snr_db" in derivation.link
-        else ""
-    )
+    width = "" if snr.bandwidth_hz is None else f" of {snr.bandwidth_hz / 1e6:g} MHz"
     return (
-        f"{loaded.sample} Gated policies at the rule {snr.rule}. Lines: predicted{reruns} AWGN "
-        f"link of {snr.bandwidth_hz / 1e6:g} MHz at capacity, round trip {snr.round_trip_ms:g} ms; "
-        f"token times in ms: {times}. '{derivation.accounting}' accounting. {own}What sends "
-        "nothing up does not depend on the link."
+        f"{loaded.sample} Gated policies at the rule {snr.rule}; lines that coincide are drawn as "
+        f"one. Lines: predicted{reruns} {LINKS.get(snr.model, snr.model)}{width}, round trip "
+        f"{snr.round_trip_ms:g} ms; token times in ms: {times}. '{derivation.accounting}' "
+        f"accounting. Grey line: {derivation.link['snr_db']:g} dB, the link of the derivation. "
+        "What sends nothing up does not depend on the link."
     )

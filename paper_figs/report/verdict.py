@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from calibrate.run.figure import NBSP, NO_VALUE, number_text
-from calibrate.run.records import OperatingPoint
-from paper_figs.figures import payload_bias, relation
+from calibrate.run.figure import NBSP, number_text
+from paper_figs.figures import costs, payload_bias, relation
 from paper_figs.loaded import LoadedRun
 from paper_figs.words import budget_text, percent
-
-THROUGHPUT, ENERGY = "throughput_tok_s", "energy_j_per_token"
 
 
 def headline(loaded: LoadedRun) -> str:
@@ -34,7 +31,7 @@ def verdict(loaded: LoadedRun) -> list[str]:
     if loaded.derivation is None:
         return lines
     if loaded.gates:
-        lines += [payload_bias.answer(loaded), _speed(loaded)]
+        lines += [payload_bias.answer(loaded), costs.answer(loaded)]
     lines += [_certified(loaded), _reruns(loaded)]
     lacking = len(loaded.points) - len(loaded.feasible)
     if lacking:
@@ -43,34 +40,6 @@ def verdict(loaded: LoadedRun) -> list[str]:
             "calibration; why stands below the thresholds."
         )
     return [line for line in lines if line]
-
-
-def _speed(loaded: LoadedRun) -> str:
-    """The fastest gate and the most frugal one, beside the models alone."""
-    derivation = loaded.derivation
-    if derivation is None:
-        return ""
-
-    def value(point: OperatingPoint, metric: str) -> float:
-        return loaded.figure_of(point, metric).value or 0.0
-
-    def told(best: OperatingPoint, metric: str, unit: str) -> str:
-        alone = ", ".join(
-            f"{loaded.label(p.policy)} {number_text(value(p, metric))}"
-            for p in loaded.compared
-            if p.score is None
-        )
-        number = number_text(loaded.figure_of(best, metric))
-        return f"{loaded.label(best.policy)}, {number}{NBSP}{unit}; without a gate: {alone}"
-
-    fast = max(loaded.gates, key=lambda point: value(point, THROUGHPUT))
-    frugal = min(loaded.gates, key=lambda point: value(point, ENERGY))
-    return (
-        f"Link {derivation.link.get('name', NO_VALUE)}, profile "
-        f"{derivation.profile.get('name', NO_VALUE)}: the fastest gated policy is "
-        f"{told(fast, THROUGHPUT, 'token/s')}. The most frugal, device and server together, is "
-        f"{told(frugal, ENERGY, 'J/token')}."
-    )
 
 
 def _certified(loaded: LoadedRun) -> str:

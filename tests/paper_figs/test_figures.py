@@ -26,11 +26,14 @@ from paper_figs.figures import (
     answers,
     attention,
     context_shift,
+    costs,
     estimators,
     guarantees,
     importance_plane,
     payload_bias,
+    payload_sizes,
     relation,
+    skipping,
     thresholds,
     throughput_snr,
     truncation,
@@ -38,10 +41,13 @@ from paper_figs.figures import (
 )
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.style import (
+    COINCIDE,
     SERIES,
     caption_of,
+    coinciding,
     error_lengths,
     is_narrow,
+    new_figure,
     parts,
     policy_style,
     question_of,
@@ -412,9 +418,66 @@ def test_both_policies_that_send_next_to_nothing_are_named(
     plane = drawings["payload_bias"].axes[0]
     both = {"residual verification\n(r-hlm)", "coupled draws\n(coupled)"}
     assert both <= set(plane.get_legend_handles_labels()[1])
-    labels = [text.get_text() for text in drawings["throughput_snr"].axes[1].get_legend().texts]
-    assert labels == [loaded.legend(entry[0]) for entry in POLICIES]
+    labels = "\n".join(
+        text.get_text() for text in drawings["throughput_snr"].axes[1].get_legend().texts
+    ).split("\n")
+    names = {entry[0] for entry in POLICIES}
+    assert {"residual verification (r-hlm)", "coupled draws", "(coupled)"} <= set(labels)
     assert "U-HLM" in labels, "a label that says the name says it once"
+    assert all(any(name in label.lower() for label in labels) for name in names)
+
+
+def test_curves_that_coincide_are_one_with_all_names(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    """Throughputs of this run follow the length of the name: three have 3 letters, two have 5."""
+    left, right = drawings["throughput_snr"].axes
+    along = [line for line in left.lines if len(line.get_xdata()) > 10]
+    assert len(along) == len({len(entry[0]) for entry in POLICIES})
+    labels = [text.get_text() for text in right.get_legend().texts]
+    assert labels[0] == "device alone (slm)\nserver alone (llm)\nHLM"
+    assert "U-HLM\nresidual verification (r-hlm)" in labels
+    plane = drawings["payload_bias"].axes[0]
+    paths = [line for line in plane.lines if len(line.get_xdata()) == 101]
+    assert len(paths) == sum(entry[2] for entry in POLICIES) - 1
+    caption = caption_of(drawings["payload_bias"])
+    assert "Those of U-HLM and UI-HLM coincide: drawn as one." in caption
+
+
+@pytest.mark.parametrize(
+    ("shift", "as_one"), [(0.0, True), (0.4 * COINCIDE, True), (2.5 * COINCIDE, False)]
+)
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_lines_are_one_if_no_eye_tells_them_apart(shift: float, as_one: bool, scale: str) -> None:
+    """On an axis from 1 to 100, whose hundredth is 0.99, or a factor of 10**0.02."""
+    with styled():
+        _, ((left, right),) = new_figure(1, 2, 3.0)
+        for axes in (left, right):
+            axes.set(xlim=(0, 1), ylim=(1, 100), yscale=scale)
+    x = np.linspace(0, 1, 50)
+    fine = np.linspace(0, 1, 173)  # other places of the same line
+    height = 10**shift if scale == "log" else 0.0
+
+    def line(axes: Any, at: np.ndarray, moved: bool) -> Any:
+        y = 3 + 20 * at
+        if moved:
+            y = y * height**2 if scale == "log" else y + 99 * shift
+        return axes.plot(at, y)[0]
+
+    first = [line(left, x, False), line(left, fine, True)]
+    assert coinciding(first) == ([[0, 1]] if as_one else [[0], [1]])
+    apart = [right.plot(x, 3 + 20 * x)[0], right.plot(x, 60 - 20 * x)[0]]
+    assert coinciding(first, apart) == [[0], [1]], "in every panel, or not at all"
+
+
+def test_upright_lines_coincide_too() -> None:
+    """A payload that is always the same is an upright line, of however many points."""
+    with styled():
+        _, ((axes,),) = new_figure(1, 1, 3.0)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+    lines = [axes.plot(np.full(n, at), np.linspace(0, 1, n))[0]
+             for n, at in ((5, 0.5), (50, 0.5), (5, 0.6))]  # fmt: skip
+    assert coinciding(lines) == [[0, 1], [2]]
 
 
 def test_payload_axis_has_a_place_for_zero(drawings: dict[str, Drawing]) -> None:
@@ -438,6 +501,59 @@ def test_payload_points_are_predictions_and_reruns(
     }
 
 
+def test_cost_bars_are_the_predictions_and_markers_the_reruns(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    axes = drawings["costs"].axes
+    for axis, metric in zip(axes, (costs.THROUGHPUT, costs.ENERGY), strict=True):
+        widths = [bar.get_width() for bar in axis.patches]
+        assert widths == [point.predicted[metric].value for point in loaded.compared]
+        markers = [
+            float(line.get_xdata()[0]) for line in axis.lines
+            if len(line.get_xdata()) == 1 and line.get_marker() not in ("|", "None")
+        ]  # fmt: skip
+        stored = [loaded.measured(point)[metric].measured.value for point in loaded.compared]
+        assert markers == pytest.approx(stored)
+    assert "Link wifi, profile measured" in caption_of(drawings["costs"])
+
+
+def test_payload_lines_are_the_stored_quantiles(
+    loaded: LoadedRun, drawings: dict[str, Drawing]
+) -> None:
+    assert loaded.derivation is not None
+    lines = [line for line in drawings["payload_sizes"].axes[0].lines if len(line.get_xdata()) > 2]
+    drawn = {tuple(line.get_xdata()[1:]) for line in lines}
+    assert drawn == {one.bits.quantiles for one in loaded.derivation.payloads}
+    told = payload_sizes.answer(loaded)
+    assert told.startswith("It differs most with CU-HLM, online k: from 16 to 16,000 bit")
+    assert payload_sizes.figure(changed(loaded, payloads=())) is None
+
+
+def test_answers_lie_at_the_skip_rates_of_their_points(loaded: LoadedRun) -> None:
+    plane = drawn_by(skipping, loaded).axes[0]
+    known = [p for members in answers.budget_points(loaded).values() for p in members]
+    stored = {(p.predicted["skip_rate"].value, p.predicted[answers.METRIC].value) for p in known}
+    hollow = {
+        (float(x), float(y))
+        for bars in plane.containers
+        if bars.lines[0].get_markerfacecolor() == "white"
+        for x, y in zip(*bars.lines[0].get_data(), strict=True)
+    }
+    assert hollow == stored
+
+
+def test_a_link_without_snr_has_no_such_figure(loaded: LoadedRun) -> None:
+    assert loaded.derivation is not None
+    assert loaded.derivation.snr is not None
+    bare = loaded.derivation.snr.model_copy(
+        update={"model": "trace", "bandwidth_hz": None, "snr_db": (), "series": ()}
+    )
+    other = changed(loaded, snr=bare, link={"name": "field", "model": "trace"})
+    assert throughput_snr.figure(other) is None
+    assert "the link has no SNR" in draw.lack(other, throughput_snr)
+    assert "Link field" in caption_of(drawn_by(costs, other)), "bars need none"
+
+
 def test_throughput_markers_lie_on_the_rerun_of_that_rule(
     loaded: LoadedRun, drawings: dict[str, Drawing]
 ) -> None:
@@ -445,7 +561,11 @@ def test_throughput_markers_lie_on_the_rerun_of_that_rule(
     assert loaded.derivation.snr is not None
     left, right = drawings["throughput_snr"].axes
     for axis, metric in ((left, "throughput_tok_s"), (right, "mean_throughput_tok_s")):
-        for bars, series in zip(axis.containers, loaded.derivation.snr.series, strict=True):
+        groups: dict[int, list[Any]] = {}
+        for one in loaded.derivation.snr.series:
+            groups.setdefault(len(one.policy), []).append(one)
+        in_order = [one for members in groups.values() for one in members]
+        for bars, series in zip(axis.containers, in_order, strict=True):
             found = throughput_snr.measured_series(loaded, series)
             assert found is not None
             along = getattr(found, metric)
@@ -586,7 +706,7 @@ def test_each_missing_figure_names_the_command_that_makes_it(loaded: LoadedRun) 
     lines = {name: drawing for name, drawing in found.items() if isinstance(drawing, str)}
     commands = {
         "attenuation": "attenuation", "answers": "derive", "guarantees": "guarantees",
-            "thresholds": "derive",
+        "thresholds": "derive", "skipping": "derive", "payload_sizes": "derive", "costs": "derive",
         "truncation": "derive", "payload_bias": "derive", "throughput_snr": "derive",
         "importance_plane": "derive", "validation": "validate", "context_shift": "validate",
     }  # fmt: skip
@@ -608,7 +728,9 @@ def test_a_part_that_a_derivation_lacks_is_said(loaded: LoadedRun) -> None:
     with styled():
         found = dict(draw.figures(bare))
     lines = {name for name, drawing in found.items() if isinstance(drawing, str)}
-    assert lines == {"truncation", "attention", "importance_plane", "throughput_snr", "thresholds"}
+    assert lines == {
+        "truncation", "attention", "importance_plane", "throughput_snr", "thresholds", "costs"
+    }  # fmt: skip
     assert "--trace full" in str(found["truncation"])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from calibrate.derive.predict import (
     metrics,
     point_policy,
     predicted_tokens,
+    uplink_bits,
 )
+from calibrate.derive.presets import link_to_dict
 from calibrate.run.folder import read_record
 from calibrate.run.records import (
     CalibrationRecord,
@@ -27,6 +31,7 @@ from calibrate.run.records import (
     OperatingPoint,
 )
 from calibrate.run.traces import Trace, read_trace, shard_paths
+from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
 from hlmtheory.policies import policy_names
 from hlmtheory.truncation import tail_deviation_at, truncation_bias
 
@@ -121,6 +126,80 @@ def test_the_sweep_is_the_metrics_at_each_snr(derived: DerivationRecord, trace: 
     coupled = next(one for one in snr.series if one.policy == "coupled")
     expected = point.predicted["throughput_tok_s"].value
     assert coupled.throughput_tok_s.value[own] == pytest.approx(expected)
+
+
+LINKS = {
+    "awgn": AwgnLink(1e6, 12.0, 3.0),
+    "ergodic-rayleigh": ErgodicRayleighLink(1e6, 12.0, 3.0),
+    "rayleigh-outage": RayleighOutageLink(1e6, 12.0, rate_bps=2e6, round_trip_ms=3.0),
+}
+
+
+def with_link(run: Path, folder: Path, link: Link) -> DerivationRecord:
+    """A derivation for that link, in a file of its own."""
+    path = folder / "link.json"
+    path.write_text(json.dumps(link_to_dict(link)))
+    request = DeriveRequest(policies=("hlm", "u-hlm"), risks=RISKS, link=str(path))
+    return derive_run(run, request, "own-link")
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_the_sweep_is_of_the_derivations_own_link(run: Path, tmp_path: Path, name: str) -> None:
+    """Every token of hlm takes 20 ms, 16 bit a token of the vocabulary on the link, and 33 ms."""
+    derived = with_link(run, tmp_path, LINKS[name])
+    snr = derived.snr
+    assert snr.model == name
+    (hlm,) = (one for one in snr.series if one.policy == "hlm")
+    for place in range(0, len(snr.snr_db), 10):
+        link = replace(LINKS[name], snr_db=snr.snr_db[place])
+        token_ms = 20.0 + link.uplink_time_ms(np.array(16.0 * VOCAB)) + 3.0 + 30.0
+        assert hlm.throughput_tok_s.value[place] == pytest.approx(1e3 / token_ms)
+    own = snr.snr_db.index(12.0)
+    for one in snr.series:
+        point = point_named(derived, f"{one.policy}/{one.rule}")
+        for metric in ("throughput_tok_s", "mean_throughput_tok_s"):
+            said = point.predicted[metric].value
+            assert getattr(one, metric).value[own] == pytest.approx(said)
+
+
+def test_the_links_differ_where_the_sweep_is_steep(run: Path, tmp_path: Path) -> None:
+    """The control: an AWGN sweep is not that of a fading link."""
+    awgn, fading = (
+        with_link(run, tmp_path, LINKS[name]).snr for name in ("awgn", "ergodic-rayleigh")
+    )
+    first, other = (one.series[0].throughput_tok_s.value[15] for one in (awgn, fading))
+    # At 0 dB the ergodic rate is 0.86 of capacity, and the payload a fourteenth of the time.
+    assert first - other > 0.005 * first
+
+
+def test_no_sweep_where_all_blocks_fail_or_there_is_no_snr(run: Path, tmp_path: Path) -> None:
+    """2 Mbit/s over 1 MHz at -15 dB: the chance of a block is exp(-3 / 0.03), 4e-42."""
+    outage = with_link(run, tmp_path, LINKS["rayleigh-outage"]).snr
+    assert outage.snr_db[0] > -15.0
+    assert outage.snr_db[-1] == 35.0
+    measured = with_link(run, tmp_path, TraceLink((1e6, 5e5), 3.0)).snr
+    assert (measured.model, measured.bandwidth_hz) == ("trace", None)
+    assert (measured.snr_db, measured.series) == ((), ())
+    assert measured.rule == "risk-0.02", "policies are compared at it all the same"
+
+
+def test_payloads_are_the_bits_of_sent_tokens(derived: DerivationRecord, trace: Trace) -> None:
+    found = {one.policy: one for one in derived.payloads}
+    assert set(found) == set(policy_names()) - {"slm", "llm"}
+    every = found["hlm"].bits
+    assert every.num_tokens == trace.num_tokens
+    assert set(every.quantiles) == {16.0 * VOCAB}, "8 bit and an index of 8 for each of 256"
+    assert found["u-hlm"].bits.num_tokens < trace.num_tokens
+    assert set(found["u-hlm"].bits.quantiles) == {16.0 * VOCAB}
+    assert set(found["coupled"].bits.quantiles) == {0.0}
+    # Share of sent tokens times their mean is the mean over all.
+    one = found["cu-hlm-online"]
+    point = point_named(derived, f"{one.policy}/{one.rule}")
+    tokens = drawn_tokens(trace, point_policy(derived, point, None))
+    everywhere = uplink_bits(tokens, economics_of(derived)).mean()
+    share = one.bits.num_tokens / trace.num_tokens
+    assert share * one.bits.mean == pytest.approx(everywhere)
+    assert one.bits.quantiles[0] < one.bits.quantiles[-1]
 
 
 def test_the_rule_to_compare_at(derived: DerivationRecord) -> None:

@@ -274,3 +274,20 @@ def test_a_policy_is_chosen_by_name_and_nothing_matches_is_said(run) -> None:
         prepare_validation(run, policies=("hlm",), points=(f"u-hlm/{RULE}",))
     with pytest.raises(UserError, match=r"operating_points\.lte\.json is missing.*--name lte"):
         prepare_validation(run, name="lte")
+
+
+def test_a_rerun_keeps_the_payload_of_its_asked_tokens(judged_run: Path) -> None:
+    """Of the compared points alone; share of asked tokens times their mean is what was measured."""
+    derivation = read_record(judged_run, DerivationRecord)
+    found = read_record(judged_run, ValidationRecord)
+    compared = {(one.policy, one.rule) for one in derivation.payloads}
+    measured = {
+        (cell.policy, cell.rule): cell.measured.value
+        for cell in found.cells
+        if cell.metric == "uplink_bits_per_token"
+    }
+    kept = {(one.policy, one.rule): one for one in found.reruns if one.payload is not None}
+    assert kept.keys() == compared
+    for key, one in kept.items():
+        share = one.payload.num_tokens / one.num_tokens
+        assert share * one.payload.mean == pytest.approx(measured[key]), key
