@@ -1205,18 +1205,32 @@ def figures(
     name: NameOption = "default",
     output_path: Annotated[
         Path | None,
-        typer.Option(help="Folder for PNG and PDF. Default: RUN/figures, or RUN/figures.NAME."),
+        typer.Option(
+            help="Folder for PNG and PDF. Default: RUN/figures, or RUN/figures.NAME; RUN/paper "
+            "with --paper."
+        ),
+    ] = None,
+    paper: Annotated[
+        int | None,
+        typer.Option(
+            metavar="COLUMNS",
+            help="For a paper: 1 column wide (3.5 inches) or 2 (7 inches), title and caption in "
+            "NAME.txt beside each figure.",
+        ),
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
+    if paper is not None:
+        _one_of("--paper", str(paper), "1", "2")
     from calibrate.run.folder import check_writable
     from calibrate.terminal.progress import say
     from paper_figs.draw import draw_run
 
-    folder = output_path or run / ("figures" if name == "default" else f"figures.{name}")
+    kind = "figures" if paper is None else "paper"
+    folder = output_path or run / (kind if name == "default" else f"{kind}.{name}")
     if run.is_dir():
         check_writable(folder)
-    for path in draw_run(run, folder, name=name, on_figure=say):
+    for path in draw_run(run, folder, say, name, paper):
         print(path)
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from matplotlib.figure import Figure
 
-from calibrate.run.folder import DEFAULT_NAME, atomic_path
+from calibrate.run.folder import DEFAULT_NAME, atomic_path, write_text
 from paper_figs.figures import (
     answers,
     attention,
@@ -31,7 +31,7 @@ from paper_figs.figures import (
 from paper_figs.loaded import RECORDS, LoadedRun, load_run
 from paper_figs.report.audit_table import write_audit
 from paper_figs.report.tables import write_tables
-from paper_figs.style import PNG_DPI, styled
+from paper_figs.style import PNG_DPI, styled, take_words
 
 SECTIONS: dict[str, tuple[ModuleType, ...]] = {
     "When does the device know that it should ask?": (relation, estimators, attenuation),
@@ -77,6 +77,7 @@ def draw_run(
     output: Path,
     on_figure: Callable[[object], None] | None = None,
     name: str = DEFAULT_NAME,
+    paper: int | None = None,
 ) -> list[Path]:
     """Draw a run's figures as PNG and PDF, and its tables as Markdown and CSV.
 
@@ -93,6 +94,9 @@ def draw_run(
         Told one line about each figure.
     name : str
         Of the derivation to draw.
+    paper : int, optional
+        Columns of a paper that a figure is wide, 1 (3.5 inches) or 2 (7 inches). Then nothing but
+        the axes is drawn, and title and caption stand in a text file beside each figure.
 
     Returns
     -------
@@ -107,14 +111,18 @@ def draw_run(
     tell = on_figure or (lambda line: None)
     loaded = load_run(run, name)
     written: list[Path] = []
-    with styled():
+    with styled(paper or 2):
         for title, drawn in figures(loaded):
             paths = [output / f"{title}.{kind}" for kind in METADATA]
+            words = output / f"{title}.txt"
             if isinstance(drawn, str):
-                for path in paths:
+                for path in (*paths, words):
                     path.unlink(missing_ok=True)
                 tell(f"{title}: left out, {drawn}")
                 continue
+            if paper is not None:
+                write_text(words, "\n\n".join(take_words(drawn)) + "\n")
+                written.append(words)
             for path in paths:
                 save(drawn, path)
                 drawn.set_layout_engine("none")  # it was laid out once, for all formats

@@ -25,6 +25,7 @@ from paper_figs import draw
 from paper_figs.figures import (
     answers,
     attention,
+    attenuation,
     context_shift,
     costs,
     estimators,
@@ -782,6 +783,30 @@ def test_draw_run_writes_every_format_and_leaves_no_temporary(
         if path.suffix == ".pdf":
             assert head.startswith(b"%PDF")
     assert {path: path.read_bytes() for path in run.iterdir()} == before, "figures read, only"
+
+
+def test_figures_for_a_paper_have_their_words_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.5 inches of PDF, which is 252 points, without a title; and the words without loss."""
+    monkeypatch.setattr(draw, "PNG_DPI", 40)
+    monkeypatch.setattr(draw, "MODULES", (relation,))
+    run = paper_records.write_run(tmp_path / "run")
+    output = tmp_path / "paper"
+    written = {path.name for path in draw.draw_run(run, output, paper=1)}
+    assert {"relation.png", "relation.pdf", "relation.txt"} <= written
+    title, caption = (output / "relation.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    with styled():
+        drawing = drawn_by(relation, load_run(run))
+    assert (title, caption) == (question_of(drawing), caption_of(drawing))
+    box = re.search(rb"/MediaBox \[ ?0 0 ([0-9.]+) ", (output / "relation.pdf").read_bytes())
+    assert box is not None
+    assert float(box[1]) == pytest.approx(252)
+    monkeypatch.setattr(draw, "MODULES", (attenuation,))
+    (output / "attenuation.txt").write_text("of an earlier drawing")
+    (run / "attenuation.json").unlink()
+    draw.draw_run(run, output, paper=1)
+    assert not (output / "attenuation.txt").exists()
 
 
 @pytest.fixture
