@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from calibrate.run.errors import UsageError, UserError
-from calibrate.run.stopping import Interrupted, StoppedError, finishing, listen, safe_point
+from calibrate.run.options import at_least, check_decoding, inside, one_of
+from calibrate.run.stopping import Interrupted, listen
+from hlmtheory import api
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
-    from calibrate.pairs.registry import LoadedPair, PairSpec
     from calibrate.pairs.sources import ModelSpec
-    from calibrate.run.prompts import Prompt
-    from calibrate.run.records import CalibrationRecord, StageRecord, ValidationRecord
-    from calibrate.validate.validation import ValidationPlan
-    from hlmtheory.sampled_law import Sampling
+    from calibrate.run.records import StageRecord
 
 app = typer.Typer(
     name="hlm",
@@ -166,34 +164,6 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _at_least(name: str, value: float, least: float, way_out: str = "") -> None:
-    if not value >= least:
-        tail = f"; {way_out}" if way_out else ""
-        raise UsageError(f"{name} {value:g}: allowed is {least:g} or more{tail}")
-
-
-def _inside(name: str, values: Sequence[float] | None, low: float, high: float) -> None:
-    for value in values or ():
-        if not low < value < high:
-            hint = ""
-            if high == 1 < value < 100:
-                hint = f"; it is a share: give {value / 100:g} for {value:g} %"
-            raise UsageError(f"{name} {value:g}: allowed is above {low:g} and below {high:g}{hint}")
-
-
-def _warn(lines: Sequence[str]) -> None:
-    from calibrate.terminal.progress import say
-
-    for line in lines:
-        say(f"warning: {line}")
-
-
-def _one_of(name: str, value: str, *allowed: str) -> Any:
-    if value not in allowed:
-        raise UsageError(f"{name} {value}: allowed are {', '.join(allowed)}")
-    return value
-
-
 def _show(result: StageRecord, as_json: bool, print_table: Callable[..., None], *more: Any) -> None:
     if as_json:
         from calibrate.run.folder import record_text
@@ -227,37 +197,13 @@ def pairs_show(
 def pairs_pull(name: Annotated[str, typer.Argument(help="Name of a pair.")]) -> None:
     """Fetch and convert a pair into the cache; verify what is there."""
     from calibrate.pairs.registry import describe, pull, resolve_pair
-    from calibrate.terminal.progress import transfer_progress
+    from calibrate.run.watch import Watch
+    from calibrate.terminal.progress import Bars
 
     spec = resolve_pair(name, None, None, None)
-    with transfer_progress() as report:
-        pull(spec, report)
+    with Bars() as bars:
+        pull(spec, Watch(progress=bars).transfer)
     print(f"{name}: in {describe(spec).cache_path}")
-
-
-def _fetch(spec: PairSpec) -> None:
-    from calibrate.pairs.registry import cached, pull
-    from calibrate.terminal.progress import say, transfer_progress
-
-    if not cached(spec):
-        say(f"fetching {spec.name} (once)")
-        with transfer_progress() as report:
-            pull(spec, report)
-
-
-def _load(
-    spec: PairSpec, dtype: str, device: str, attention: bool, num_threads: int | None
-) -> LoadedPair:
-    from calibrate.pairs.registry import load_pair
-    from calibrate.terminal.progress import say
-
-    if num_threads is not None:
-        import torch
-
-        torch.set_num_threads(num_threads)
-    _fetch(spec)
-    say(f"loading {spec.name}")
-    return load_pair(spec, dtype=dtype, device=device, attention=attention)
 
 
 @app.command()
@@ -317,169 +263,34 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts speculatively and record uncertainty, importance and rejection per token."""
-    from calibrate.pairs.registry import resolve_pair
-    from calibrate.run.prompts import MIN_PROMPTS, check_source
+    from calibrate.pairs.models import Models
+    from calibrate.terminal.progress import Bars
 
-    _check_decoding(limit, max_new_tokens, batch_size, seed, device, dtype, num_threads)
-    _one_of("--sampling", sampling, "options", "generation-config")
-    given = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-    }  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
-    chosen = _sampling(given)
-    if 0 < pilot < MIN_PROMPTS:
-        raise UsageError(f"--pilot {pilot}: allowed are 0, for none, and at least {MIN_PROMPTS}")
-    _one_of("--trace", trace, "full", "minimal")
-    _one_of("--order", order, "random", "file")
-    if pair is None and slm is None and llm is None:
-        pair = "smollm2"
-    models = (pair, slm, llm, drop_layers)
-    resolve_pair(*models)
-    check_source(prompts)
-    if sampling == "generation-config":
-        chosen = _config_sampling(models, given)
-    summary, _ = _calibrate(
-        "go on with the same command and --resume",
-        models=models,
-        num_threads=num_threads,
-        prompts_source=_absolute(prompts),
-        order=order,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        sampling=chosen,
-        device=device,
-        dtype=dtype,
-        trace=trace,
-        pilot=pilot,
-        run=output_path,
-        resume=resume,
-    )
-    from calibrate.derive.caution import sample_cautions
-    from calibrate.run.wording import busy_text
-    from calibrate.terminal.progress import say
+    with Bars() as bars:
+        summary = api.calibrate(
+            output_path,
+            Models(pair, slm, llm, drop_layers, device, dtype, num_threads),
+            prompts=prompts,
+            order=order,  # type: ignore[arg-type]
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            sampling=sampling,  # type: ignore[arg-type]
+            seed=seed,
+            trace=trace,  # type: ignore[arg-type]
+            pilot=pilot,
+            resume=resume,
+            say=bars.say,
+            progress=bars,
+            command=COMMAND,
+        )
     from calibrate.terminal.tables import print_calibration
 
-    if busy := busy_text(summary.timings):
-        say(busy)
-    _warn(sample_cautions(summary))
     _show(summary, as_json, print_calibration, output_path, verbose)
-
-
-def _sampling(given: Mapping[str, Any]) -> Sampling:
-    """The sampling of the options that were given; whatever is wrong is named as an option."""
-    from hlmtheory.sampled_law import Sampling
-
-    try:
-        return Sampling(**given)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" = ")
-        raise UsageError(f"--{name.replace('_', '-')} {rest}") from None
-
-
-def _config_sampling(models: tuple[str | None, ...], given: Mapping[str, Any]) -> Sampling:
-    """The server model's own sampling, with what was given in the place of its values."""
-    from dataclasses import asdict
-
-    from calibrate.pairs.generation import config_sampling
-    from calibrate.pairs.registry import resolve_pair
-    from calibrate.terminal.progress import say
-
-    spec = resolve_pair(*models)
-    _fetch(spec)
-    found = _sampling(asdict(config_sampling(spec)) | dict(given))
-    say(f"sampling of the server model's generation config, for both laws: {found}")
-    return found
-
-
-def _absolute(model: str | None) -> str | None:
-    """A model's path as a rerun from another folder finds it; hub ids stay as they are."""
-    return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
-
-
-def _say_what_was_drawn(prompts: Sequence[Prompt], limit: int) -> None:
-    from calibrate.run.prompts import duplicate_texts
-    from calibrate.terminal.progress import say
-
-    if len(prompts) < limit:
-        say(f"--limit {limit}: there are {len(prompts)} such prompts; all of them are used")
-    twice = duplicate_texts(prompts)
-    if twice:
-        say(
-            f"{len(twice)} prompt texts occur more than once, like {' and '.join(twice[0])}: "
-            "intervals take them for independent"
-        )
-
-
-def _calibrate(
-    way_on: str, models: tuple[str | None, ...], num_threads: int | None = None, **settings: Any
-) -> tuple[CalibrationRecord, LoadedPair | None]:
-    """Check, load, decode and fit; the pair, if it was needed, is given back for more."""
-    from calibrate.derive.caution import pair_cautions
-    from calibrate.fit.calibration import CalibrationRequest, finished, pair_identity, prepare
-    from calibrate.fit.calibration import calibrate as run_calibration
-    from calibrate.pairs.generation import not_applied
-    from calibrate.pairs.registry import resolve_pair
-    from calibrate.run.lock import locked
-    from calibrate.run.records import GivenModels
-    from calibrate.run.traces import shard_paths
-    from calibrate.terminal.progress import say, token_progress
-
-    _, slm, llm, drop_layers = models
-    request = CalibrationRequest(
-        spec=resolve_pair(*models),
-        given=GivenModels(slm=_absolute(slm), llm=_absolute(llm), drop_layers=drop_layers),
-        command=COMMAND,
-        **settings,
-    )
-    chosen = prepare(request)
-    if (done := finished(request)) is not None:
-        say(f"{request.run}: finished already, nothing to resume; go on with `hlm derive`")
-        return done, None
-    _say_what_was_drawn(chosen, request.limit)
-    with locked(request.run, make=True):
-        pair = _load(
-            request.spec, request.dtype, request.device, request.trace == "full", num_threads
-        )
-        for line in not_applied(request.spec, request.sampling):
-            say(line)
-        _warn(pair_cautions(pair_identity(pair)))
-        try:
-            with token_progress("calibrating") as bar:
-                return run_calibration(request, chosen, pair, bar.advance, bar.set_total), pair
-        except Interrupted as error:
-            num_shards = len(shard_paths(request.run))
-            raise StoppedError(
-                f"interrupted: {num_shards} finished shards stay in {request.run}/traces; {way_on}",
-                error,
-            ) from None
-
-
-def _check_decoding(
-    limit: int = 1,
-    max_new_tokens: int = 1,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    num_threads: int | None = None,
-) -> None:
-    """Refuse what no decoding can run with."""
-    import re
-
-    _at_least("--limit", limit, 1, "leave it out for the default")
-    _at_least("--max-new-tokens", max_new_tokens, 1)
-    if batch_size is not None:
-        _at_least("--batch-size", batch_size, 1, "leave it out for the largest that fits")
-    if num_threads is not None:
-        _at_least("--num-threads", num_threads, 1)
-    if seed is not None:
-        _at_least("--seed", seed, 0)
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: allowed are auto, cpu, mps, cuda and cuda:N")
-    _one_of("--dtype", dtype, "auto", "bfloat16", "float32")
 
 
 @app.command()
@@ -535,84 +346,37 @@ def derive(
     as_json: JsonOption = False,
 ) -> None:
     """Thresholds, truncation sizes and predicted risk, payload, time and energy."""
-    policies = _policies(policy)
-    _known_score(score)
-    _inside("--risk", risk, 0, 1)
-    _inside("--answer-risk", answer_risk, 0, 1)
-    _inside("--confidence", [confidence], 0, 1)
-    _inside("--theta", theta, 0, float("inf"))
-    _one_of("--accounting", accounting, "paper", "full")
-    _one_of("--certify", certify, "prompts", "tokens", "answers")
-    from calibrate.derive.caution import link_cautions, request_cautions, sample_cautions
-    from calibrate.derive.certify import check_caps
-    from calibrate.derive.derivation import derive_run, parse_importance, replaced_note
-    from calibrate.derive.predict import economics_of
-    from calibrate.run.folder import check_name, read_record
-    from calibrate.run.lock import locked
-    from calibrate.run.records import CalibrationRecord, DeriveRequest
-    from calibrate.run.wording import busy_text
-    from calibrate.terminal.derived import print_operating_points
     from calibrate.terminal.progress import say
 
-    for text in importance or ():
-        parse_importance(text)
-    check_caps(answer_cap or (), certify)  # type: ignore[arg-type]
     lists = {
         "risks": risk, "answer_risks": answer_risk, "thetas": theta, "importances": importance,
         "answer_caps": answer_cap,
     }  # fmt: skip
-    request = DeriveRequest(
-        policies=policies,
+    derivation = api.derive(
+        run,
+        name=name,
+        policies=policy or (),
+        replace=replace,
+        say=say,
+        command=COMMAND,
         score=score,
         confidence=confidence,
         link=link,
         profile=profile,
-        accounting=accounting,  # type: ignore[arg-type]
+        accounting=accounting,
         draft_from_sent=draft_from_sent,
-        certify=certify,  # type: ignore[arg-type]
-        **{key: tuple(values) for key, values in lists.items() if values},  # type: ignore[arg-type]
+        certify=certify,
+        **{key: tuple(values) for key, values in lists.items() if values},
     )
-    check_name(name)
-    with locked(run):
-        note = replaced_note(run, request, name, replace)
-        if note:
-            say(note)
-        derivation = derive_run(run, request, name, replace, COMMAND)
-        calibration = read_record(run, CalibrationRecord)
-    if profile == "measured" and (busy := busy_text(calibration.timings)):
-        say(busy)
-    priced = economics_of(derivation)
-    _warn(
-        [
-            *sample_cautions(calibration),
-            *request_cautions(request),
-            *link_cautions(link, priced.link, priced.vocab_size),
-        ]
-    )
+    from calibrate.terminal.derived import print_operating_points
+
     _show(derivation, as_json, print_operating_points, verbose, run)
-
-
-def _policies(chosen: list[str] | None) -> tuple[str, ...]:
-    """Names and FILE.py:NAME as they were given, the files by their full path; all by default."""
-    from hlmtheory.policies import policy_class, policy_names
-
-    out = []
-    for one in chosen or ():
-        try:
-            policy_class(one)
-        except ValueError as error:
-            raise UsageError(
-                f"--policy {one}: {str(error).removeprefix(f'policy {one}: ')}"
-            ) from None
-        path, colon, attribute = one.rpartition(":")
-        out.append(f"{Path(path).resolve()}:{attribute}" if colon else one)
-    return tuple(dict.fromkeys(out)) or policy_names()
 
 
 def _known_score(name: str) -> None:
     from hlmtheory.scores import SCORE_NAMES
 
-    _one_of("--score", name, *SCORE_NAMES)
+    one_of("--score", name, *SCORE_NAMES)
 
 
 @app.command()
@@ -688,23 +452,17 @@ def validate(
     With --wire, prompts are decoded one at a time over a link: a fast machine needs minutes for
     each point and link, so give a small --limit.
     """
-    _check_decoding(limit, batch_size=batch_size, seed=seed, device=device, num_threads=num_threads)
-    _one_of("--order", order, "random", "file")
-    policies = _policies(policy) if policy else None
-    from calibrate.run.folder import check_name
-    from calibrate.run.lock import locked
-    from calibrate.terminal.tables import print_validation
-    from calibrate.validate.validation import prepare_validation
+    from calibrate.terminal.progress import Bars
 
-    check_name(name)
     if wire:
         if not point or policy or rule or prompts or batch_size or order != "random":
             raise UsageError(
                 "--wire: needs --point, repeatable, and takes --link, --limit, --seed, "
                 "--max-new-tokens, --device, --num-threads and --replace beside it"
             )
+        check_decoding(limit, seed=seed, device=device, num_threads=num_threads)
         if max_new_tokens is not None:
-            _at_least("--max-new-tokens", max_new_tokens, 2)
+            at_least("--max-new-tokens", max_new_tokens, 2)
         _validate_wire(
             run, name, point, link or ["fast"], limit, seed, max_new_tokens, device, num_threads,
             replace, as_json,
@@ -712,23 +470,27 @@ def validate(
         return
     if link or max_new_tokens is not None:
         raise UsageError("--link, --max-new-tokens: only with --wire")
-    with locked(run):
-        plan = prepare_validation(
+    with Bars() as bars:
+        result = api.validate(
             run,
-            name,
-            policies=policies,
-            rules=rule,
-            points=point,
-            prompts_source=prompts,
+            name=name,
+            policies=policy or (),
+            rules=rule or (),
+            points=point or (),
+            prompts=prompts,
             order=order,  # type: ignore[arg-type]
             limit=limit,
             seed=seed,
             batch_size=batch_size,
+            device=device,
+            num_threads=num_threads,
             replace=replace,
+            say=bars.say,
+            progress=bars,
             command=COMMAND,
         )
-        _say_what_was_drawn(plan.prompts, limit)
-        result = _validate(plan, device, num_threads=num_threads)
+    from calibrate.terminal.tables import print_validation
+
     _show(result, as_json, print_validation, verbose)
 
 
@@ -746,17 +508,22 @@ def _validate_wire(
     as_json: bool,
 ) -> None:
     from calibrate.pairs.loading import load_model
+    from calibrate.pairs.models import use_threads
+    from calibrate.run.folder import check_name
     from calibrate.run.lock import locked
+    from calibrate.run.prompts import drawn_notes
     from calibrate.terminal.progress import say, token_progress
     from calibrate.terminal.wire import print_wire
     from calibrate.validate.wire import prepare_wire, run_wire
 
+    check_name(name)
     with locked(run):
         plan = prepare_wire(
             run, name, points, links, limit, seed, max_new_tokens, num_threads, replace, COMMAND
         )
-        _say_what_was_drawn(plan.prompts, limit)
-        _threads(num_threads)
+        for line in drawn_notes(plan.prompts, limit):
+            say(line)
+        use_threads(num_threads)
         spec, dtype = plan.spec.slm, plan.derived.calibration.pair.dtype
         say(f"loading {spec.label}")
         attention = any(one.needs_attention for one in plan.policies.values())
@@ -765,40 +532,6 @@ def _validate_wire(
             bar.set_total(plan.num_tokens)
             result = run_wire(plan, model, lambda token: bar.advance(1, 0), bar.at_part)
     _show(result, as_json, print_wire)
-
-
-def _validate(
-    plan: ValidationPlan,
-    device: str,
-    pair: LoadedPair | None = None,
-    num_threads: int | None = None,
-) -> ValidationRecord:
-    """Decode what was not rerun before, on the pair or one loaded here, and compare all."""
-    from calibrate.terminal.progress import say, token_progress
-    from calibrate.validate.validation import compare_reruns, decode_missing
-
-    num = len(plan.points)
-    if plan.num_kept:
-        say(f"{plan.num_kept} of {num} points were rerun before: reused")
-    if plan.missing:
-        if pair is None:
-            dtype = plan.calibration.pair.dtype
-            pair = _load(plan.spec, dtype, device, plan.needs_attention, num_threads)
-        try:
-            with token_progress("validating") as bar, finishing("the batch in work"):
-
-                def at_batch(number: int, total: int) -> None:
-                    safe_point()  # what came before is on disk
-                    bar.at_batch(number, total)
-
-                decode_missing(plan, pair, bar.advance, bar.set_total, at_batch)
-        except Interrupted as error:
-            raise StoppedError(
-                f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "
-                "goes on with the others",
-                error,
-            ) from None
-    return compare_reruns(plan)
 
 
 @app.command()
@@ -812,9 +545,9 @@ def guarantees(
     as_json: JsonOption = False,
 ) -> None:
     """Do the threshold rules keep their promise? Calibrations drawn again from the run's own."""
-    _inside("--risk", risk, 0, 1)
-    _at_least("--num-draws", num_draws, 1)
-    _at_least("--seed", seed, 0)
+    inside("--risk", risk, 0, 1)
+    at_least("--num-draws", num_draws, 1)
+    at_least("--seed", seed, 0)
     _known_score(score)
     from calibrate.run.folder import read_record
     from calibrate.run.lock import locked
@@ -853,13 +586,13 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """How many prompts a budget or an interval needs, and how long they take here."""
-    _inside("--risk", risk, 0, 1)
-    _inside("--confidence", [confidence], 0, 1)
-    _inside("--power", [power], 0, 1)
-    _inside("--skip-rate", [skip_rate] if skip_rate is not None else None, 0, 1)
-    _inside("--width", [width], 0, 1)
-    _one_of("--certify", certify, "prompts", "tokens", "answers")
-    _at_least("--seed", seed, 0)
+    inside("--risk", risk, 0, 1)
+    inside("--confidence", [confidence], 0, 1)
+    inside("--power", [power], 0, 1)
+    inside("--skip-rate", [skip_rate] if skip_rate is not None else None, 0, 1)
+    inside("--width", [width], 0, 1)
+    one_of("--certify", certify, "prompts", "tokens", "answers")
+    at_least("--seed", seed, 0)
     _known_score(score)
     from calibrate.derive.plan import plan_run
     from calibrate.terminal.tables import print_plan
@@ -882,17 +615,20 @@ def attenuation(
     as_json: JsonOption = False,
 ) -> None:
     """What drawing K tokens instead of summing exactly does to the fitted line, measured."""
-    _check_decoding(limit, max_new_tokens, device=device, num_threads=num_threads)
+    check_decoding(limit, max_new_tokens, device=device, num_threads=num_threads)
+    from calibrate.pairs.models import Models
     from calibrate.run.lock import locked
-    from calibrate.terminal.progress import token_progress
+    from calibrate.run.watch import TokenCount, Watch
+    from calibrate.terminal.progress import Bars
     from calibrate.terminal.tables import print_attenuation
     from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
 
-    with locked(run):
+    with Bars() as bars, locked(run):
         plan = prepare_attenuation(run, limit, max_new_tokens, COMMAND, replace)
-        pair = _load(plan.spec, plan.calibration.pair.dtype, device, False, num_threads)
-        with token_progress("decoding") as bar:
-            result = write_attenuation(plan, pair, bar.advance, bar.set_total)
+        watch = Watch(bars.say, bars)
+        pair = Models.of_run(plan.calibration, device, num_threads).load(False, watch)
+        count = TokenCount("decoding", watch)
+        result = write_attenuation(plan, pair, count.advance, count.set_total)
     _show(result, as_json, print_attenuation)
 
 
@@ -937,14 +673,14 @@ def monitor(
     as_json: JsonOption = False,
 ) -> None:
     """Raise the alarm when audited tokens show that the risk is above its budget, at any time."""
-    _inside("--risk", None if risk is None else [risk], 0, 1)
-    _inside("--confidence", None if confidence is None else [confidence], 0, 1)
+    inside("--risk", None if risk is None else [risk], 0, 1)
+    inside("--confidence", None if confidence is None else [confidence], 0, 1)
     if not 0 < audit_rate <= 1:
         raise UsageError(f"--audit-rate {audit_rate:g}: allowed is above 0 and at most 1")
     if window is not None:
-        _at_least("--window", window, 1)
+        at_least("--window", window, 1)
     if unit is not None:
-        _one_of("--unit", unit, "tokens", "answers")
+        one_of("--unit", unit, "tokens", "answers")
     if (run is None) != (point is None) or (run is None) == (risk is None):
         raise UsageError("--risk, or --run and --point: one of them says the budget")
     from calibrate.run.records import MonitorSettings
@@ -1006,8 +742,8 @@ def serve(
 
     Off loopback it needs --tls-cert, --tls-key and --token-file.
     """
-    _at_least("--idle-s", idle_s, 1)
-    _check_decoding(device=device, dtype=dtype, num_threads=num_threads)
+    at_least("--idle-s", idle_s, 1)
+    check_decoding(device=device, dtype=dtype, num_threads=num_threads)
     from calibrate.wire.options import ServerOptions
 
     options = ServerOptions(
@@ -1017,22 +753,16 @@ def serve(
     options.check_secrets()
     spec = _server_model(run, pair, llm)
     from calibrate.pairs.loading import load_model
+    from calibrate.pairs.models import use_threads
     from calibrate.terminal.progress import say
     from calibrate.wire.run import serve as serve_model
 
-    _threads(num_threads)
+    use_threads(num_threads)
     say(f"loading {spec.label}")
     model = load_model(spec, dtype=dtype, device=device)
     scheme = "ws" if tls_cert is None else "wss"
     serve_model(model, options, lambda own: say(f"serving {spec.label} at {scheme}://{host}:{own}"))
     say("stopped: every answer that was asked for has been sent")
-
-
-def _threads(num_threads: int | None) -> None:
-    if num_threads is not None:
-        import torch
-
-        torch.set_num_threads(num_threads)
 
 
 def _server_model(run: Path | None, pair: str | None, llm: str | None) -> ModelSpec:
@@ -1091,10 +821,10 @@ def device(
 
     Skipped tokens are shown in green, those that the server replaced in red.
     """
-    _check_decoding(limit, max_new_tokens or 1, seed=seed, dtype=dtype, num_threads=num_threads)
-    _at_least("--patience-s", patience_s, 0)
+    check_decoding(limit, max_new_tokens or 1, seed=seed, dtype=dtype, num_threads=num_threads)
+    at_least("--patience-s", patience_s, 0)
     if max_new_tokens is not None:
-        _at_least("--max-new-tokens", max_new_tokens, 1)
+        at_least("--max-new-tokens", max_new_tokens, 1)
     if not 0 <= audit_rate <= 1:
         raise UsageError(f"--audit-rate {audit_rate:g}: allowed is 0 to 1")
     from calibrate.run.folder import check_writable
@@ -1103,6 +833,7 @@ def device(
         if path is not None:
             check_writable(path.parent)
     from calibrate.pairs.loading import load_model
+    from calibrate.pairs.models import use_threads
     from calibrate.pairs.registry import spec_from_settings
     from calibrate.run.folder import provenance
     from calibrate.terminal.progress import say
@@ -1117,7 +848,7 @@ def device(
     token = None if token_file is None else read_token(token_file)
     spec = spec_from_settings(derived.calibration.settings).slm
     changes = {"max_new_tokens": max_new_tokens, "seed": seed}
-    _threads(num_threads)
+    use_threads(num_threads)
     say(f"loading {spec.label}")
     model = load_model(spec, dtype=dtype, attention=policy.needs_attention)
     tokens: list[Any] = []
@@ -1179,23 +910,23 @@ def quality(
 ) -> None:
     """Score the texts of every rerun against the server model's own: RUN/quality.json."""
     if num_layers is not None:
-        _at_least("--num-layers", num_layers, 1)
-    _check_decoding(batch_size=batch_size, device=device)
+        at_least("--num-layers", num_layers, 1)
+    check_decoding(batch_size=batch_size, device=device)
     from calibrate.quality.encoder import ENCODER, encoder_is_cached, ensure_encoder
     from calibrate.quality.scores import prepare_quality, run_quality
     from calibrate.run.folder import check_name
     from calibrate.run.lock import locked
-    from calibrate.terminal.progress import say, transfer_progress
+    from calibrate.run.watch import Watch
+    from calibrate.terminal.progress import Bars
     from calibrate.terminal.quality_table import print_quality
 
     check_name(name)
-    with locked(run):
+    with Bars() as bars, locked(run):
         plan = prepare_quality(run, name, model, num_layers, batch_size, COMMAND)
         if not encoder_is_cached():
-            say(f"fetching {ENCODER.label} (once)")
-            with transfer_progress() as report:
-                ensure_encoder(report)
-        result = run_quality(plan, ensure_encoder(), device, say)
+            bars.say(f"fetching {ENCODER.label} (once)")
+            ensure_encoder(Watch(progress=bars).transfer)
+        result = run_quality(plan, ensure_encoder(), device, bars.say)
     _show(result, as_json, print_quality)
 
 
@@ -1220,29 +951,16 @@ def figures(
     ] = None,
 ) -> None:
     """Draw every figure that the run's results allow."""
-    if paper is not None:
-        _one_of("--paper", str(paper), "1", "2")
-    from calibrate.run.folder import check_writable
     from calibrate.terminal.progress import say
-    from paper_figs.draw import draw_run
 
-    kind = "figures" if paper is None else "paper"
-    folder = output_path or run / (kind if name == "default" else f"{kind}.{name}")
-    if run.is_dir():
-        check_writable(folder)
-    for path in draw_run(run, folder, say, name, paper):
+    for path in api.figures(run, name=name, output=output_path, paper=paper, say=say):  # type: ignore[arg-type]
         print(path)
 
 
 @app.command()
 def report(run: RunArgument, name: NameOption = "default") -> None:
     """One self-contained HTML page of the run: RUN/report.html."""
-    from calibrate.run.folder import check_writable
-    from paper_figs.report.report import write_report
-
-    if run.is_dir():
-        check_writable(run)
-    print(write_report(run, name))
+    print(api.report(run, name=name))
 
 
 @app.command()
@@ -1273,48 +991,28 @@ def quickstart(
     seed: SeedOption = 0,
 ) -> None:
     """Calibrate, derive, validate and draw on the embedded pair, in a few minutes."""
-    from calibrate.derive.derivation import derive_run
-    from calibrate.run.lock import locked
-    from calibrate.run.records import DeriveRequest
+    from calibrate.pairs.models import Models
     from calibrate.terminal.derived import print_operating_points
-    from calibrate.terminal.progress import say
+    from calibrate.terminal.progress import Bars
     from calibrate.terminal.tables import print_calibration, print_validation
-    from calibrate.validate.validation import prepare_validation
     from hlmtheory.policies import policy_class, policy_names
-    from paper_figs.draw import draw_run
 
-    begin = time.perf_counter()
-    _check_decoding(limit, max_new_tokens, seed=seed)
-    summary, pair = _calibrate(
-        "begin anew with another --output-path",
-        models=("smollm2", None, None, None),
-        prompts_source=None,
-        order="random",
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        batch_size=None,
-        seed=seed,
-        sampling=_sampling({}),
-        device="auto",
-        dtype="auto",
-        trace="full",
-        run=output_path,
-    )
-    print_calibration(summary, output_path)
-    names = policy_names()
-    request = DeriveRequest(policies=names)
-    with locked(output_path):
-        print_operating_points(derive_run(output_path, request, command=COMMAND))
-        plan = prepare_validation(
-            output_path,
-            policies=[one for one in names if policy_class(one).in_quickstart],
-            rules=("risk-averse", "risk-0.01"),
-            limit=limit,
-            command=COMMAND,
+    begin, models = time.perf_counter(), Models("smollm2")
+    with Bars() as bars:
+        told: Any = {"say": bars.say, "progress": bars, "command": COMMAND}
+        summary = api.calibrate(
+            output_path, models, limit=limit, max_new_tokens=max_new_tokens, seed=seed, **told
         )
-        print_validation(_validate(plan, "auto", pair))
-    for path in draw_run(output_path, output_path / "figures", on_figure=say):
-        print(path)
+        print_calibration(summary, output_path)
+        print_operating_points(api.derive(output_path, say=bars.say, command=COMMAND))
+        chosen = [one for one in policy_names() if policy_class(one).in_quickstart]
+        result = api.validate(
+            output_path, models, policies=chosen, rules=("risk-averse", "risk-0.01"), limit=limit,
+            **told,
+        )  # fmt: skip
+        print_validation(result)
+        for path in api.figures(output_path, say=bars.say):
+            print(path)
     print(f"\ndone in {time.perf_counter() - begin:.0f} s; everything is in {output_path}")
 
 

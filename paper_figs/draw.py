@@ -75,7 +75,7 @@ def lack(loaded: LoadedRun, module: ModuleType) -> str:
 def draw_run(
     run: Path,
     output: Path,
-    on_figure: Callable[[object], None] | None = None,
+    on_figure: Callable[[str], None] | None = None,
     name: str = DEFAULT_NAME,
     paper: int | None = None,
 ) -> list[Path]:

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from paper_records import run_record
 
-import cli
 import hlmtheory
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import write_record
-from calibrate.run.prompts import Prompt
+from calibrate.run.prompts import Prompt, drawn_notes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,15 +143,12 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_texts_that_occur_twice_are_told_in_one_line(capsys) -> None:
+def test_texts_that_occur_twice_are_told_in_one_line() -> None:
     same = [Prompt(f"p{i}", text, "", None) for i, text in enumerate(["a", "b", "a ", "c"])]
-    cli._say_what_was_drawn(same, 4)
-    told = capsys.readouterr().err.splitlines()
-    assert told == [
+    assert drawn_notes(same, 4) == [
         "1 prompt texts occur more than once, like p0 and p2: intervals take them for independent"
     ]
-    cli._say_what_was_drawn(same[:2], 2)
-    assert capsys.readouterr().err == ""
+    assert drawn_notes(same[:2], 2) == []
 
 
 def test_no_network_and_nothing_cached(tmp_path: Path) -> None:

@@ -265,3 +265,18 @@ def tokenize_prompts(
             raise UserError(f"prompt {prompt.prompt_id!r} has fewer than two tokens; lengthen it")
         out.append(TokenizedPrompt(prompt.prompt_id, tuple(tokens), prompt.category))
     return out
+
+
+def drawn_notes(prompts: Sequence[Prompt], limit: int) -> list[str]:
+    """What a user should know of drawn prompts: fewer than asked for, texts more than once."""
+    notes = []
+    if len(prompts) < limit:
+        num = len(prompts)
+        notes.append(f"--limit {limit}: there are {num} such prompts; all of them are used")
+    twice = duplicate_texts(prompts)
+    if twice:
+        notes.append(
+            f"{len(twice)} prompt texts occur more than once, like {' and '.join(twice[0])}: "
+            "intervals take them for independent"
+        )
+    return notes

@@ -6,12 +6,15 @@ what the next one reads, field by field. docs/formats.md is made from them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.sampled_law import Sampling
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Share = Annotated[float, Field(ge=0, le=1)]
 MonitorUnit = Literal["tokens", "answers"]
@@ -35,6 +38,11 @@ class Figure(Record):
     unit: str = ""
 
 
+def flat(name: str, figure: Figure) -> dict[str, float | None]:
+    """A figure as three columns of a table: NAME, NAME_low and NAME_high."""
+    return {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+
+
 class Curve(Record):
     """Values along a grid with their intervals, point by point; null where none is defined."""
 
@@ -56,6 +64,13 @@ class StageRecord(Record):
     file_name: ClassVar[str]
     made_by: ClassVar[str]
     """The command that writes it."""
+
+    def summary(self) -> str:
+        """What it holds, in a few words."""
+        return self.file_name
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
 
 
 class Provenance(Record):
@@ -294,6 +309,23 @@ class CalibrationRecord(StageRecord):
     """Null with too few prompts to fit on."""
     attention: AttentionSummary | None
     timings: Timings
+
+    def summary(self) -> str:
+        """Pair, sample, line and correlation."""
+        slope, intercept = self.fit.slope.value, self.fit.intercept.value
+        line = self.fit.degenerate or f"beta = {slope:.3g} u {intercept or 0.0:+.3g}"
+        return f"{self.pair.name}, {self.num_prompts} prompts, {self.num_tokens} tokens; {line}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a quantity of the fitted line, with its interval."""
+        import pandas as pd
+
+        found = {
+            key: one for key in LineFit.model_fields
+            if isinstance(one := getattr(self.fit, key), Figure)
+        }  # fmt: skip
+        rows = [{"quantity": key, **flat("value", one)} for key, one in found.items()]
+        return pd.DataFrame(rows)
 
 
 class PolicyInfo(Record):
@@ -624,6 +656,28 @@ class DerivationRecord(StageRecord):
     importance_plane: ImportancePlane | None
     importance_example: ImportanceExample | None
 
+    def summary(self) -> str:
+        """Name, link, profile and how many settings."""
+        able = sum(point.feasible for point in self.operating_points)
+        return (
+            f"{self.name}, link {self.link['name']}, profile {self.profile['name']}; {able} of "
+            f"{len(self.operating_points)} operating points are feasible"
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row an operating point, with every prediction and its interval."""
+        import pandas as pd
+
+        rows = []
+        for point in self.operating_points:
+            row = {"policy": point.policy, "rule": point.rule, "family": point.family,
+                   "budget": point.budget, "feasible": point.feasible, "reason": point.reason,
+                   **flat("threshold", point.uncertainty_threshold)}  # fmt: skip
+            for metric, figure in point.predicted.items():
+                row |= flat(metric, figure)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
 
 class RerunInfo(Record):
     """One rerun that a validation rests on."""
@@ -746,6 +800,26 @@ class ValidationRecord(StageRecord):
     pooled_shift: PooledShift | None
     cells: tuple[Cell, ...]
     coverage: CoverageSummary
+
+    def summary(self) -> str:
+        """Of what, and how many predictions held."""
+        held = self.coverage
+        return (
+            f"of {self.derivation}, {len(self.reruns)} reruns on {self.num_prompts} prompts; "
+            f"{held.covered} of {held.total} counted figures inside their intervals"
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a cell: predicted and measured with their intervals, and whether it held."""
+        import pandas as pd
+
+        rows = [
+            {"policy": cell.policy, "rule": cell.rule, "metric": cell.metric,
+             "covered": cell.covered, **flat("predicted", cell.predicted),
+             **flat("measured", cell.measured)}
+            for cell in self.cells
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
 
 
 class WireProbe(Record):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from calibrate.run.watch import Progress as Told
 
 
 def say(text: object) -> None:
@@ -37,18 +39,10 @@ class TokenBar:
         """Say what is running."""
         self._progress.update(self._task, description=text)
 
-    def at_batch(self, number: int, total: int) -> None:
-        """Say which batch is running."""
-        self._progress.update(self._task, description=f"validating, batch {number}/{total}")
 
-
-@contextmanager
-def token_progress(
-    description: str, what: str = "tokens", silent_in_pipe: bool = False
-) -> Iterator[TokenBar]:
-    """A bar with how many a second, and time left; its last state is a line of a log as well."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+def _token_columns(what: str) -> tuple[Any, ...]:
+    """What a bar of tokens shows: how many, how many a second, and the time left."""
+    from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class TokenRate(ProgressColumn):
@@ -58,38 +52,75 @@ def token_progress(
             rate = emitted / elapsed if elapsed > 0 else 0.0
             return Text(f"{emitted} {what}, {rate:.0f}/s")
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        TokenRate(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return TextColumn("{task.description}"), BarColumn(bar_width=16), TokenRate(), *left
+
+
+def _byte_columns() -> tuple[Any, ...]:
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+    shown = (BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+    return TextColumn("{task.description}"), *shown
+
+
+@contextmanager
+def token_progress(
+    description: str, what: str = "tokens", silent_in_pipe: bool = False
+) -> Iterator[TokenBar]:
+    """A bar with how many a second, and time left; its last state is a line of a log as well."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     silent = silent_in_pipe and not console.is_terminal
-    with Progress(*columns, console=console, disable=silent) as progress:
+    with Progress(*_token_columns(what), console=console, disable=silent) as progress:
         task = progress.add_task(description, total=None, emitted=0)
         yield TokenBar(progress, task)
 
 
-@contextmanager
-def transfer_progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar for each stage of fetching and converting, in bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+class Bars:
+    """Bars for what a verb tells, one a stage, and its lines between them."""
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, object] = {}
+    def __init__(self) -> None:
+        self._live: Progress | None = None
+        self._unit = ""
+        self._tasks: dict[str, TaskID] = {}
 
-        def report(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+    def __enter__(self) -> Bars:
+        return self
 
-        yield report
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, now: Told) -> None:
+        """Show how far a stage is."""
+        if self._live is None or now.unit != self._unit:
+            self._begin(now.unit)
+        live = self._live
+        assert live is not None
+        if now.stage not in self._tasks:
+            self._tasks[now.stage] = live.add_task(now.stage, total=now.total, emitted=0)
+        described = f"{now.stage}, {now.detail}" if now.detail else now.stage
+        live.update(
+            self._tasks[now.stage], completed=now.done, total=now.total, description=described,
+            emitted=now.num_emitted,
+        )  # fmt: skip
+
+    def say(self, text: str) -> None:
+        """One line on stderr, below the bars so far."""
+        self._close()
+        say(text)
+
+    def _begin(self, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._close()
+        columns = _byte_columns() if unit == "byte" else _token_columns("tokens")
+        self._live, self._unit = Progress(*columns, console=Console(stderr=True)), unit
+        self._live.start()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._live, self._tasks = None, {}

@@ -42,7 +42,7 @@ from hlmtheory.uncertainty import (
 if TYPE_CHECKING:
     from calibrate.decode.engine import DecodingSettings
     from calibrate.decode.recording import Columns
-    from calibrate.pairs.registry import LoadedPair, PairSpec
+    from calibrate.pairs.registry import LoadedPair
     from hlmtheory.steps import LawStep
 
 NUM_TEMPERATURES = (5, 10, 20, 50, 100)
@@ -267,13 +267,6 @@ class AttenuationPlan:
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
     command: tuple[str, ...]
-
-    @property
-    def spec(self) -> PairSpec:
-        """The calibrated pair, resolved again."""
-        from calibrate.pairs.registry import spec_from_settings
-
-        return spec_from_settings(self.calibration.settings)
 
 
 def prepare_attenuation(

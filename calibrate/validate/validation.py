@@ -47,7 +47,7 @@ from hlmtheory.uncertainty import Temperatures
 
 if TYPE_CHECKING:
     from calibrate.derive.predict import Economics, PolicyTokens
-    from calibrate.pairs.registry import LoadedPair, PairSpec
+    from calibrate.pairs.registry import LoadedPair
     from hlmtheory.policies import Policy
 
 
@@ -84,13 +84,6 @@ class ValidationPlan:
     seed: int
     batch_size: int | None
     command: tuple[str, ...]
-
-    @property
-    def spec(self) -> PairSpec:
-        """The calibrated pair, resolved again."""
-        from calibrate.pairs.registry import spec_from_settings
-
-        return spec_from_settings(self.calibration.settings)
 
     @cached_property
     def policies(self) -> dict[str, Policy]:

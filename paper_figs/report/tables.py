@@ -11,7 +11,7 @@ from pathlib import Path
 from calibrate.derive.presets import published_numbers
 from calibrate.run.figure import NBSP, NO_VALUE, number_text, scaled
 from calibrate.run.folder import write_text
-from calibrate.run.records import Figure, OperatingPoint
+from calibrate.run.records import Figure, OperatingPoint, flat
 from hlmtheory.published import PublishedTable
 from paper_figs.loaded import LoadedRun
 
@@ -240,18 +240,17 @@ def _csv_row(loaded: LoadedRun, point: OperatingPoint) -> dict[str, object]:
         figures[f"{column.metric}_measured"] = None if cell is None else cell.measured
     for column in QUALITY_COLUMNS:
         figures[f"{column.metric}_measured"] = loaded.quality_of(point, column.metric)
-    return {
+    row: dict[str, object] = {
         "policy": point.policy,
         "rule": point.rule,
         "score": point.score,
         "uncertainty_threshold": point.uncertainty_threshold.value,
         "feasible": point.feasible,
         "reason": point.reason,
-    } | {
-        f"{name}{suffix}": None if figure is None else getattr(figure, part)
-        for name, figure in figures.items()
-        for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
     }
+    for name, figure in figures.items():
+        row |= flat(name, figure or Figure(value=None))
+    return row
 
 
 def write_tables(loaded: LoadedRun, output: Path) -> list[Path]:

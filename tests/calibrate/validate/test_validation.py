@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import toy_pair
 
-import cli
 from calibrate.derive.derivation import derive_run
 from calibrate.fit.calibration import calibrate, prepare
+from calibrate.pairs.models import Models
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
 from calibrate.run.records import DerivationRecord, DeriveRequest, ValidationRecord
 from calibrate.run.stopping import Interrupted, StoppedError, listen
 from calibrate.run.traces import Shard, shards_in
+from calibrate.run.watch import Watch
 from calibrate.validate import rerun, validation
 from calibrate.validate.rerun import rerun_identity, rerun_path
 from calibrate.validate.validation import (
@@ -27,6 +28,7 @@ from calibrate.validate.validation import (
     decode_missing,
     prepare_validation,
 )
+from hlmtheory import api
 from hlmtheory.sampled_law import PLAIN
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -189,6 +191,13 @@ def test_what_was_decoded_stays_when_it_is_interrupted(run, pair) -> None:
         assert np.array_equal(planned.trace(point)["output_token"], tokens)
 
 
+def in_memory(pair) -> Models:
+    """The pair as calls share it, loaded already."""
+    models = Models()
+    models._loaded, models._attention = pair, True
+    return models
+
+
 def test_the_interruption_is_told_in_one_line(run, pair, monkeypatch) -> None:
     def stop(*_) -> None:
         raise Interrupted(signal.SIGTERM)
@@ -196,7 +205,7 @@ def test_the_interruption_is_told_in_one_line(run, pair, monkeypatch) -> None:
     monkeypatch.setattr(validation, "decode_missing", stop)
     said = r"finished batches stay in .*reruns; the same command"
     with pytest.raises(StoppedError, match=said) as caught:
-        cli._validate(plan(run, "hlm"), "cpu", pair)
+        api._rerun(plan(run, "hlm"), in_memory(pair), "cpu", None, Watch())
     assert caught.value.exit_code == 143
 
 
@@ -214,7 +223,7 @@ def test_sigterm_lets_the_batch_in_work_be_kept(run, pair, monkeypatch) -> None:
     listen()
     try:
         with pytest.raises(StoppedError) as caught:
-            cli._validate(planned, "cpu", pair)
+            api._rerun(planned, in_memory(pair), "cpu", None, Watch())
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
