@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from calibrate.run.figure import NBSP, number_text, scaled
+from calibrate.run.figure import NBSP, percent_text, share_text
 from calibrate.run.records import Figure, OperatingPoint
 
 
 def percent(number: Figure, decimals: int | None = None, *, interval: bool = True) -> str:
-    """A share with its interval, in per cent."""
-    text = number_text(scaled(number, 100), decimals=decimals, interval=interval)
-    return f"{text}{NBSP}%"
+    """A share with its interval, in per cent, with the sign."""
+    return f"{percent_text(number, decimals=decimals, interval=interval)}{NBSP}%"
 
 
 def budget_text(point: OperatingPoint) -> str:
     """What a threshold's rule keeps, in words that say whether it promises anything."""
-    share = "" if point.budget is None else f"{100 * point.budget:g}{NBSP}%"
-    certified = "" if point.confidence is None else f", with {point.confidence:.0%} confidence"
+    share = "" if point.budget is None else share_text(point.budget)
+    certified = (
+        "" if point.confidence is None else f", with {share_text(point.confidence)} confidence"
+    )
     return {
         "none": "without a gate",
         "risk": f"at a risk of {share} a token, met on the calibration prompts, not certified",

@@ -27,14 +27,9 @@ def answer(loaded: LoadedRun) -> str:
     """How many predictions hold, and of which policies some do not."""
     if loaded.validation is None:
         return ""
-    tested = loaded.validation.coverage
     outside = Counter(cell.policy for cell in loaded.cells if cell.covered is False)
     missed = ", ".join(f"{policy} {count}" for policy, count in outside.items())
-    return (
-        f"{tested.covered} of {tested.total} do, of intervals meant to hold "
-        f"{loaded.validation.confidence:.0%} of them."
-        + (f" Outside, by policy: {missed}." if missed else "")
-    )
+    return loaded.coverage_note + (f" Outside, by policy: {missed}." if missed else "")
 
 
 def normalised_error(cell: Cell) -> float:
@@ -123,6 +118,6 @@ def _caption(loaded: LoadedRun, validation: ValidationRecord) -> str:
         f"the half-width of that cell's own {validation.confidence:.0%} prediction "
         "interval, which counts calibration and rerun sampling, clustered by prompt; grey: inside. "
         "Dots: covered; crosses: not; hollow dots: fixed by their policy, so that they cannot "
-        f"miss. {loaded.coverage_note} Errors beyond ±{LIMIT:g} stand at the edge with their size. "
+        f"miss. Errors beyond ±{LIMIT:g} stand at the edge with their size. "
         "Within a policy's row, its rules lie one below the other."
     )

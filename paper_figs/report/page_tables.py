@@ -80,8 +80,9 @@ def section_tables(loaded: LoadedRun) -> dict[str, list[PageTable]]:
 
 def _fit(loaded: LoadedRun) -> PageTable:
     fit = loaded.calibration.fit
-    rows = [(name, number_text(getattr(fit, key)), PageCell(why)) for key, name, why in FIT]
-    return PageTable.of("The fitted line", ("quantity", "value", "what it says"), rows)
+    rows = [(name, PageCell(why), number_text(getattr(fit, key))) for key, name, why in FIT]
+    titles = ("quantity", "what it says", "value")
+    return PageTable.of("The fitted line", titles, rows, num_text=2)
 
 
 def _scores(loaded: LoadedRun) -> PageTable:
@@ -164,7 +165,6 @@ def _measured(loaded: LoadedRun) -> PageTable:
         ("policy", "rule", *map(metric_label, metrics)),
         rows,
         num_text=2,
-        notes=(loaded.coverage_note,),
     )
 
 

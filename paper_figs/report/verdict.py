@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibrate.run.figure import NBSP, number_text
+from calibrate.run.figure import number_text, share_text
 from paper_figs.figures import costs, payload_bias, relation
 from paper_figs.loaded import LoadedRun
 from paper_figs.words import budget_text, percent
@@ -59,18 +59,18 @@ def _certified(loaded: LoadedRun) -> str:
         )
     best = min(passed, key=lambda one: (one.budget, one.cap or 0.0))
     cap = "" if best.cap is None else f", skipping at most {best.cap:.0%} of an answer"
+    what = (
+        f"that at most {share_text(best.budget)} of the answers differ at all from the server's"
+        if best.certified == "answers"
+        else f"a risk of {share_text(best.budget)}, as a mean over {best.certified}"
+    )
     return (
-        f"Certified with {best.confidence:.0%} confidence, as a mean over {best.certified}: a risk "
-        f"of {100 * best.budget:g}{NBSP}%{cap}, with a threshold of {number_text(best.threshold)} "
-        f"that skips {percent(best.skip_rate)} of the tokens."
+        f"Certified with {share_text(best.confidence)} confidence: {what}{cap}, with a threshold "
+        f"of {number_text(best.threshold)}. It skips {percent(best.skip_rate)} of the tokens."
     )
 
 
 def _reruns(loaded: LoadedRun) -> str:
     if loaded.validation is None:
         return f"Nothing was rerun yet, so these are predictions: `hlm validate {loaded.run}`."
-    tested = loaded.validation.coverage
-    return (
-        f"Rerun on fresh prompts, {tested.covered} of {tested.total} predicted figures held, of "
-        f"intervals meant to hold {loaded.validation.confidence:.0%} of them."
-    )
+    return loaded.coverage_note
