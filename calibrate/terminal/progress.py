@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,9 +80,13 @@ def token_progress(
 
 
 class Bars:
-    """Bars for what a verb tells, one a stage, and its lines between them."""
+    """Bars for what a verb tells, one a stage, and its lines between them.
+
+    It may be told from several threads: downloads have some.
+    """
 
     def __init__(self) -> None:
+        self._lock = RLock()
         self._live: Progress | None = None
         self._unit = ""
         self._tasks: dict[str, TaskID] = {}
@@ -94,6 +99,10 @@ class Bars:
 
     def __call__(self, now: Told) -> None:
         """Show how far a stage is."""
+        with self._lock:
+            self._show(now)
+
+    def _show(self, now: Told) -> None:
         if self._live is None or now.unit != self._unit:
             self._begin(now.unit)
         live = self._live
@@ -108,8 +117,9 @@ class Bars:
 
     def say(self, text: str) -> None:
         """One line on stderr, below the bars so far."""
-        self._close()
-        say(text)
+        with self._lock:
+            self._close()
+            say(text)
 
     def _begin(self, unit: str) -> None:
         from rich.console import Console
