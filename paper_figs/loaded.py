@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -128,11 +128,20 @@ class LoadedRun:
         label = self.label(policy)
         return label if label.lower() == policy else f"{label}\n({policy})"
 
-    def legend_of(self, policies: Sequence[str]) -> str:
-        """One legend for policies that are drawn as one: a line each."""
-        if len(policies) == 1:
-            return self.legend(policies[0])
-        return "\n".join(self.legend(policy).replace("\n", " ") for policy in policies)
+    def label_lines(self, axes: Any, policies: Sequence[str], with_markers: bool) -> None:
+        """Legend of policies whose lines are drawn as one, the first's.
+
+        One entry with all names, or one for each where their markers tell them apart.
+        """
+        line = self.style(policies[0])
+        if with_markers:
+            for policy in policies:
+                look = self.style(policy).on_line_of(line)
+                axes.plot([], [], **look, label=self.legend(policy))
+            return
+        names = [self.legend(policy) for policy in policies]
+        label = names[0] if len(names) == 1 else "\n".join(n.replace("\n", " ") for n in names)
+        axes.plot([], [], **line.on_line_of(line), label=label)
 
     def score_label(self, score: str) -> str:
         """What figures call a score."""

@@ -108,6 +108,10 @@ class SeriesStyle:
         """Arguments of a full marker: measurements."""
         return self._marker(self.color)
 
+    def on_line_of(self, other: SeriesStyle) -> dict[str, Any]:
+        """Arguments of these full markers on the line of another series."""
+        return self.filled_marker() | other.line()
+
     def _marker(self, face: str) -> dict[str, Any]:
         return {
             "color": self.color,
@@ -197,10 +201,10 @@ def finish(figure: Figure, question: str, caption: str) -> Figure:
     The caption adds its own lines to the height, so that the axes keep the size they asked for.
     Figures of one column have no room for either: see :func:`take_words`.
     """
-    if is_narrow():
-        _fit_labels(figure)
     left = 0.012
     figure.suptitle(question, x=left, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    if is_narrow():
+        _fit_labels(figure)
     width, height = figure.get_size_inches()
     # Glyphs snapped to pixels are up to a thirtieth wider than their outlines.
     wrapped = wrap(caption, (1 - 2 * left) * width * 72 / (1 + 1 / 30), CAPTION_SIZE_PT)

@@ -102,7 +102,7 @@ def draw_along(
 ) -> None:
     """Distance of answers along another metric at each policy's points, predicted and measured.
 
-    Policies whose lines coincide are drawn as one, with all their names.
+    Policies whose lines coincide are drawn as one, with all their names; reruns keep their markers.
     """
     lines = []
     for name, members in points.items():
@@ -111,13 +111,14 @@ def draw_along(
         lines += axes.plot(at, found, **loaded.style(name).line(), linewidth=1.0)
     names = list(points)
     for group in style.coinciding(lines):
-        look = loaded.style(names[group[0]])
+        own = [names[place] for place in group]
         for place in group[1:]:
             lines[place].remove()
-        for place in group:
-            _draw_points(loaded, points[names[place]], look, metric, axes)
-        label = loaded.legend_of([names[place] for place in group])
-        axes.plot([], [], **look.open_marker() | look.line(), label=label)
+        rerun = any(METRIC in loaded.measured(p) for name in own for p in points[name])
+        for name in own:
+            look = loaded.style(name if rerun else own[0])
+            _draw_points(loaded, points[name], look, metric, axes)
+        loaded.label_lines(axes, own, rerun)
 
 
 def _draw_points(

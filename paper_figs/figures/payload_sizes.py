@@ -58,26 +58,24 @@ def figure(loaded: LoadedRun) -> Figure | None:
     style.zero_and_log(plane, "x", 1.0, 3 * max(greatest, 10.0))
     plane.set_ylim(-0.02, 1.02)
     lines = [_draw(plane, one.bits, **loaded.style(one.policy).line()) for one in payloads]
-    reruns = False
+    reruns = {one.policy: measured_bits(loaded, one) for one in payloads}
+    for policy, found in reruns.items():
+        if found is not None:
+            median = np.interp(MEDIAN, found.levels, found.quantiles)
+            plane.plot([median], [MEDIAN], **loaded.style(policy).filled_marker())
     for group in style.coinciding(lines):
-        look = loaded.style(payloads[group[0]].policy)
+        names = [payloads[place].policy for place in group]
         for place in group[1:]:
             lines[place].remove()
-        for place in group:
-            found = measured_bits(loaded, payloads[place])
-            if found is not None:
-                reruns = True
-                median = np.interp(MEDIAN, found.levels, found.quantiles)
-                plane.plot([median], [MEDIAN], **look.filled_marker())
-        label = loaded.legend_of([payloads[place].policy for place in group])
-        plane.plot([], [], **look.filled_marker() | look.line(), label=label)
+        loaded.label_lines(plane, names, any(reruns[name] is not None for name in names))
     plane.set_xlabel(
         f"uplink payload of an asked token, '{derivation.accounting}' accounting (bit; log, 0 at "
         "the left)"
     )
     plane.set_ylabel("cumulative share (of asked tokens)")
     style.outer_legend(plane)
-    told = f" Markers: the reruns' medians. {loaded.validation_sample}" if reruns else ""
+    measured = any(found is not None for found in reruns.values())
+    told = f" Markers: the reruns' medians. {loaded.validation_sample}" if measured else ""
     rule = next((p.rule for p in loaded.gates), "")
     caption = (
         f"{loaded.sample} Gated policies at the rule {rule}, with the drafts that the calibration "

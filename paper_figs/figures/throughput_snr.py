@@ -64,26 +64,23 @@ def figure(loaded: LoadedRun) -> Figure | None:
     lines = [_draw_lines(loaded, axis, snr, metric)
              for axis, metric in zip(axes[0], PANELS, strict=True)]  # fmt: skip
     axes[0, 0].set_ylim(bottom=0)
-    measured = False
+    reruns = {series.policy: measured_series(loaded, series) for series in snr.series}
+    for place, series in enumerate(snr.series):
+        found = reruns[series.policy]
+        at = marker_places(len(snr.snr_db), place / len(snr.series))
+        for axis, metric in zip(axes[0], PANELS, strict=True) if found is not None else ():
+            means = getattr(found, metric)
+            style.error_bars(
+                axis, np.array(means.grid)[at], style.parts(means)[:, at], capsize=1.5,
+                **loaded.style(series.policy).filled_marker(),
+            )  # fmt: skip
     for group in style.coinciding(*lines):
-        members = [snr.series[place] for place in group]
-        look = loaded.style(members[0].policy)
+        names = [snr.series[place].policy for place in group]
         for panel in lines:
             for place in group[1:]:
                 panel[place].remove()
-        for place, series in zip(group, members, strict=True):
-            found = measured_series(loaded, series)
-            at = marker_places(len(snr.snr_db), place / len(snr.series))
-            for axis, metric in zip(axes[0], PANELS, strict=True) if found is not None else ():
-                measured = True
-                means = getattr(found, metric)
-                style.error_bars(
-                    axis, np.array(means.grid)[at], style.parts(means)[:, at], capsize=1.5,
-                    **look.filled_marker(),
-                )  # fmt: skip
-        combined = look.filled_marker() | {"linestyle": look.linestyle}
-        label = loaded.legend_of([series.policy for series in members])
-        axes[0, 1].plot([], [], **combined, label=label)
+        loaded.label_lines(axes[0, 1], names, any(reruns[name] is not None for name in names))
+    measured = any(found is not None for found in reruns.values())
     for axis, letter, name in zip(axes[0], "ab", PANELS.values(), strict=True):
         axis.set_xlabel("uplink SNR (dB)")
         axis.axvline(derivation.link["snr_db"], color=style.GREY, linewidth=0.9,
