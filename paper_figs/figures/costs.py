@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,12 @@ def answer(loaded: LoadedRun) -> str:
 
 
 def _where(loaded: LoadedRun) -> str:
+    """Link and profile by their names, files without their folders."""
+    derivation = loaded.derivation
+    if derivation is None:
+        return ""
     link, profile = (
-        (NO_VALUE, NO_VALUE)
-        if loaded.derivation is None
-        else (
-            loaded.derivation.link.get("name", NO_VALUE),
-            loaded.derivation.profile.get("name", NO_VALUE),
-        )
+        Path(one.get("name", NO_VALUE)).name for one in (derivation.link, derivation.profile)
     )
     return f"Link {link}, profile {profile}"
 
