@@ -78,13 +78,13 @@ def drawings(loaded: LoadedRun) -> Iterator[dict[str, Drawing]]:
 
 
 @pytest.fixture(scope="module")
-def narrow(loaded: LoadedRun) -> Iterator[dict[str, Drawing]]:
+def narrow(loaded: LoadedRun) -> dict[str, Drawing]:
     """The same for one column of a paper, their words apart."""
     with styled(num_columns=1):
         found = {name: drawn for name, drawn in draw.figures(loaded) if isinstance(drawn, Drawing)}
         for drawing in found.values():
             take_words(drawing)
-        yield found
+    return found
 
 
 def drawn_by(module: ModuleType, loaded: LoadedRun) -> Drawing:
