@@ -60,10 +60,12 @@ def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array
     numpy_rows = not is_torch_array(rows_x)
     ids = token_ids.numpy() if numpy_rows and is_torch_array(token_ids) else token_ids
     xp, outer = array_namespace(rows_x), array_namespace(x)
-    # Row by row all of it stays in the cache.
+    # Row by row all of it stays in a processor's cache.
+    num = 1 if numpy_rows else max(1, len(rows_x))
+    parts = [slice(begin, begin + num) for begin in range(0, len(rows_x), num)]
     pairs = [
-        [xp.take_along_axis(column, i[None], axis=-1) for column in _columns(p[None], q[None])]
-        for p, q, i in zip(rows_x, rows_y, ids, strict=True)
+        [xp.take_along_axis(column, ids[i], axis=-1) for column in _columns(rows_x[i], rows_y[i])]
+        for i in parts
     ]
     agreement, race = (xp.concat(column) for column in zip(*pairs, strict=True))
     return outer.asarray(agreement), outer.asarray(race)

@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_torch_array
 
 from hlmtheory.domain import Array
-from hlmtheory.order import largest
+from hlmtheory.order import largest, on_accelerator
 
 
 def check_sizes(low: int, high: int, vocab_size: int) -> None:
@@ -47,7 +47,7 @@ class Head:
         if "float32" not in str(x.dtype) and "float64" not in str(x.dtype):
             xp = array_namespace(x)
             x = xp.astype(x, xp.float32)  # half precision has no fast sort, and no numpy form
-        if is_torch_array(x) and x.device.type == "cpu":
+        if is_torch_array(x) and not on_accelerator(x):
             x = x.detach().numpy()
         return x.reshape(-1, x.shape[-1])
 

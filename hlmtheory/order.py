@@ -8,6 +8,11 @@ from array_api_compat import array_namespace, is_torch_array
 from hlmtheory.domain import Array
 
 
+def on_accelerator(x: Array) -> bool:
+    """Whether its numbers lie outside main memory."""
+    return bool(is_torch_array(x) and x.device.type != "cpu")
+
+
 def largest(x: Array, num: int) -> tuple[Array, Array]:
     """The `num` in 1..V largest entries of each row (..., V), falling, and their indices.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from hlmtheory.domain import Array
 from hlmtheory.steps import (
@@ -209,7 +209,7 @@ class SampledUncertainty(Score):
         p = xp.concat([p, 0 * p[:, -1:]], axis=1)  # (B, M + 1, K)
         law = xp.stack(poisson_binomial_law(1.0 - p), axis=-1)  # (B, M + 1, K + 1)
         num = p.shape[-1]
-        values = xp.asarray([j / num for j in range(num + 1)], dtype=mass.dtype)
+        values = xp.arange(num + 1, dtype=mass.dtype, device=device(mass)) / num
         score = xp.broadcast_to(values, (mass.shape[0], num + 1))
         return score, *(xp.sum(law * piece[..., None], axis=1) for piece in (mass, rejection))
 

@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from hlmtheory.domain import Array, check_distribution, check_finite, check_unit_interval
-from hlmtheory.order import largest
+from hlmtheory.order import largest, on_accelerator
 
 GridKind = Literal["grid", "midpoint"]
 
@@ -85,7 +85,7 @@ def log_partitions(logits: Array, thetas: Temperatures) -> Array:
     rows = xp.reshape(logits, (-1, logits.shape[-1]))
     chains = _halving_chains(thetas.values)
     # In chunks that just fit a core's cache: a batch of the largest vocabularies does not.
-    num_rows = max(1, CHUNK_ENTRIES // rows.shape[1])
+    num_rows = max(1, len(rows) if on_accelerator(rows) else CHUNK_ENTRIES // rows.shape[1])
     out = [
         _log_partitions_chunk(xp, rows[i : i + num_rows], thetas.values, chains)
         for i in range(0, rows.shape[0], num_rows)

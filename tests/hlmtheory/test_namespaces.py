@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from other_device import OTHER, Elsewhere, other_device
 
 import hlmtheory
 from hlmtheory import (
@@ -150,6 +151,7 @@ FUNCTIONS: dict[str, Call] = {
     "context_attention": lambda a: F.context_attention(a["attention"], a["mask"]),
     "entropy": lambda a: F.entropy(a["x"]),
     "exact_uncertainty": lambda a: F.exact_uncertainty(a["logits"], a["tokens"], THETAS),
+    "on_accelerator": lambda a: float(F.on_accelerator(a["x"])),
     "largest": lambda a: F.largest(a["x"], 30),
     "linear_rejection": lambda a: F.linear_rejection(a["u"], 0.82, -0.06),
     "may_skip": lambda a: F.may_skip(a["skip_set_size"], a["size"] // 40, 0.4),
@@ -321,6 +323,19 @@ def test_numpy_and_torch_agree(inputs, name):
             assert isinstance(theirs, torch.Tensor), "a numpy array came back for a tensor"
             assert str(theirs.dtype).removeprefix("torch.") == str(ours.dtype)
         np.testing.assert_allclose(np.asarray(theirs), ours, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS, *METHODS} - {"on_accelerator"}))
+def test_an_accelerator_agrees(inputs, name):
+    call = {**FUNCTIONS, **METHODS}[name]
+    with_torch = as_list(call({key: torch.from_numpy(value) for key, value in inputs.items()}))
+    with other_device():
+        moved = {key: torch.from_numpy(value).to(OTHER) for key, value in inputs.items()}
+        there = as_list(call(moved))
+    for theirs, expected in zip(there, with_torch, strict=True):
+        assert isinstance(theirs, Elsewhere | float), "a tensor of main memory came back"
+        found = theirs if isinstance(theirs, float) else theirs.cpu()
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])
