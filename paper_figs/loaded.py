@@ -310,13 +310,15 @@ METRIC_LABELS: dict[str, str] = {
     "skip_rate": "skip rate (share of tokens)",
     "rejection_risk": "rejection risk R (probability)",
     "uplink_bits_per_token": "uplink payload (bit/token)",
+    "downlink_bits_per_token": "downlink payload (bit/token)",
     "token_time_ms": "token time (ms)",
     "throughput_tok_s": "throughput, 1/mean time (token/s)",
     "mean_throughput_tok_s": "throughput, mean of 1/time (token/s)",
     "energy_j_per_token": "energy (J/token)",
+    "devices_per_server": "load (devices per server)",
     "tv_bias": "TV bias (probability)",
     "answer_divergence": "TV of answers (probability)",
-    "tokens_in_agreement": "tokens before answers differ",
+    "tokens_in_agreement": "agreement (tokens before answers differ)",
 }
 """Name and unit of every metric, for axes and tables."""
 

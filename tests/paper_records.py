@@ -314,6 +314,7 @@ def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord
         "profile": {"name": "measured", "t_slm_ms": 20.0, "t_llm_ms": 60.0,
                     "t_uncertainty_ms": 1.0},
         "accounting": "paper",
+        "num_prompt_tokens": 24.0,
         "policies": tuple(
             PolicyInfo(name=entry[0], label=LABELS.get(entry[0], entry[0].upper()),
                        source=None, paper=entry[1], gated=entry[2],

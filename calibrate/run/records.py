@@ -562,8 +562,8 @@ class SnrSweep(Record):
 
     rule: str
     """The rule that gated policies are compared at."""
-    model: str = "awgn"
-    """Of the link. Derivations that do not say so swept an AWGN link, whatever theirs was."""
+    model: str
+    """Of the link."""
     bandwidth_hz: float | None
     round_trip_ms: float
     snr_db: tuple[float, ...]
@@ -634,7 +634,7 @@ class DerivationRecord(StageRecord):
     link: dict[str, Any]
     profile: dict[str, Any]
     accounting: Literal["paper", "full"]
-    num_prompt_tokens: float = 0.0
+    num_prompt_tokens: float
     """Of a prompt, in the mean, which the server reads once an answer and `full` accounting bills;
     0 where the trace does not say."""
     policies: tuple[PolicyInfo, ...]
@@ -649,7 +649,7 @@ class DerivationRecord(StageRecord):
     """Of every gated policy at its budgets, where it is known, and of the device alone."""
     paths: tuple[PolicyPath, ...]
     snr: SnrSweep | None
-    payloads: tuple[PayloadDistribution, ...] = ()
+    payloads: tuple[PayloadDistribution, ...]
     """Of every policy that sends something at the sweep's rule, or without a gate, with the drafts
     that the calibration drew."""
     truncation: TruncationCurves | None

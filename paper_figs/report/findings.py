@@ -34,17 +34,15 @@ BEGIN, END = "<!-- findings: from data/results, by paper_figs.report.findings --
 ROOT = Path(__file__).resolve().parents[2]
 REAL = "qwen2.5-coder"
 EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
-FULL = "full"
-"""Name of the derivation that bills everything that crosses the link."""
 FIGURES = ("relation", "validation", "context_shift", "payload_bias", "guarantees")
 BITS, BIAS = "uplink_bits_per_token", "tv_bias"
 
 
-def findings(runs: Sequence[LoadedRun], real: LoadedRun, full: LoadedRun) -> str:
+def findings(runs: Sequence[LoadedRun], real: LoadedRun) -> str:
     """Markdown of the findings: of the runs together, and of the real pair at temperature 1."""
     validated = [(run, run.validation) for run in runs if run.validation is not None]
     drawn = real.validation is not None
-    parts = [_relation(real), _coverage(validated, drawn), _payload(full), _guarantees(real)]
+    parts = [_relation(real), _coverage(validated, drawn), _payload(real), _guarantees(real)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -52,12 +50,12 @@ def shipped_findings(results: Path) -> str:
     """Findings from the run folders of `results`."""
     folders = sorted(path.parent for path in results.glob("*/calibration.json"))
     runs = {folder.name: load_run(folder) for folder in folders}
-    return findings(list(runs.values()), runs[REAL], load_run(results / REAL, FULL))
+    return findings(list(runs.values()), runs[REAL])
 
 
-def summary(real: LoadedRun, full: LoadedRun) -> str:
+def summary(real: LoadedRun) -> str:
     """Markdown of README's table: what was found on the real pair, a line each, in plain words."""
-    predicted = {point.key: point.predicted for point in full.feasible}
+    predicted = {point.key: point.predicted for point in real.feasible}
     whole, residual = (predicted.get(f"{name}/risk-0.01", {}) for name in ("u-hlm", "r-hlm"))
     rows = [[
         "tokens that the phone writes alone, at a risk of 1 % a token",
@@ -87,7 +85,7 @@ def summary(real: LoadedRun, full: LoadedRun) -> str:
     return _table(["what was measured", "result"], rows)
 
 
-def costs(full: LoadedRun) -> str:
+def costs(real: LoadedRun) -> str:
     """Markdown of the table of docs/choosing.md: every policy at 1 % risk or without a gate."""
     told = {
         "skip_rate": "skipped",
@@ -95,7 +93,7 @@ def costs(full: LoadedRun) -> str:
         BIAS: "TV bias",
         "answer_divergence": "of answers",
     }
-    points = [point for point in full.feasible if point.rule in ("none", "risk-0.01")]
+    points = [point for point in real.feasible if point.rule in ("none", "risk-0.01")]
     points.sort(key=lambda point: (point.rule, point.predicted[BITS].value or 0.0))
 
     def cell(point: OperatingPoint, name: str) -> str:
@@ -248,31 +246,28 @@ def _context_shift(runs: list[tuple[LoadedRun, ValidationRecord]]) -> tuple[str,
 
 
 def _payload(loaded: LoadedRun) -> str:
-    """Every gated policy at three thresholds, by what it sends: its rerun, else its prediction."""
-    found: dict[str, dict[str, tuple[dict[str, Figure], bool]]] = {}
+    """Every gated policy at three thresholds, by what it sends, as predicted."""
+    found: dict[str, dict[str, dict[str, Figure]]] = {}
     for point in loaded.feasible:
         if point.rule in EQUAL_THRESHOLD_RULES:
-            measured = {metric: c.measured for metric, c in loaded.measured(point).items()}
-            told = (measured or point.predicted, bool(measured))
-            found.setdefault(point.policy, {})[point.rule] = told
+            found.setdefault(point.policy, {})[point.rule] = point.predicted
     complete = {name: by for name, by in found.items() if len(by) == len(EQUAL_THRESHOLD_RULES)}
     if not complete:
         return ""
 
     def bits(name: str) -> float:
-        return sum(figures[BITS].value or 0.0 for figures, _ in complete[name].values())
+        return sum(figures[BITS].value or 0.0 for figures in complete[name].values())
 
     rows = []
     for name in sorted(complete, key=bits):
         cells = [complete[name][rule] for rule in EQUAL_THRESHOLD_RULES]
         rows.append([
-            f"`{name}`", *(number_text(figures[BITS]) for figures, _ in cells),
-            *(_percent(figures[BIAS]) for figures, _ in cells),
-            "reruns" if all(rerun for _, rerun in cells) else "predicted; not rerun yet",
+            f"`{name}`", *(number_text(figures[BITS]) for figures in cells),
+            *(_percent(figures[BIAS]) for figures in cells),
         ])  # fmt: skip
     rules = [f"at {100 * float(rule.rpartition('-')[2]):g} %" for rule in EQUAL_THRESHOLD_RULES]
     titles = ["policy", *(f"bit/token {rule}" for rule in rules),
-              *(f"TV bias {rule}" for rule in rules), "from"]  # fmt: skip
+              *(f"TV bias {rule}" for rule in rules)]  # fmt: skip
     accounting = "" if loaded.derivation is None else loaded.derivation.accounting
     low = [rows[0][place].split()[0] for place in (1, 2, 3)]
     least = [row[0] for row in rows if [row[i].split()[0] for i in (1, 2, 3)] == low]
@@ -283,7 +278,8 @@ def _payload(loaded: LoadedRun) -> str:
     return (
         f"## 3. What sending less costs in bias: {' and '.join(least)} {verb} least\n\n"
         "Every gated policy at the thresholds of three risk budgets, by rising payload in "
-        f"'{accounting}' accounting, which bills unseen tokens and the server's reply as well. "
+        f"'{accounting}' accounting, which bills the draft, the tokens that the server has not "
+        "seen and, once an answer, the prompt as well. "
         f"{same}In one context all of them skip the same drafts where the score alone decides, at "
         "the same risk, and no policy's bias is below its own risk: what is above it is the price. "
         "On their own roads, where these figures are predicted, skip rates and risks "
@@ -341,11 +337,11 @@ def replaced(page: str, text: str) -> str:
 
 def pages(results: Path) -> dict[Path, str]:
     """Every page that says what the results say, as it should be."""
-    full = load_run(results / REAL, FULL)
+    real = load_run(results / REAL)
     told = {
-        ROOT / "README.md": summary(load_run(results / REAL), full),
+        ROOT / "README.md": summary(real),
         ROOT / "docs" / "findings.md": shipped_findings(results),
-        ROOT / "docs" / "choosing.md": costs(full),
+        ROOT / "docs" / "choosing.md": costs(real),
     }
     return {path: replaced(path.read_text(encoding="utf-8"), text) for path, text in told.items()}
 
@@ -354,9 +350,8 @@ def draw_figures(results: Path, output: Path) -> None:
     """Draw the figures that the findings show, those that the results allow."""
     with styled():
         real = dict(figures(load_run(results / REAL)))
-        billed = dict(figures(load_run(results / REAL, FULL)))
         for name in FIGURES:
-            drawn = (billed if name == "payload_bias" else real)[name]
+            drawn = real[name]
             if not isinstance(drawn, str):
                 save(drawn, output / f"{name}.png")
 
