@@ -13,22 +13,24 @@ Examples
 --------
 Two folders with models that share a tokenizer, and a prompt a line:
 
-    from hlmtheory.api import Models, calibrate, derive, figures, report, tokens, validate
+```python
+from hlmtheory.api import Models, calibrate, derive, figures, report, tokens, validate
 
-    models = Models(slm="device", llm="server")
-    calibration = calibrate("run", models, prompts="prompts.txt", limit=12, max_new_tokens=8)
-    calibration.to_pandas()  # slope, intercept, correlation, with their intervals
-    tokens("run").groupby("prompt_id")["rejection_prob"].mean()
+models = Models(slm="device", llm="server")
+calibration = calibrate("run", models, prompts="prompts.txt", limit=12, max_new_tokens=8)
+calibration.to_pandas()  # slope, intercept, correlation, with their intervals
+tokens("run").groupby("prompt_id")["rejection_prob"].mean()
 
-    derivation = derive("run", policies=["hlm", "u-hlm", "r-hlm"], risks=[0.05], link="lte")
-    table = derivation.to_pandas()
-    table[table.feasible].sort_values("uplink_bits_per_token")
+derivation = derive("run", policies=["hlm", "u-hlm", "r-hlm"], risks=[0.05], link="lte")
+table = derivation.to_pandas()
+table[table.feasible].sort_values("uplink_bits_per_token")
 
-    validation = validate("run", models, rules=["risk-0.05"], limit=8)
-    validation.to_pandas().query("covered == False")
+validation = validate("run", models, rules=["risk-0.05"], limit=8)
+validation.to_pandas().query("covered == False")
 
-    files = figures("run", say=print)
-    page = report("run")
+files = figures("run", say=print)
+page = report("run")
+```
 """
 
 from __future__ import annotations

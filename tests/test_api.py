@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def example() -> str:
     """The code in the docstring of `hlmtheory.api`, as a reader would copy it."""
-    _, _, text = (api.__doc__ or "").partition("a prompt a line:\n")
-    return textwrap.dedent(text)
+    found = re.search(r"```python\n(.*?)```", api.__doc__ or "", re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 @pytest.fixture(scope="module")
