@@ -27,6 +27,7 @@ from paper_figs.figures import (
     throughput_snr,
     truncation,
     validation,
+    wire,
 )
 from paper_figs.loaded import RECORDS, LoadedRun, load_run
 from paper_figs.report.audit_table import write_audit
@@ -44,7 +45,7 @@ SECTIONS: dict[str, tuple[ModuleType, ...]] = {
         truncation,
     ),
     "Does attention help?": (attention, importance_plane),
-    "Did the predictions hold?": (validation, context_shift),
+    "Did the predictions hold?": (validation, context_shift, wire),
 }
 """What a reader asks, and the figures that answer, one a module."""
 MODULES = tuple(module for modules in SECTIONS.values() for module in modules)

@@ -26,18 +26,20 @@ from calibrate.run.records import (
     RunRecord,
     StageRecord,
     ValidationRecord,
+    WireRecord,
 )
 from calibrate.run.wording import coverage_text
 from paper_figs.style import SERIES, SeriesStyle, policy_style
 
 PointKey = tuple[str, str]
 AnyRecord = TypeVar("AnyRecord", bound=StageRecord)
-AnyJudge = TypeVar("AnyJudge", ValidationRecord, QualityRecord)
+AnyJudge = TypeVar("AnyJudge", ValidationRecord, QualityRecord, WireRecord)
 
 RECORDS: dict[str, type[StageRecord]] = {
     "calibration": CalibrationRecord,
     "derivation": DerivationRecord,
     "validation": ValidationRecord,
+    "wire": WireRecord,
     "guarantees": GuaranteesRecord,
     "attenuation": AttenuationRecord,
 }
@@ -60,6 +62,8 @@ class LoadedRun:
         Those of that derivation.
     validation_name : str
         Empty without one.
+    wire : WireRecord or None
+        Of that derivation.
     guarantees, attenuation : GuaranteesRecord, AttenuationRecord or None
     """
 
@@ -71,6 +75,7 @@ class LoadedRun:
     validation: ValidationRecord | None = None
     validation_name: str = ""
     quality: QualityRecord | None = None
+    wire: WireRecord | None = None
     guarantees: GuaranteesRecord | None = None
     attenuation: AttenuationRecord | None = None
 
@@ -281,6 +286,7 @@ def load_run(run: Path, name: str = DEFAULT_NAME) -> LoadedRun:
         validation=validation,
         validation_name=validation_name,
         quality=_judging(run, QualityRecord, name)[1],
+        wire=_judging(run, WireRecord, name)[1],
         guarantees=_optional(run, GuaranteesRecord),
         attenuation=_optional(run, AttenuationRecord),
     )

@@ -62,6 +62,9 @@ from calibrate.run.records import (
     Timings,
     TruncationCurves,
     ValidationRecord,
+    WireLinkRuns,
+    WireRecord,
+    WireRun,
 )
 from paper_figs.loaded import LoadedRun
 
@@ -523,6 +526,7 @@ def records(name: str = "default") -> list[StageRecord]:
     return [
         run_record(), calibration_record(), derivation, validation_record(derivation),
         guarantees_record(), attenuation_record(), quality_record(derivation, ("u-hlm", "slm")),
+        wire_record(derivation),
     ]  # fmt: skip
 
 
@@ -534,6 +538,41 @@ def write_run(run: Path) -> Path:
     return run
 
 
+def wire_record(derivation: DerivationRecord) -> WireRecord:
+    """Two links; the clock is 2 % above the prediction, and 20 % above (27)."""
+
+    def cell(policy: str, rule: str, value: float, off: float) -> Cell:
+        return Cell(
+            policy=policy, rule=rule, metric="token_time_ms", source="clock",
+            predicted=fig(value, "ms"), measured=fig(off * value, "ms", 0.03), covered=off < 1.1,
+            fixed=False,
+        )  # fmt: skip
+
+    def run(place: int, policy: str, rule: str) -> WireRun:
+        value = 50.0 * (place + 1)
+        return WireRun(
+            policy=policy, rule=rule, num_prompts=6, num_tokens=240, first_token_ms=fig(300.0),
+            token_ms_quantiles=(20.0, 30.0, value, 90.0, 120.0), server_busy_share=0.4,
+            uplink_bytes_per_token=fig(40.0), downlink_bytes_per_token=fig(25.0),
+            framing_bytes_per_ask=26.0, framing_as_stated=True, same_tokens_share=1.0,
+            before=(cell(policy, rule, value, 1.2),), cells=(cell(policy, rule, value, 1.02),),
+        )  # fmt: skip
+
+    points = [one for one in derivation.operating_points if one.rule in ("none", "risk-0.02")]
+    runs = tuple(run(place, one.policy, one.rule) for place, one in enumerate(points))
+    return WireRecord(
+        derivation=derivation.name, provenance=PROVENANCE, pair=pair(), dtype="float32",
+        num_threads=1, prob_bits=8, seed=1, max_new_tokens=40, prompt_ids=("v1", "v2"),
+        confidence=CONFIDENCE, probes=(),
+        links=tuple(
+            WireLinkRuns(link_name=name, link={"model": "rate", "rate_bps": rate}, runs=runs)
+            for name, rate in (("10mbit", 1e7), ("1mbit", 1e6))
+        ),
+        mean_time_error=0.02, mean_time_error_before=0.2,
+        coverage=Coverage(covered=20, total=20, share=fig(1.0)),
+    )  # fmt: skip
+
+
 def full_run(run: Path = Path("RUN")) -> LoadedRun:
     """The same as figures take it, without files."""
     derivation = derivation_record()
@@ -541,5 +580,5 @@ def full_run(run: Path = Path("RUN")) -> LoadedRun:
         run=run, calibration=calibration_record(), info=run_record(), derivation=derivation,
         validation=validation_record(derivation), validation_name="default",
         quality=quality_record(derivation, ("u-hlm", "slm")), guarantees=guarantees_record(),
-        attenuation=attenuation_record(),
+        attenuation=attenuation_record(), wire=wire_record(derivation),
     )  # fmt: skip

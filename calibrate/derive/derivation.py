@@ -24,13 +24,14 @@ from calibrate.run.records import (
     QualityRecord,
     StageRecord,
     ValidationRecord,
+    WireRecord,
 )
 
 if TYPE_CHECKING:
     from calibrate.derive.operating_points import Study
     from calibrate.run.traces import Trace
 
-JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, QualityRecord)
+JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, WireRecord, QualityRecord)
 """What is held against a derivation, and so loses its meaning with it."""
 MAX_IN_DOUBLE = 200_000
 """Tokens up to which a trace is kept in double precision while it is looked at many times."""

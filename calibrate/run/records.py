@@ -894,6 +894,12 @@ class WireRecord(StageRecord):
     confidence: float
     probes: tuple[WireProbe, ...]
     links: tuple[WireLinkRuns, ...]
+    mean_time_error: float
+    """Of the token time, |predicted - clock| over clock, in the mean over points and links."""
+    mean_time_error_before: float
+    """The same of (27)."""
+    coverage: Coverage
+    """Of the figures that a clock gave."""
 
 
 class GuaranteeRow(Record):

@@ -21,14 +21,12 @@ SKIPPED, REPLACED = "green", "red"
 def print_wire(result: WireRecord) -> None:
     """`hlm validate --wire`: token times by the clock and as predicted, link by link."""
     page = Page()
-    error, held = mean_error(result), [
-        cell.covered for one in result.links for run in one.runs for cell in run.cells
-        if cell.source == "clock" and not cell.fixed and cell.covered is not None
-    ]  # fmt: skip
+    held = result.coverage
     page.say(
-        f"over the wire: token times are off their prediction by {error:.1%} in the mean "
-        f"({sum(held)} of {len(held)} figures inside their {result.confidence:.0%} intervals; "
-        f"{len(result.prompt_ids)} prompts, one at a time)"
+        f"over the wire: token times are off their prediction by {result.mean_time_error:.1%} in "
+        f"the mean, {result.mean_time_error_before:.1%} by (27) alone; {held.covered} of "
+        f"{held.total} figures of the clock lie inside their {result.confidence:.0%} intervals "
+        f"({len(result.prompt_ids)} prompts, one at a time)"
     )
     for one in result.links:
         rows = []
@@ -50,12 +48,6 @@ def print_wire(result: WireRecord) -> None:
         )  # fmt: skip
     if not all(run.framing_as_stated for one in result.links for run in one.runs):
         page.say("  some frames have another length than docs/protocol.md states")
-
-
-def mean_error(result: WireRecord) -> float:
-    """Mean of |predicted - clock| / clock over points and links, of the token time."""
-    cells = [_cell(run.cells) for one in result.links for run in one.runs]
-    return sum(abs(_share_off(cell)) for cell in cells) / len(cells)
 
 
 def _cell(cells: tuple[Cell, ...]) -> Cell:

@@ -7,7 +7,7 @@ Then validation prompts are decoded one at a time over the link, and the clock i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,12 @@ from calibrate.derive.predict import (
 from calibrate.derive.presets import link_to_dict, load_link
 from calibrate.derive.roads import Roads, read_roads
 from calibrate.run.errors import UsageError
-from calibrate.run.figure import as_figure, figure
+from calibrate.run.figure import as_figure, figure, share_figure
 from calibrate.run.folder import provenance, read_record, record_path, write_record
 from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
 from calibrate.run.records import (
     Cell,
+    Coverage,
     RunRecord,
     WireLinkRuns,
     WireProbe,
@@ -246,10 +247,32 @@ def run_wire(
         prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
         confidence=plan.derived.derivation.confidence,
         probes=(*(plan.earlier.probes if plan.earlier else ()), *costs.values()),
-        links=_joined(plan, runs),
+        links=(links := _joined(plan, runs)),
+        mean_time_error=_mean_time_error(run.cells for one in links for run in one.runs),
+        mean_time_error_before=_mean_time_error(run.before for one in links for run in one.runs),
+        coverage=_coverage(links, plan.derived.derivation.confidence),
     )
     write_record(plan.run, result, plan.name)
     return result
+
+
+def _mean_time_error(of: Iterable[tuple[Cell, ...]]) -> float:
+    """Mean of |predicted - clock| / clock over the token times."""
+    cells = [cell for cells in of for cell in cells if cell.metric == "token_time_ms"]
+    pairs = [(cell.predicted.value, cell.measured.value) for cell in cells]
+    return float(np.mean([abs(a / b - 1.0) for a, b in pairs if a is not None and b]))
+
+
+def _coverage(links: Sequence[WireLinkRuns], confidence: float) -> Coverage:
+    held = [
+        cell.covered
+        for one in links
+        for run in one.runs
+        for cell in run.cells
+        if cell.source == "clock" and cell.covered is not None
+    ]
+    share = share_figure(sum(held), len(held), confidence)
+    return Coverage(covered=sum(held), total=len(held), share=share)
 
 
 def _joined(plan: WirePlan, runs: Mapping[str, tuple[WireRun, ...]]) -> tuple[WireLinkRuns, ...]:
