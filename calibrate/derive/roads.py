@@ -116,11 +116,11 @@ class Roads:
     def prediction(self, policy: Policy) -> Prediction:
         """What the policy is expected to do.
 
-        A device alone is not moved: nothing that a pilot learned of answers that parted once says
-        where those go that part ever again.
+        What skips everything is not moved: nothing that a pilot learned of answers that parted once
+        says where those go that part ever again.
         """
         server = predicted_tokens(self.server, policy)
-        if self.pilot is None or policy.follows_server or policy.role != "both":
+        if self.pilot is None or policy.follows_server or policy.skips_all:
             return Prediction(server)
         pilot = predicted_tokens(self.pilot, policy)
         return Prediction(server, pilot, parted_share(server), self._pilot_parted, self._place)

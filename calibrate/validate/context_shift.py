@@ -22,11 +22,6 @@ NUM_PARTS = 4
 """Parts of an answer that the shift is told for."""
 
 
-def is_reference(policy: Policy) -> bool:
-    """Whether its outputs follow the server's law, as a calibration's do."""
-    return policy.follows_server
-
-
 @dataclass(frozen=True)
 class Shift:
     """The shift of one rerun, with what its errors are made of.
@@ -73,7 +68,7 @@ def context_shift(
     rerun : Trace
         Of the policy.
     references : sequence of Trace
-        Of policies that :func:`is_reference`, on the same prompts.
+        Of policies that follow the server, on the same prompts.
     confidence : float
 
     Returns

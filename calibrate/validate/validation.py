@@ -326,7 +326,7 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     from calibrate.derive.predict import economics_of, measured_tokens
     from calibrate.derive.roads import read_roads
     from calibrate.validate.comparison import common_strata, compare, coverage
-    from calibrate.validate.context_shift import context_shift, is_reference, pooled_shift
+    from calibrate.validate.context_shift import context_shift, pooled_shift
 
     derivation, confidence = plan.derivation, plan.derivation.confidence
     economics = economics_of(derivation)
@@ -335,7 +335,7 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     cells, counted, reruns, shifts = [], [], [], []
     judged: set[Path] = set()  # a rerun that two points share counts once
     references = [
-        plan.trace(point) for point in plan.points if is_reference(plan.policies[point.key])
+        plan.trace(point) for point in plan.points if plan.policies[point.key].follows_server
     ]
     for point in plan.points:
         policy = plan.policies[point.key]

@@ -241,6 +241,11 @@ class Policy:
         plain = own.answer is Policy.answer and own.draft is Policy.draft
         return plain and type(self.rule) is FullDistribution
 
+    @property
+    def skips_all(self) -> bool:
+        """Whether every draft is skipped."""
+        return self.role == "device"
+
     # Settings: what a derivation stores, and builds again.
 
     @classmethod

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from calibrate.derive.roads import Prediction
+from calibrate.derive.roads import Prediction, Roads
 from hlmtheory.clusters import mean_over_tokens
+from hlmtheory.policies import policy_from_settings
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,17 @@ def test_a_few_prompts_of_a_pilot_lead_to_no_impossible_mean(name, pilot, expect
     found = Prediction(server, own, *share, np.array([0, 1])).mean(means)[name]  # type: ignore[arg-type]
     assert found.value == pytest.approx(expected)
     assert np.isfinite(found.standard_error)
+
+
+@pytest.mark.parametrize(("threshold", "moved"), [(1.0, False), (0.5, True)])
+def test_what_skips_everything_is_not_moved(monkeypatch, threshold, moved):
+    """A gate that skips all is the device alone, and its prediction the same."""
+    monkeypatch.setattr("calibrate.derive.roads.predicted_tokens", lambda trace, policy: trace)
+    monkeypatch.setattr("calibrate.derive.roads.parted_share", lambda tokens: None)
+    trace = SimpleNamespace(prompt_ids=["a"])
+    trace.of_prompts = lambda ids: trace
+    roads = Roads(trace, trace)  # type: ignore[arg-type]
+    vars(roads).update(_pilot_parted=None, _place=np.array([0]))
+    found = roads.prediction(policy_from_settings("u-hlm", {}, threshold))
+    assert (found.pilot is not None) == moved
+    assert roads.prediction(policy_from_settings("slm")).pilot is None

@@ -26,7 +26,6 @@ from calibrate.validate.comparison import (
 from calibrate.validate.context_shift import (
     Shift,
     context_shift,
-    is_reference,
     pooled_shift,
 )
 from hlmtheory.clusters import ErrorTerms, error_terms, mean_over_tokens, prediction_error
@@ -410,7 +409,7 @@ def test_shift_is_of_thresholds_and_of_the_same_prompts(rng):
 def test_a_reference_follows_the_server():
     def reference(name: str) -> bool:
         policy: type[Policy] = policy_class(name)
-        return is_reference(policy_from_settings(name, {}, 0.5 if policy.gated else None))
+        return policy_from_settings(name, {}, 0.5 if policy.gated else None).follows_server
 
     names = ("slm", "llm", "hlm", "u-hlm", "r-hlm")
     assert [name for name in names if reference(name)] == ["llm", "hlm"]
