@@ -691,7 +691,7 @@ class RerunInfo(Record):
     """Probabilities sent with a token that is sent; no value where nothing is ever sent."""
     throughput: ThroughputCurves | None
     """Its tokens priced along the derivation's SNR sweep."""
-    payload: SizeDistribution | None = None
+    payload: SizeDistribution | None
     """Uplink bits of its sent tokens, where the derivation has their distribution."""
     sizes: SizeDistribution | None
     """Sizes of its sent tokens, where the size is chosen token by token."""

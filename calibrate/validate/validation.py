@@ -393,7 +393,6 @@ def _rerun_info(
         )
         entries = as_figure(estimate, "", derivation.confidence, *AMOUNT)
     confidence, sweep = derivation.confidence, derivation.snr
-    swept = sweep is not None and sweep.series and sweep.model == derivation.link["model"]
     compared = any((one.policy, one.rule) == (point.policy, point.rule)
                    for one in derivation.payloads)  # fmt: skip
     return RerunInfo(
@@ -403,7 +402,7 @@ def _rerun_info(
         num_tokens=len(tokens.skip),
         entries_per_sent_token=entries,
         throughput=throughput_curves(point, tokens, economics, sweep.snr_db, confidence)
-        if sweep is not None and swept
+        if sweep is not None and sweep.series
         else None,
         payload=sent_bits(tokens, economics) if compared else None,
         sizes=size_distribution(tokens.entries[sent])

@@ -13,10 +13,7 @@ from paper_figs import style
 from paper_figs.loaded import LoadedRun
 
 QUESTION = "How many uplink bits does one asked token take?"
-NEEDS, LACKS = (
-    "derivation",
-    ("its derivation holds no distributions of payload; derive again, with some policy that sends"),
-)
+NEEDS, LACKS = "derivation", "no policy that can be compared sends anything"
 CAVEAT = (
     "A mean hides this: a link that carries the mean may be too slow for the tokens at the right. "
     "Skipped tokens, which send nothing, are not among them."

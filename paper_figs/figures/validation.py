@@ -20,6 +20,8 @@ CAVEAT = (
     "weak witness. Times and energies follow from counts and the profile: no clock was read."
 )
 NUM_COLUMNS = 4
+PANEL_PT, TITLE_PT = 100.0, 8.0
+"""Width of a panel, and size of its title."""
 LIMIT = 2.5
 
 
@@ -64,7 +66,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     # Panels of one metric are narrow enough for two of them in one column.
     num_columns = NUM_COLUMNS // 2 if style.is_narrow() else NUM_COLUMNS
     num_rows = -(-len(metrics) // num_columns)
-    height = num_rows * (0.75 + 0.19 * len(policies))
+    height = num_rows * max(1.6, 0.75 + 0.19 * len(policies))
     drawn, axes = style.new_figure(
         num_rows, num_columns, height, share_x=True, share_y=True, stacked=False
     )
@@ -76,7 +78,8 @@ def figure(loaded: LoadedRun) -> Figure | None:
         for cell in judged:
             if cell.metric == metric:
                 _draw_cell(axis, cell, rows[cell.policy, cell.rule])
-        axis.set_title(_two_lines(metric_label(metric)), fontsize=8, loc="left")
+        title = style.wrap(metric_label(metric), PANEL_PT, TITLE_PT)
+        axis.set_title(title, fontsize=TITLE_PT, loc="left")
         axis.set_yticks(range(len(policies)), policies)
         axis.grid(visible=False, axis="x")
     axes[0, 0].set_ylim(len(policies) - 0.5, -0.5)
@@ -87,11 +90,6 @@ def figure(loaded: LoadedRun) -> Figure | None:
     for axis in axes[:, 0]:
         axis.set_ylabel("policy")
     return style.finish(drawn, QUESTION, _caption(loaded, loaded.validation))
-
-
-def _two_lines(label: str) -> str:
-    head, comma, tail = label.partition(", ")
-    return f"{head},\n{tail}" if comma else label.replace(" (", "\n(")
 
 
 def _draw_cell(axes: Any, cell: Cell, row: float) -> None:

@@ -40,7 +40,7 @@ from paper_figs.figures import (
     truncation,
     validation,
 )
-from paper_figs.loaded import LoadedRun, load_run
+from paper_figs.loaded import METRIC_LABELS, LoadedRun, load_run
 from paper_figs.style import (
     COINCIDE,
     SERIES,
@@ -616,6 +616,17 @@ def test_every_judged_cell_is_drawn_once(loaded: LoadedRun, drawings: dict[str, 
     assert sum(len(line.get_xdata()) for line in drawn) == len(loaded.cells)
     crosses = sum(len(line.get_xdata()) for line in drawn if line.get_marker() == "X")
     assert crosses == sum(not cell.covered for cell in loaded.cells) > 0
+
+
+def test_the_longest_title_fits_in_the_last_column(loaded: LoadedRun) -> None:
+    assert loaded.validation is not None
+    longest = max(METRIC_LABELS, key=lambda metric: len(METRIC_LABELS[metric]))
+    order = [*(metric for metric in METRIC_LABELS if metric != longest)][:3]
+    point = next(cell for cell in loaded.cells if cell.policy == "u-hlm")
+    cells = tuple(point.model_copy(update={"metric": metric}) for metric in (*order, longest))
+    few = replace(loaded, validation=loaded.validation.model_copy(update={"cells": cells}))
+    with styled():
+        assert_words_fit(drawn_by(validation, few))
 
 
 def test_covered_cells_and_only_they_lie_in_the_grey_band(loaded: LoadedRun) -> None:

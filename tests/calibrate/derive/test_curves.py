@@ -139,7 +139,9 @@ def with_link(run: Path, folder: Path, link: Link) -> DerivationRecord:
     """A derivation for that link, in a file of its own."""
     path = folder / "link.json"
     path.write_text(json.dumps(link_to_dict(link)))
-    request = DeriveRequest(policies=("hlm", "u-hlm"), risks=RISKS, link=str(path))
+    request = DeriveRequest(
+        policies=("hlm", "u-hlm"), risks=RISKS, link=str(path), accounting="paper"
+    )
     return derive_run(run, request, "own-link")
 
 
