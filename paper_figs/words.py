@@ -53,12 +53,16 @@ GLOSSARY: dict[str, str] = {
     "for prompts like the calibration prompts.",
     "risk-averse, risk-prone": "U-HLM's own thresholds, where the fitted line is 0 and where it "
     "reaches the share of drafts that can be rejected.",
-    "uplink payload": "Bits that the device sends, as a mean over all tokens, skipped ones "
-    "included. 'paper' accounting bills the probabilities alone; 'full' also the draft, the "
-    "tokens that the server has not seen, and its reply.",
+    "uplink, downlink payload": "Bits that the device sends and gets back, as means over all "
+    "tokens, skipped ones included. 'paper' accounting bills the probabilities alone; 'full' also "
+    "the draft, the tokens that the server has not seen, and its replies.",
     "throughput": "1 / mean token time is how fast a long answer comes; the mean of 1 / token time "
     "is what some papers report, and is larger.",
     "energy": "Of device and server together, from token times and the powers of the profile.",
+    "load": "Devices whose tokens one server can carry that runs them one by one: a token's time "
+    "over the server's part of it.",
+    "agreement": "Tokens before an answer first differs from the server's, if both draw so as to "
+    "agree at each token as often as they can.",
     "interval": "In brackets or as bars. Clustered by prompt: the tokens of one prompt are not "
     "independent, so prompts are the unit.",
     "rerun": "The pipeline decoded again at a derived setting, on prompts and random numbers that "

@@ -17,7 +17,8 @@ QUESTION = "How fast and how frugal is each policy on this link and device?"
 NEEDS, LACKS = "derivation", "no rule has gated policies to compare"
 CAVEAT = (
     "Times and energies follow from counts, the link's model and the profile; no clock and no "
-    "meter was read. The server has no other user here, so what asks it less saves it nothing."
+    "meter was read. Each policy has the server to itself here: how many devices one server "
+    "carries stands in the tables."
 )
 THROUGHPUT, ENERGY = "throughput_tok_s", "energy_j_per_token"
 

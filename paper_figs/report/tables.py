@@ -48,9 +48,11 @@ class Column:
 COLUMNS: tuple[Column, ...] = (
     Column("skip_rate", "skipped (%)", 100.0, 1),
     Column("uplink_bits_per_token", "uplink (bit/token)"),
+    Column("downlink_bits_per_token", "downlink (bit/token)"),
     Column("throughput_tok_s", "throughput, 1/mean time (token/s)"),
     Column("mean_throughput_tok_s", "throughput, mean of 1/time (token/s)"),
     Column("energy_j_per_token", "energy (J/token)"),
+    Column("devices_per_server", "load (devices per server)"),
     Column("rejection_risk", "rejection risk (%)", 100.0, 2),
     Column("tv_bias", "TV bias (%)", 100.0, 2),
     Column("answer_divergence", "TV of answers (%)", 100.0, 1),
