@@ -71,11 +71,12 @@ def derive_run(
     record = _derived(run, request, name, command)
     judges = _judges(run, name)
     if judges:
-        before = read_record(run, DerivationRecord, name)
-        if _alike(_content(before), _content(record)):
+        there = record_path(run, DerivationRecord, name).is_file()
+        before = read_record(run, DerivationRecord, name) if there else None
+        if before is not None and _alike(_content(before), _content(record)):
             return before
         if not replace:
-            raise _refusal(run, name, judges, "would hold other numbers")
+            raise _refusal(run, name, judges, "would hold other numbers" if there else "is gone")
     write_record(run, record, name)
     for judge in judges:
         judge.unlink()

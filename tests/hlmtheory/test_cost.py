@@ -24,6 +24,7 @@ from hlmtheory.cost import (
     token_energy_j,
     token_time_ms,
 )
+from hlmtheory.serving import used_profile
 
 PROFILE = DeviceProfile(40.0, 1.0, 30.0, 4.0, 1.0, 300.0, 0.5)
 V = 32_000
@@ -100,9 +101,12 @@ def test_time_and_energy_stage_by_stage(rng):
 
 
 def test_server_alone():
-    assert token_time_ms(np.ones(2), np.zeros(2), PROFILE, 15.0, True).tolist() == [30.0, 30.0]
-    energy = token_energy_j(np.ones(1), np.zeros(1), PROFILE, 15.0, True)
-    assert energy[0] == pytest.approx(30e-3 * 300.5)
+    """No device time; the round trip at the first token alone, a reply to each."""
+    alone, trips = used_profile(PROFILE, gated=False, server_only=True), np.array([15.0, 0.0])
+    times = token_time_ms(np.ones(2), np.zeros(2), alone, trips, 2.0)
+    assert times.tolist() == [47.0, 32.0]
+    energy = token_energy_j(np.ones(2), np.zeros(2), alone, trips, 2.0)
+    assert energy == pytest.approx([30e-3 * 300.5 + 17e-3 * 0.5, 30e-3 * 300.5 + 2e-3 * 0.5])
 
 
 def test_energy_saved_is_at_most_the_share_skipped(rng):

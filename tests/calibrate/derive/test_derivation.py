@@ -133,6 +133,11 @@ def test_the_same_words_for_another_link_are_another_request(run: Path, tmp_path
     with pytest.raises(UsageError, match=r"would hold other numbers, and validation\.json rests"):
         derive_run(run, request)
     assert derive_run(run, request, "faster").link["snr_db"] == 20
+    record_path(run, DerivationRecord).unlink()
+    with pytest.raises(UsageError, match=r"is gone, and validation\.json rests on it"):
+        derive_run(run, request)
+    assert derive_run(run, request, replace=True).link["snr_db"] == 20
+    assert record_names(run, ValidationRecord) == []
 
 
 def test_a_broken_derivation_is_replaced_if_nothing_rests_on_it(run: Path) -> None:
