@@ -148,6 +148,23 @@ def error_terms(influence: np.ndarray, strata: np.ndarray | None = None) -> Erro
     return ErrorTerms(terms, len(values), len(values) - len(sizes))
 
 
+def joint_error(*parts: ErrorTerms) -> ErrorTerms:
+    r"""Error of a sum or difference of independent estimates, each from prompts of its own.
+
+    .. math:: \mathrm{se}^2 = \sum_j \mathrm{se}_j^2, \qquad
+              \nu = \frac{\mathrm{se}^4}{\sum_j \mathrm{se}_j^4/\nu_j}
+
+    Satterthwaite's degrees of freedom, rounded down and 1 at least; parts that do not vary are left
+    out of them, and where none varies they are those of the largest part.
+    """
+    variances = [(part.standard_error**2, part.freedom) for part in parts]
+    total = sum(variance for variance, _ in variances)
+    below = sum(variance**2 / max(freedom, 1) for variance, freedom in variances)
+    freedom = int(total**2 / below) if below > 0 else max(part.freedom for part in parts)
+    terms = np.concatenate([part.terms for part in parts])
+    return ErrorTerms(terms, sum(part.num_prompts for part in parts), max(freedom, 1))
+
+
 def prediction_error(averaged: ErrorTerms, drawn: ErrorTerms, rerun: ErrorTerms) -> ErrorTerms:
     r"""Error of a rerun's figure less its prediction; docs/theory.md, (36).
 

@@ -63,6 +63,7 @@ from calibrate.run.records import (
     TruncationCurves,
     ValidationRecord,
     WireLinkRuns,
+    WireProbe,
     WireRecord,
     WireRun,
 )
@@ -552,6 +553,8 @@ def wire_record(derivation: DerivationRecord) -> WireRecord:
         value = 50.0 * (place + 1)
         return WireRun(
             policy=policy, rule=rule, num_prompts=6, num_tokens=240, first_token_ms=fig(300.0),
+            probe=WireProbe(num_prompts=6, num_tokens=240, decide_ms=20.0, ask_ms=30.0,
+                            server_ms=25.0),
             token_ms_quantiles=(20.0, 30.0, value, 90.0, 120.0), server_busy_share=0.4,
             uplink_bytes_per_token=fig(40.0), downlink_bytes_per_token=fig(25.0),
             framing_bytes_per_ask=26.0, framing_as_stated=True, same_tokens_share=1.0,
@@ -563,7 +566,7 @@ def wire_record(derivation: DerivationRecord) -> WireRecord:
     return WireRecord(
         derivation=derivation.name, provenance=PROVENANCE, pair=pair(), dtype="float32",
         num_threads=1, prob_bits=8, seed=1, max_new_tokens=40, prompt_ids=("v1", "v2"),
-        confidence=CONFIDENCE, probes=(),
+        confidence=CONFIDENCE,
         links=tuple(
             WireLinkRuns(link_name=name, link={"model": "rate", "rate_bps": rate}, runs=runs)
             for name, rate in (("10mbit", 1e7), ("1mbit", 1e6))

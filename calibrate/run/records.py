@@ -825,8 +825,6 @@ class ValidationRecord(StageRecord):
 class WireProbe(Record):
     """Times of a policy's tokens where nothing delays a message, on calibration prompts."""
 
-    policy: str
-    rule: str
     num_prompts: int
     num_tokens: int
     decide_ms: float
@@ -842,6 +840,8 @@ class WireRun(Record):
 
     policy: str
     rule: str
+    probe: WireProbe
+    """In turn with what was run over the link."""
     num_prompts: int
     num_tokens: int
     first_token_ms: Figure
@@ -892,7 +892,6 @@ class WireRecord(StageRecord):
     max_new_tokens: int
     prompt_ids: tuple[str, ...]
     confidence: float
-    probes: tuple[WireProbe, ...]
     links: tuple[WireLinkRuns, ...]
     mean_time_error: float
     """Of the token time, |predicted - clock| over clock, in the mean over points and links."""

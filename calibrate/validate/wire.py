@@ -1,8 +1,9 @@
 """`hlm validate --wire`: server, link and device as processes, the clock against the prediction.
 
 Skip rates and payloads are predicted from the calibration, as everywhere. Times of the machines are
-measured where nothing delays a message, on calibration prompts; what the link adds is predicted.
-Then validation prompts are decoded one at a time over the link, and the clock is read.
+measured where nothing delays a message, on calibration prompts, in turn with the validation prompts
+that are decoded over the link, one at a time, while the clock is read: a machine's speed drifts,
+and what the link adds is to be predicted, not that.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from calibrate.wire.options import ServerOptions
 from calibrate.wire.protocol import ask_bytes, reply_bytes
 from calibrate.wire.run import Derived, read_derived, relaying, serving
 from calibrate.wire.trace import write_wire_trace
-from hlmtheory.clusters import RatioEstimate, mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, error_terms, joint_error, mean_over_tokens
 from hlmtheory.cost import WireCosts, payload_bits, wire_time_ms
 from hlmtheory.link import Link
 from hlmtheory.policies import Policy
@@ -54,9 +55,6 @@ if TYPE_CHECKING:
     from calibrate.pairs.registry import PairSpec
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-NUM_PROBES = 2
-"""Calibration prompts that the machines' times are measured on, for each policy."""
-
 CLOCK_UNITS = {
     "token_time_ms": "ms",
     "throughput_tok_s": "token/s",
@@ -105,7 +103,7 @@ class WirePlan:
     @property
     def num_tokens(self) -> int:
         """Most tokens that may be decoded."""
-        rounds = len(self.probes) + len(self.prompts) * len(self.links)
+        rounds = (len(self.probes) + len(self.prompts)) * len(self.links)
         return len(self.keys) * rounds * self.derived.settings.max_new_tokens
 
     @property
@@ -145,7 +143,7 @@ def prepare_wire(
     every = read_prompts(None if of.prompts == "shipped" else of.prompts)
     used = set(calibrated.prompt_keys)
     prompts = draw_prompts(every, "validation", limit, derived.settings.seed, "random", used)
-    probes = draw_prompts(every, "calibration", NUM_PROBES, derived.settings.seed)
+    probes = draw_prompts(every, "calibration", len(prompts), derived.settings.seed)
     loaded = {one: load_link(one) for one in links}
     earlier = None
     if record_path(run, WireRecord, name).is_file() and not replace_earlier:
@@ -212,24 +210,26 @@ def run_wire(
     policies = plan.policies
     options = ServerOptions(port=0)
     answers: dict[tuple[str, str], list[WireAnswer]] = {}
-    probes: dict[str, list[WireAnswer]] = {}
+    probes: dict[tuple[str, str], Probe] = {}
     with serving(plan.spec.llm, options, model.dtype, model.device, plan.num_threads) as port:
-        for key, policy in policies.items():
-            on_part(f"{key}, no link")
-            probes[key] = _decode(plan, model, policy, port, plan.probes, on_token)
+        on_part("warming up")
+        for policy in policies.values():
+            _decode(plan, model, policy, port, plan.probes[:1], lambda token: None)
         for name, link in plan.links.items():
             with relaying(wire_link(link), port) as own:
                 for key, policy in policies.items():
                     on_part(f"{key}, {name}")
-                    found = _decode(plan, model, policy, own, plan.prompts, on_token)
-                    answers[name, key] = found
-                    _keep_trace(plan, name, key, found)
-    costs = {key: _costs(plan, key, found) for key, found in probes.items()}
+                    there, beside = [], []
+                    for prompt, probe in zip(plan.prompts, plan.probes, strict=False):
+                        beside += _decode(plan, model, policy, port, [probe], on_token)
+                        there += _decode(plan, model, policy, own, [prompt], on_token)
+                    answers[name, key], probes[name, key] = there, Probe.of(beside)
+                    _keep_trace(plan, name, key, there)
     on_part("the same prompts in one process")
     same = _one_process(plan, model.dtype, model.device)
     runs = {
         name: tuple(
-            _judge(plan, roads, key, link, costs[key], answers[name, key], same[key])
+            _judge(plan, roads, key, link, probes[name, key], answers[name, key], same[key])
             for key in plan.keys
         )
         for name, link in plan.links.items()
@@ -246,7 +246,6 @@ def run_wire(
         max_new_tokens=settings.max_new_tokens,
         prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
         confidence=plan.derived.derivation.confidence,
-        probes=(*(plan.earlier.probes if plan.earlier else ()), *costs.values()),
         links=(links := _joined(plan, runs)),
         mean_time_error=_mean_time_error(run.cells for one in links for run in one.runs),
         mean_time_error_before=_mean_time_error(run.before for one in links for run in one.runs),
@@ -310,24 +309,67 @@ def _keep_trace(plan: WirePlan, link: str, key: str, answers: Sequence[WireAnswe
     write_wire_trace(path, tokens, {"point": key, "link": link, "provenance": made})
 
 
-def _costs(plan: WirePlan, key: str, answers: Sequence[WireAnswer]) -> WireProbe:
-    """Means over the tokens of a probe; the first of each answer waits for the prefill."""
-    tokens = [token for answer in answers for token in answer.tokens[1:]]
-    asked = [token for token in tokens if token.sent_bytes or token.received_bytes]
+@dataclass(frozen=True)
+class Probe:
+    """A policy's tokens where nothing delays a message: means, and what each prompt adds to them.
 
-    def mean(values: Sequence[float]) -> float:
-        return float(np.mean(values)) if len(values) else 0.0
+    Attributes
+    ----------
+    decide, ask : RatioEstimate
+        Milliseconds; the second of sent tokens alone.
+    server_ms : float
+        Of the second, inside the server's forward pass.
+    num_tokens : int
+    """
 
-    point = plan.derived.point(key)
-    return WireProbe(
-        policy=point.policy,
-        rule=point.rule,
-        num_prompts=len(answers),
-        num_tokens=len(tokens),
-        decide_ms=mean([one.device_ms + one.score_ms for one in tokens]),
-        ask_ms=mean([one.frame_ms + one.wait_ms for one in asked]),
-        server_ms=mean([one.server_ms for one in asked]),
-    )
+    decide: RatioEstimate
+    ask: RatioEstimate
+    server_ms: float
+    num_tokens: int
+
+    @classmethod
+    def of(cls, answers: Sequence[WireAnswer]) -> Probe:
+        """From answers; the first token of each waits for the prefill, and is left out."""
+        index = np.repeat(np.arange(len(answers)), [len(one.tokens) - 1 for one in answers])
+        tokens = [token for answer in answers for token in answer.tokens[1:]]
+        asked = np.array([bool(one.received_bytes) for one in tokens])
+
+        def mean(values: Sequence[float], where: np.ndarray) -> RatioEstimate:
+            if not where.any():
+                return RatioEstimate(0.0, 0.0, len(answers), np.zeros(len(answers)))
+            chosen = np.where(where, np.array(values, dtype=float), np.nan)
+            return mean_over_tokens(chosen, index, len(answers))
+
+        every = np.ones(len(tokens), dtype=bool)
+        return cls(
+            mean([one.device_ms + one.score_ms for one in tokens], every),
+            mean([one.frame_ms + one.wait_ms for one in tokens], asked),
+            mean([one.server_ms for one in tokens], asked).value,
+            len(tokens),
+        )
+
+    @property
+    def costs(self) -> WireCosts:
+        """The means."""
+        return WireCosts(self.decide.value, self.ask.value)
+
+    def influence(self, of: Callable[[WireCosts], float]) -> np.ndarray:
+        """What each prompt adds to the error of a figure made of the means, to first order."""
+        at, step = of(self.costs), 1e-4
+        decide = WireCosts(self.decide.value + step, self.ask.value)
+        ask = WireCosts(self.decide.value, self.ask.value + step)
+        slopes = [(of(one) - at) / step for one in (decide, ask)]
+        return slopes[0] * self.decide.influence + slopes[1] * self.ask.influence
+
+    def record(self) -> WireProbe:
+        """As it is kept."""
+        return WireProbe(
+            num_prompts=len(self.decide.influence),
+            num_tokens=self.num_tokens,
+            decide_ms=self.decide.value,
+            ask_ms=self.ask.value,
+            server_ms=self.server_ms,
+        )
 
 
 def wire_means(
@@ -375,7 +417,7 @@ def _judge(
     roads: Roads,
     key: str,
     link: Link,
-    probe: WireProbe,
+    probe: Probe,
     answers: Sequence[WireAnswer],
     same: Mapping[str, Sequence[int]],
 ) -> WireRun:
@@ -383,7 +425,6 @@ def _judge(
     derived, policy = plan.derived, plan.derived.policy(key)
     point, confidence = derived.point(key), derived.derivation.confidence
     size, bits = derived.derivation.pair.vocab_size, derived.settings.prob_bits or PROB_BITS
-    costs = WireCosts(probe.decide_ms, probe.ask_ms)
     tokens = [token for answer in answers for token in answer.tokens]
     index = np.repeat(np.arange(len(answers)), [len(answer.tokens) for answer in answers])
 
@@ -407,9 +448,16 @@ def _judge(
     }
 
     def means(one: PolicyTokens) -> dict[str, RatioEstimate]:
-        return wire_means(one, link, costs, size, bits)
+        return wire_means(one, link, probe.costs, size, bits)
 
     prediction = roads.prediction(policy)
+
+    def probed(name: str) -> np.ndarray:
+        def figure_of(costs: WireCosts) -> float:
+            return wire_means(prediction.server, link, costs, size, bits)[name].value
+
+        return probe.influence(figure_of)
+
     predicted, drawn = prediction.mean(means), means(drawn_tokens(roads.server, policy))
     # The prompt has crossed the link when the tokens that the clock is read of begin.
     economics = replace(
@@ -417,7 +465,7 @@ def _judge(
     )
     cells = tuple(
         _cell(point.policy, point.rule, name, unit, predicted[name], drawn[name], measured[name],
-              confidence)
+              confidence, probed(name))
         for name, unit in (COUNTED_UNITS | CLOCK_UNITS).items()
     )  # fmt: skip
     ran = drawn_tokens(roads.server, policy)
@@ -434,6 +482,7 @@ def _judge(
     return WireRun(
         policy=point.policy,
         rule=point.rule,
+        probe=probe.record(),
         num_prompts=len(answers),
         num_tokens=len(tokens),
         first_token_ms=as_figure(
@@ -509,8 +558,17 @@ def _cell(
     drawn: RatioEstimate,
     measured: RatioEstimate,
     confidence: float,
+    probed: np.ndarray | None = None,
 ) -> Cell:
+    """`probed` is what the prompts of a probe add to the error.
+
+    A clock's spread between prompts is not that of a calibration, which has one time for each kind
+    of token: its interval is of three independent errors, the prediction's, the probe's, the clock's.
+    """
     error = difference_error(predicted.influence, drawn.influence, measured.influence, None)
+    if metric in CLOCK_UNITS:
+        parts = [predicted.influence, measured.influence, *([] if probed is None else [probed])]
+        error = joint_error(*map(error_terms, parts))
     low = high = covered = None
     if error is not None:
         low, high = prediction_interval(predicted.value, error, confidence)

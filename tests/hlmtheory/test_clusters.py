@@ -14,7 +14,9 @@ from scipy import stats
 from hlmtheory.clusters import (
     RatioEstimate,
     bootstrap_totals,
+    error_terms,
     jackknife_correlation_interval,
+    joint_error,
     mean_over_tokens,
     percentile_interval,
     resample_prompts,
@@ -329,3 +331,31 @@ def test_jackknife_says_when_it_has_nothing_to_say(rng):
 
     sums = moment_sums(x, x, np.arange(20) % 5, 5)
     assert jackknife_correlation_interval(sums, undefined) is None
+
+
+# --- independent estimates together --------------------------------------------------------------
+
+
+def test_independent_errors_add_and_share_their_degrees_of_freedom(rng):
+    parts = [error_terms(rng.normal(size=n) * scale) for n, scale in ((8, 1.0), (20, 0.3))]
+    both = joint_error(*parts)
+    variances = [part.standard_error**2 for part in parts]
+    assert both.standard_error**2 == pytest.approx(sum(variances))
+    expected = sum(variances) ** 2 / (variances[0] ** 2 / 7 + variances[1] ** 2 / 19)
+    assert both.freedom == int(expected)
+    alike = error_terms(np.array([1.0, -1.0, 2.0, -2.0]))
+    assert joint_error(alike, alike).freedom == 6  # twice that of one, where both vary alike
+    still = error_terms(np.zeros(5))
+    assert joint_error(alike, still).freedom == 3
+
+
+def test_a_joint_interval_holds_the_difference_as_often_as_it_says(rng):
+    """Two samples of unlike size and spread, 2,000 times: 95 % within its binomial error."""
+    held = 0
+    for _ in range(2000):
+        one, other = rng.normal(size=6), 3 * rng.normal(size=40)
+        terms = [error_terms((values - values.mean()) / len(values)) for values in (one, other)]
+        error = joint_error(*terms)
+        half = stats.t.ppf(0.975, error.freedom) * error.standard_error
+        held += abs(one.mean() - other.mean()) <= half
+    assert 0.935 < held / 2000 < 0.965
