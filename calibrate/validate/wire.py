@@ -563,7 +563,7 @@ def _cell(
     """`probed` is what the prompts of a probe add to the error.
 
     A clock's spread between prompts is not that of a calibration, which has one time for each kind
-    of token: its interval is of three independent errors, the prediction's, the probe's and its own.
+    of token. So the interval is of three independent errors: prediction, probe, and the clock.
     """
     error = difference_error(predicted.influence, drawn.influence, measured.influence, None)
     if metric in CLOCK_UNITS:
