@@ -81,6 +81,7 @@ def write_run(folder: Path, reruns: Sequence[Rerun]) -> Path:
             RerunInfo(
                 policy=entry.policy, rule=entry.rule, folder=name, num_tokens=sum(lengths),
                 entries_per_sent_token=Figure(value=None), throughput=None, sizes=None,
+                payload=None,
             )
         )  # fmt: skip
     derivation = made.derivation_record()
