@@ -19,6 +19,7 @@ CAVEAT = (
     "the first of an answer."
 )
 TIME = "token_time_ms"
+TICKS_MS = tuple(step * 10**power for power in range(5) for step in (1, 2, 5))
 
 
 def answer(loaded: LoadedRun) -> str:
@@ -79,6 +80,10 @@ def _draw_link(loaded: LoadedRun, axis: Any, link: WireLinkRuns) -> None:
             markersize=4.5, zorder=4, **loaded.style(run.policy).filled_marker(),
         )  # fmt: skip
     axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    ticks = [one for one in TICKS_MS if low <= one <= high]
+    axis.set_xticks(ticks, [f"{one:,}" for one in ticks])
+    axis.set_xticks([], minor=True)
     axis.set_yticks(range(len(runs)), [loaded.label(run.policy) for run in runs])
     axis.set_ylim(len(runs) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
