@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,16 @@ from calibrate.derive.predict import (
 )
 from calibrate.derive.presets import link_to_dict, load_link
 from calibrate.derive.roads import Roads, read_roads
-from calibrate.run.errors import UsageError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import as_figure, figure, share_figure
 from calibrate.run.folder import provenance, read_record, record_path, write_record
-from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
+from calibrate.run.prompts import (
+    Prompt,
+    draw_prompts,
+    read_prompts,
+    text_key,
+    tokenize_prompts,
+)
 from calibrate.run.records import (
     Cell,
     Coverage,
@@ -75,7 +82,7 @@ class WirePlan:
         Operating points.
     links : dict of str to Link
     prompts, probes : tuple of Prompt
-        Of validation, and of calibration.
+        As many of either: of validation, and of those that were calibrated on.
     num_threads : int or None
     command : tuple of str
     earlier : WireRecord or None
@@ -143,11 +150,15 @@ def prepare_wire(
     every = read_prompts(None if of.prompts == "shipped" else of.prompts)
     used = set(calibrated.prompt_keys)
     prompts = draw_prompts(every, "validation", limit, derived.settings.seed, "random", used)
-    probes = draw_prompts(every, "calibration", len(prompts), derived.settings.seed)
-    loaded = {one: load_link(one) for one in links}
+    # Of those that were calibrated on, again from the first where they are fewer.
+    pool = [prompt for prompt in every if text_key(prompt.text) in used]
+    if not pool:
+        raise UserError(f"{of.prompts}: holds no prompt that was calibrated on; give the file back")
+    probes = islice(cycle(pool), len(prompts))
+    loaded = _named_links(links)
     earlier = None
     if record_path(run, WireRecord, name).is_file() and not replace_earlier:
-        earlier = _kept(read_record(run, WireRecord, name), derived, prompts, keys, links)
+        earlier = _kept(read_record(run, WireRecord, name), derived, prompts, keys, loaded)
     return WirePlan(
         run,
         name,
@@ -162,12 +173,22 @@ def prepare_wire(
     )
 
 
+def _named_links(links: Sequence[str]) -> dict[str, Link]:
+    """Links by their names: of a file, without folder and ending."""
+    out: dict[str, Link] = {}
+    for source in links:
+        link, name = load_link(source), Path(source).stem
+        if out.setdefault(name, link) != link:
+            raise UsageError(f"--link {source}: another link is called {name}; rename the file")
+    return out
+
+
 def _kept(
     earlier: WireRecord,
     derived: Derived,
     prompts: Sequence[Prompt],
     keys: Sequence[str],
-    links: Sequence[str],
+    links: Mapping[str, Link],
 ) -> WireRecord:
     """Earlier runs that new ones may stand beside."""
     way_out = "--replace writes wire.json anew"
@@ -180,7 +201,14 @@ def _kept(
         )
     for one in earlier.links:
         there = {f"{run.policy}/{run.rule}" for run in one.runs}
-        if one.link_name in links and there & set(keys):
+        if one.link_name not in links:
+            continue
+        if one.link != link_to_dict(links[one.link_name]):
+            raise UsageError(
+                f"--link {one.link_name}: wire.json has another link of this name; {way_out}, or "
+                "rename the file"
+            )
+        if there & set(keys):
             again = sorted(there & set(keys))[0]
             raise UsageError(f"--point {again} over {one.link_name}: was run; {way_out}")
     return earlier
@@ -220,7 +248,7 @@ def run_wire(
                 for key, policy in policies.items():
                     on_part(f"{key}, {name}")
                     there, beside = [], []
-                    for prompt, probe in zip(plan.prompts, plan.probes, strict=False):
+                    for prompt, probe in zip(plan.prompts, plan.probes, strict=True):
                         beside += _decode(plan, model, policy, port, [probe], on_token)
                         there += _decode(plan, model, policy, own, [prompt], on_token)
                     answers[name, key], probes[name, key] = there, Probe.of(beside)
@@ -279,7 +307,7 @@ def _joined(plan: WirePlan, runs: Mapping[str, tuple[WireRun, ...]]) -> tuple[Wi
     for name, found in runs.items():
         kept = before[name].runs if name in before else ()
         entry = link_to_dict(plan.links[name])
-        before[name] = WireLinkRuns(link_name=Path(name).stem, link=entry, runs=(*kept, *found))
+        before[name] = WireLinkRuns(link_name=name, link=entry, runs=(*kept, *found))
     return tuple(before.values())
 
 
@@ -303,7 +331,7 @@ def _decode(
 
 
 def _keep_trace(plan: WirePlan, link: str, key: str, answers: Sequence[WireAnswer]) -> None:
-    path = plan.run / "wire" / Path(link).stem / f"{key.replace('/', '-')}.parquet"
+    path = plan.run / "wire" / link / f"{key.replace('/', '-')}.parquet"
     made = provenance(plan.command).model_dump(mode="json")
     tokens = [token for answer in answers for token in answer.tokens]
     write_wire_trace(path, tokens, {"point": key, "link": link, "provenance": made})
@@ -458,7 +486,8 @@ def _judge(
 
         return probe.influence(figure_of)
 
-    predicted, drawn = prediction.mean(means), means(drawn_tokens(roads.server, policy))
+    ran = drawn_tokens(roads.server, policy)
+    predicted, drawn = prediction.mean(means), means(ran)
     # The prompt has crossed the link when the tokens that the clock is read of begin.
     economics = replace(
         economics_of(derived.derivation), link=link, accounting="full", num_prompt_tokens=0.0
@@ -468,7 +497,6 @@ def _judge(
               confidence, probed(name))
         for name, unit in (COUNTED_UNITS | CLOCK_UNITS).items()
     )  # fmt: skip
-    ran = drawn_tokens(roads.server, policy)
     plain, plain_drawn = metrics(prediction, economics), metrics(ran, economics)
     before = tuple(
         _cell(point.policy, point.rule, name, unit, plain[name], plain_drawn[name], measured[name],
@@ -476,8 +504,7 @@ def _judge(
         for name, unit in CLOCK_UNITS.items()
     )  # fmt: skip
     asked = [one for one in tokens if one.sent_bytes]
-    payload = [-(-one.payload_bits // 8) for one in asked]
-    beyond = [one.sent_bytes - size for one, size in zip(asked, payload, strict=True)]
+    beyond = [one.sent_bytes - -(-one.payload_bits // 8) for one in asked]
     total_s = 1e-3 * float(times.sum())
     return WireRun(
         policy=point.policy,

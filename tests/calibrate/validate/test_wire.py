@@ -17,7 +17,8 @@ from calibrate.fit.calibration import calibrate, prepare
 from calibrate.pairs.loading import load_model
 from calibrate.run.errors import UsageError
 from calibrate.run.folder import read_record
-from calibrate.run.records import DeriveRequest, WireRecord
+from calibrate.run.prompts import text_key
+from calibrate.run.records import DeriveRequest, RunRecord, WireRecord
 from calibrate.validate.wire import prepare_wire, run_wire, wire_means
 from calibrate.wire.protocol import ask_bytes, reply_bytes
 from hlmtheory.cost import WireCosts, wire_time_ms
@@ -92,6 +93,25 @@ def test_what_was_run_is_not_run_again_unasked(run, record):
     with pytest.raises(UsageError, match=r"wire\.json is of seed"):
         prepare_wire(run, "default", POINTS[:1], ["10mbit"], limit=2)
     assert prepare_wire(run, "default", POINTS[:1], ["fast"], 3, replace_earlier=True)
+    # A file is known by its name, and by what it says.
+    slow = str(run.parent / "slow.json")
+    with pytest.raises(UsageError, match="over slow: was run; --replace writes"):
+        prepare_wire(run, "default", POINTS[:1], [slow], limit=3)
+    other = run.parent / "other" / "slow.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps({"model": "rate", "rate_bps": 3e5, "round_trip_ms": 30}))
+    with pytest.raises(UsageError, match=r"wire\.json has another link of this name"):
+        prepare_wire(run, "default", POINTS[:1], [str(other)], limit=3)
+    with pytest.raises(UsageError, match="another link is called slow; rename"):
+        prepare_wire(run, "default", POINTS[:1], [slow, str(other)], limit=3)
+
+
+def test_probes_are_prompts_that_were_calibrated_on_and_as_many_as_are_validated(run):
+    plan = prepare_wire(run, "default", POINTS[:1], ["fast"], limit=20, replace_earlier=True)
+    used = set(read_record(run, RunRecord).prompt_keys)
+    assert len(plan.prompts) == len(plan.probes) == 20
+    assert all(text_key(one.text) in used for one in plan.probes)
+    assert not any(text_key(one.text) in used for one in plan.prompts)
 
 
 def test_points_and_links_that_are_not_there_are_told(run):
