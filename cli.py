@@ -886,8 +886,11 @@ def relay(
     if not colon or not number.isdecimal() or not 0 < int(number) < 65536:
         raise UsageError(f"--to {to}: allowed is HOST:PORT")
     carried = wire_link(load_link(link))
-    say_port = lambda own: say(f"127.0.0.1:{own} -> {to}, as {link}")  # noqa: E731
-    asyncio.run(carry(carried, (host, int(number)), port=port, ready=say_port))
+
+    def ready(own: int) -> None:
+        say(f"127.0.0.1:{own} -> {to}, as {link}")
+
+    asyncio.run(carry(carried, (host, int(number)), port=port, ready=ready))
 
 
 @app.command()

@@ -133,14 +133,8 @@ def token_time_ms(
 
     Assumption: nothing overlaps; the device waits for the server's reply before it goes on.
     """
-    check_nonnegative(uplink_ms, "uplink_ms")
-    check_nonnegative(downlink_ms, "downlink_ms")
-    return (
-        profile.t_slm_ms
-        + profile.t_uncertainty_ms
-        + uplink_ms
-        + sent * (profile.t_llm_ms + downlink_ms + round_trip_ms)
-    )
+    costs = WireCosts(profile.t_slm_ms + profile.t_uncertainty_ms, profile.t_llm_ms)
+    return wire_time_ms(sent, uplink_ms, downlink_ms, costs, round_trip_ms)
 
 
 @dataclass(frozen=True)
@@ -169,10 +163,10 @@ def wire_time_ms(
     uplink_ms: Array,
     downlink_ms: Array | float,
     costs: WireCosts,
-    round_trip_ms: float = 0.0,
+    round_trip_ms: Array | float = 0.0,
     server_only: bool = False,
 ) -> Array:
-    r"""Time of each token over a wire (N,), ms; docs/theory.md, (63).
+    r"""Time of each token over a wire (N,), ms; docs/theory.md, (63). (27) is its simplest case.
 
     .. math:: t = t_{decide} + 1\{sent\}\,(t_{ask} + F_{up}/C_{up} + F_{down}/C_{down} + t_{rt})
 
@@ -190,6 +184,7 @@ def wire_time_ms(
     server_only : bool
     """
     check_nonnegative(uplink_ms, "uplink_ms")
+    check_nonnegative(downlink_ms, "downlink_ms")
     if server_only:
         return 0 * uplink_ms + max(costs.ask_ms, float(downlink_ms))
     return costs.decide_ms + uplink_ms + sent * (costs.ask_ms + downlink_ms + round_trip_ms)

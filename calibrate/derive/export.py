@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from calibrate.derive.operating_points import score_of
-from calibrate.run.errors import UsageError, UserError
+from calibrate.derive.predict import feasible_point
+from calibrate.run.errors import UserError
 from calibrate.run.figure import share_text
 from calibrate.run.folder import DEFAULT_NAME, provenance, read_record
 from calibrate.run.records import (
@@ -46,7 +47,7 @@ def export_point(
     """
     calibration = read_record(run, CalibrationRecord)
     derivation = read_record(run, DerivationRecord, name)
-    point = _point(derivation, key)
+    point = feasible_point(derivation, key)
     info = next(one for one in derivation.policies if one.name == point.policy)
     return ExportRecord(
         point=point.key,
@@ -68,16 +69,6 @@ def export_point(
         provenance=provenance(command),
         valid_while=_conditions(calibration, derivation, point),
     )
-
-
-def _point(derivation: DerivationRecord, key: str) -> OperatingPoint:
-    found = {point.key: point for point in derivation.operating_points}
-    if key not in found:
-        able = ", ".join(name for name, one in found.items() if one.feasible)
-        raise UsageError(f"--point {key}: no such point; there are {able}")
-    if not found[key].feasible:
-        raise UsageError(f"--point {key}: is infeasible: {found[key].reason}")
-    return found[key]
 
 
 def _definition(run: Path, name: str, calibration: CalibrationRecord) -> ScoreDefinition:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 
 from calibrate.derive.presets import link_from_dict, profile_from_dict
-from calibrate.run.errors import UserError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import AMOUNT, SHARE
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
@@ -157,6 +157,23 @@ def source_sha256(source: str) -> str | None:
     """Hash of the file of FILE.py:NAME; None where there is none."""
     path = Path(source.rpartition(":")[0])
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def feasible_point(derivation: DerivationRecord, key: str) -> OperatingPoint:
+    """An operating point by its key, POLICY/RULE.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or it is infeasible.
+    """
+    found = {point.key: point for point in derivation.operating_points}
+    if key not in found:
+        able = ", ".join(name for name, one in found.items() if one.feasible)
+        raise UsageError(f"--point {key}: not derived; feasible are {able}")
+    if not found[key].feasible:
+        raise UsageError(f"--point {key}: is infeasible: {found[key].reason}")
+    return found[key]
 
 
 def point_policy(

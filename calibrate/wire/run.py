@@ -13,11 +13,11 @@ from typing import Any
 
 from calibrate.decode.engine import DecodingSettings
 from calibrate.decode.models import TransformerModel
-from calibrate.derive.predict import point_policy
+from calibrate.derive.predict import feasible_point, point_policy
 from calibrate.pairs.loading import LoadedModel, load_model
 from calibrate.pairs.sources import ModelSpec
 from calibrate.pairs.tokenizers import vocabulary_sha256
-from calibrate.run.errors import UsageError, UserError
+from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, DerivationRecord, OperatingPoint
 from calibrate.run.traces import read_axes, shard_paths
@@ -55,13 +55,7 @@ class Derived:
         ------
         UsageError
         """
-        found = {point.key: point for point in self.derivation.operating_points}
-        if key not in found:
-            known = ", ".join(name for name, one in found.items() if one.feasible)
-            raise UsageError(f"--point {key}: not derived; feasible are {known}")
-        if not found[key].feasible:
-            raise UsageError(f"--point {key}: is infeasible: {found[key].reason}")
-        return found[key]
+        return feasible_point(self.derivation, key)
 
     def policy(self, key: str) -> Policy:
         """What the device runs."""

@@ -103,7 +103,7 @@ def test_a_policy_without_a_gate_has_no_threshold(judged_run: Path) -> None:
 
 
 def test_points_that_are_not_there_or_infeasible_are_refused(judged_run: Path) -> None:
-    with pytest.raises(UsageError, match="--point x/y: no such point; there are slm/none"):
+    with pytest.raises(UsageError, match="--point x/y: not derived; feasible are slm/none"):
         export_point(judged_run, "x/y")
     with pytest.raises(UsageError, match="is infeasible: 12 prompts certify no threshold"):
         export_point(judged_run, "u-hlm/ltt-0.02")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 import time
 
 import numpy as np
 import pytest
+from toy_wire import END, VOCAB, VOCABULARY
 
 from calibrate.run.errors import UsageError
+from calibrate.wire.client import ServerLink
+from calibrate.wire.protocol import Ask, Opening, ask_bytes, payload_bits_of, reply_bytes
 from calibrate.wire.relay import Direction, Rate, WireLink, relay
 
 
@@ -80,3 +85,39 @@ def test_a_message_takes_what_the_link_says_by_the_clock():
     spent_s, num_bytes = asyncio.run(trip())
     assert num_bytes == (len(message), len(message))
     assert spent_s >= expected_s - 1e-3  # never faster; how much slower is the machine's affair
+
+
+def test_an_ask_and_its_reply_are_as_many_bytes_on_the_socket_as_stated(toys, server):
+    """Counted by the relay, which knows no frames: two sessions that differ in asks alone."""
+
+    def carried(num_asks: int) -> tuple[int, int]:
+        found: list[tuple[int, int]] = []
+        ports: queue.Queue[int] = queue.Queue()
+        stops: queue.Queue[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
+
+        async def carry() -> None:
+            stop = asyncio.Event()
+            stops.put((asyncio.get_running_loop(), stop))
+            target = ("localhost", server.port)
+            found.append(await relay(WireLink(), target, ready=ports.put, stop=stop))
+
+        thread = threading.Thread(target=lambda: asyncio.run(carry()))
+        thread.start()
+        with ServerLink(f"ws://127.0.0.1:{ports.get(timeout=10)}") as link:
+            link.open(opening, [1, 5])
+            for position in range(num_asks):
+                link.ask(ask_at(position), [1, 5])
+        loop, stop = stops.get()
+        time.sleep(0.2)  # the closing handshake
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        return found[0]
+
+    def ask_at(position: int) -> Ask:
+        return Ask(position, draft=3, tokens=np.arange(40), codes=np.arange(40))
+
+    opening = Opening(VOCAB, VOCABULARY, "hlm", {}, {}, 8, (3, 4), 12, (END,))
+    few, many = carried(2), carried(7)
+    bits = payload_bits_of(ask_at(0), VOCAB, 8)
+    assert many[0] - few[0] == 5 * ask_bytes(bits)
+    assert many[1] - few[1] == 5 * reply_bytes(VOCAB)
