@@ -25,7 +25,7 @@ from hlmtheory.cost import WireCosts, wire_time_ms
 from hlmtheory.link import RateLink
 from hlmtheory.policies import policy_from_settings
 
-POINTS = ("u-hlm/risk-0.15", "r-hlm/risk-0.15", "coupled/risk-0.15", "hlm/none", "llm/none",
+POINTS = ("u-hlm/risk-0.05", "r-hlm/risk-0.05", "coupled/risk-0.05", "hlm/none", "llm/none",
           "slm/none")  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def run(toy, tmp_path_factory) -> Path:
     request = toy_pair.request(toy, path)
     calibrate(request, prepare(request), toy_pair.load(toy))
     names = ("slm", "llm", "hlm", "u-hlm", "r-hlm", "coupled")
-    derive_run(path, DeriveRequest(policies=names, risks=(0.15,)))
+    derive_run(path, DeriveRequest(policies=names, risks=(0.05,)))
     return path
 
 
@@ -64,7 +64,7 @@ def test_the_wire_gives_the_tokens_of_one_process_and_frames_as_stated(record):
 
 def test_no_message_of_a_slow_link_arrives_before_its_last_bit_has_left(run, record):
     """A bound that no machine breaks, token by token: bits over both rates and the round trip."""
-    for name in ("u-hlm-risk-0.15", "r-hlm-risk-0.15", "coupled-risk-0.15", "hlm-none"):
+    for name in ("u-hlm-risk-0.05", "r-hlm-risk-0.05", "coupled-risk-0.05", "hlm-none"):
         sent = pq.read_table(run / "wire" / "slow" / f"{name}.parquet").to_pandas()
         sent = sent[sent.sent_bytes > 0]
         least = 8e3 * sent.sent_bytes / 2e5 + 8e3 * sent.received_bytes / 1e6 + 30
@@ -75,7 +75,7 @@ def test_no_message_of_a_slow_link_arrives_before_its_last_bit_has_left(run, rec
 
 
 def test_what_is_kept_of_tokens_says_its_units(run, record):
-    path = run / "wire" / "slow" / "u-hlm-risk-0.15.parquet"
+    path = run / "wire" / "slow" / "u-hlm-risk-0.05.parquet"
     table = pq.read_table(path)
     header = json.loads(table.schema.metadata[b"hlmtheory"])
     assert header["units"]["wait_ms"] == "ms"
