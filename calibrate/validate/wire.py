@@ -46,7 +46,7 @@ from calibrate.run.records import (
     WireRun,
 )
 from calibrate.validate.comparison import difference_error, prediction_interval
-from calibrate.wire.device import PROB_BITS, WireAnswer, WireToken
+from calibrate.wire.device import WireAnswer, WireToken
 from calibrate.wire.link import wire_link
 from calibrate.wire.options import ServerOptions
 from calibrate.wire.protocol import ask_bytes, reply_bytes
@@ -269,7 +269,7 @@ def run_wire(
         pair=plan.derived.derivation.pair,
         dtype=model.dtype,
         num_threads=plan.num_threads or torch.get_num_threads(),
-        prob_bits=settings.prob_bits or PROB_BITS,
+        prob_bits=plan.derived.prob_bits,
         seed=settings.seed,
         max_new_tokens=settings.max_new_tokens,
         prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
@@ -452,7 +452,7 @@ def _judge(
     """One point over one link: what the clock says, and what was predicted."""
     derived, policy = plan.derived, plan.derived.policy(key)
     point, confidence = derived.point(key), derived.derivation.confidence
-    size, bits = derived.derivation.pair.vocab_size, derived.settings.prob_bits or PROB_BITS
+    size, bits = derived.derivation.pair.vocab_size, derived.prob_bits
     tokens = [token for answer in answers for token in answer.tokens]
     index = np.repeat(np.arange(len(answers)), [len(answer.tokens) for answer in answers])
 

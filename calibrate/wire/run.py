@@ -57,6 +57,11 @@ class Derived:
         """
         return feasible_point(self.derivation, key)
 
+    @property
+    def prob_bits(self) -> int:
+        """Bits of a probability on the wire."""
+        return self.settings.prob_bits or PROB_BITS
+
     def policy(self, key: str) -> Policy:
         """What the device runs."""
         return point_policy(self.derivation, self.point(key), self.calibration.learned)

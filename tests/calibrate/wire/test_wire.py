@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from toy_wire import END, VOCAB, VOCABULARY, Running, Toys
 from calibrate.decode.engine import decode
 from calibrate.wire.client import ServerLink
 from calibrate.wire.device import Device, WireAnswer
+from calibrate.wire.protocol import Opening
 from hlmtheory.cost import payload_bits
 from hlmtheory.policies import Policy, policy_class, policy_from_settings, policy_names
 
@@ -80,3 +84,23 @@ def test_other_random_numbers_give_other_tokens(toys, server: Running):
         [one.output_token for answer in run for one in answer.tokens] for run in (mine, theirs)
     ]
     assert tokens[0] != tokens[1]
+
+
+def test_the_device_of_the_docs_asks_as_it_says(toys, server: Running):
+    """docs/phone.md: with nothing decided alone its text is the server's own stream."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "phone.md").read_text()
+    code: dict[str, Callable[..., list[int]]] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], code)  # type: ignore[arg-type]
+    prompt = [1, 5, 9]
+    found = code["answer"](server.url, VOCABULARY, VOCAB, prompt, lambda context: None, 12)
+    opening = Opening(VOCAB, VOCABULARY, "llm", {}, {}, 8, (1, 2), 12)
+    with ServerLink(server.url) as link:
+        link.open(opening, prompt)
+        assert found == [one.reply.token for one in link.stream(0, prompt)]
+
+    def every_other(context: list[int]) -> int | None:
+        return 7 if len(context) % 2 else None
+
+    mixed = code["answer"](server.url, VOCABULARY, VOCAB, prompt, every_other, 12)
+    assert mixed[::2] == [7] * len(mixed[::2])
+    assert mixed != found
