@@ -858,9 +858,9 @@ class WireRun(Record):
     """Of the uplink, beyond the payload in whole bytes."""
     framing_as_stated: bool
     """Whether every frame had the length that the protocol states for its payload."""
-    same_tokens_share: Share | None
+    same_tokens_share: Share
     """Share of tokens equal to those of one process under the same random numbers, prompt by prompt
-    up to the first that differs; null where it was not looked at."""
+    up to the first that differs."""
     before: tuple[Cell, ...]
     """(27), with the times of the calibration, against the clock."""
     cells: tuple[Cell, ...]
@@ -879,7 +879,7 @@ class WireRecord(StageRecord):
     """wire.json: server, link and device as processes, the clock against the prediction."""
 
     file_name: ClassVar[str] = "wire.json"
-    made_by: ClassVar[str] = "hlm validate --wire"
+    made_by: ClassVar[str] = "hlm validate --wire --point POINT"
 
     derivation: str
     provenance: Provenance

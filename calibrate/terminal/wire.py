@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from calibrate.run.figure import NO_VALUE, number_text
+from calibrate.run.figure import number_text
 from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
 from calibrate.run.records import Cell, WireRecord
 from calibrate.terminal.page import Page
@@ -39,7 +39,7 @@ def print_wire(result: WireRecord) -> None:
                  number_text(run.uplink_bytes_per_token, 4, interval=False),
                  number_text(run.downlink_bytes_per_token, 3, interval=False),
                  f"{run.server_busy_share:.0%}",
-                 NO_VALUE if run.same_tokens_share is None else f"{run.same_tokens_share:.1%}")
+                 f"{run.same_tokens_share:.1%}")
             )  # fmt: skip
         page.table(
             ("point", ">ms/token by the clock", ">predicted", ">off", ">(27) off",

@@ -168,7 +168,7 @@ def compare(
             rule=point.rule,
             metric=metric,
             source="implied" if _is_said(found.value - value, error, said) else SOURCES[metric],
-            predicted=figure(value, *_cut(low, high, RANGES[metric]), UNITS[metric]),
+            predicted=figure(value, *cut(low, high, RANGES[metric]), UNITS[metric]),
             measured=as_figure(found, UNITS[metric], confidence, *RANGES[metric]),
             covered=covered,
             # The prediction leaves room for rounding only, at both ends. A rerun in which a rare
@@ -183,7 +183,7 @@ def compare(
     return out
 
 
-def _cut(
+def cut(
     low: float | None, high: float | None, ends: tuple[float, float]
 ) -> tuple[float | None, float | None]:
     """An interval without what lies beyond a figure's range, where no rerun can fall."""

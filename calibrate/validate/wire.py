@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibrate.derive.predict import (
+    RANGES,
+    UNITS,
     PolicyTokens,
     drawn_tokens,
     economics_of,
@@ -45,7 +47,7 @@ from calibrate.run.records import (
     WireRecord,
     WireRun,
 )
-from calibrate.validate.comparison import difference_error, prediction_interval
+from calibrate.validate.comparison import cut, difference_error, prediction_interval
 from calibrate.wire.device import WireAnswer, WireToken
 from calibrate.wire.link import wire_link
 from calibrate.wire.options import ServerOptions
@@ -62,12 +64,8 @@ if TYPE_CHECKING:
     from calibrate.pairs.registry import PairSpec
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-CLOCK_UNITS = {
-    "token_time_ms": "ms",
-    "throughput_tok_s": "token/s",
-    "mean_throughput_tok_s": "token/s",
-}
-COUNTED_UNITS = {"skip_rate": "", "uplink_bits_per_token": "bit/token"}
+COUNTED = ("skip_rate", "uplink_bits_per_token")
+CLOCKED = ("token_time_ms", "throughput_tok_s", "mean_throughput_tok_s")
 
 
 @dataclass(frozen=True)
@@ -493,15 +491,15 @@ def _judge(
         economics_of(derived.derivation), link=link, accounting="full", num_prompt_tokens=0.0
     )
     cells = tuple(
-        _cell(point.policy, point.rule, name, unit, predicted[name], drawn[name], measured[name],
+        _cell(point.policy, point.rule, name, predicted[name], drawn[name], measured[name],
               confidence, probed(name))
-        for name, unit in (COUNTED_UNITS | CLOCK_UNITS).items()
+        for name in (*COUNTED, *CLOCKED)
     )  # fmt: skip
     plain, plain_drawn = metrics(prediction, economics), metrics(ran, economics)
     before = tuple(
-        _cell(point.policy, point.rule, name, unit, plain[name], plain_drawn[name], measured[name],
+        _cell(point.policy, point.rule, name, plain[name], plain_drawn[name], measured[name],
               confidence)
-        for name, unit in CLOCK_UNITS.items()
+        for name in CLOCKED
     )  # fmt: skip
     asked = [one for one in tokens if one.sent_bytes]
     beyond = [one.sent_bytes - -(-one.payload_bits // 8) for one in asked]
@@ -580,7 +578,6 @@ def _cell(
     policy: str,
     rule: str,
     metric: str,
-    unit: str,
     predicted: RatioEstimate,
     drawn: RatioEstimate,
     measured: RatioEstimate,
@@ -593,7 +590,7 @@ def _cell(
     of token. So the interval is of three independent errors: prediction, probe, and the clock.
     """
     error = difference_error(predicted.influence, drawn.influence, measured.influence, None)
-    if metric in CLOCK_UNITS:
+    if metric in CLOCKED:
         parts = [predicted.influence, measured.influence, *([] if probed is None else [probed])]
         error = joint_error(*map(error_terms, parts))
     low = high = covered = None
@@ -604,9 +601,9 @@ def _cell(
         policy=policy,
         rule=rule,
         metric=metric,
-        source="clock" if metric in CLOCK_UNITS else "counted",
-        predicted=figure(predicted.value, low, high, unit),
-        measured=as_figure(measured, unit, confidence),
+        source="clock" if metric in CLOCKED else "counted",
+        predicted=figure(predicted.value, *cut(low, high, RANGES[metric]), UNITS[metric]),
+        measured=as_figure(measured, UNITS[metric], confidence, *RANGES[metric]),
         covered=covered,
         fixed=bool(np.all(drawn.influence == 0) and np.all(measured.influence == 0)),
     )
