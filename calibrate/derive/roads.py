@@ -96,6 +96,11 @@ class Roads:
         common = sorted(set(self.pilot.prompt_ids) & set(self.server.prompt_ids))
         object.__setattr__(self, "pilot", self.pilot.of_prompts(common) if common else None)
 
+    def first(self, num_tokens: int) -> Roads:
+        """The first tokens of each answer, as many or fewer: skip rates fall along an answer."""
+        pilot = None if self.pilot is None else self.pilot.first(num_tokens)
+        return replace(self, server=self.server.first(num_tokens), pilot=pilot)
+
     @cached_property
     def _place(self) -> np.ndarray:
         assert self.pilot is not None

@@ -865,6 +865,9 @@ class WireRun(Record):
     """(27), with the times of the calibration, against the clock."""
     cells: tuple[Cell, ...]
     """(63), against the clock."""
+    replayed: Cell
+    """Token time by (63) at the very tokens that were decoded: what is left of the error is the
+    machines' and the link's, and none of which tokens these prompts have."""
 
 
 class WireLinkRuns(Record):
@@ -895,6 +898,8 @@ class WireRecord(StageRecord):
     links: tuple[WireLinkRuns, ...]
     mean_time_error: float
     """Of the token time, |predicted - clock| over clock, in the mean over points and links."""
+    mean_time_error_replayed: float
+    """The same of `replayed`."""
     mean_time_error_before: float
     """The same of (27)."""
     coverage: Coverage

@@ -231,6 +231,12 @@ class Trace:
         categories = [self.categories[i] for i in place] if self.categories else []
         return Trace(columns, list(prompt_ids), self.axes, categories)
 
+    def first(self, num_tokens: int) -> Trace:
+        """The first tokens of each answer, as many or fewer."""
+        kept = self["step"] < num_tokens
+        columns = {name: values[kept] for name, values in self.columns.items()}
+        return Trace(columns, self.prompt_ids, self.axes, self.categories)
+
     @property
     def prompt_index(self) -> np.ndarray:
         """Index of each token's prompt, (N,)."""

@@ -9,6 +9,7 @@ and what the link adds is to be predicted, not that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -54,7 +55,13 @@ from calibrate.wire.options import ServerOptions
 from calibrate.wire.protocol import ask_bytes, reply_bytes
 from calibrate.wire.run import Derived, read_derived, relaying, serving
 from calibrate.wire.trace import write_wire_trace
-from hlmtheory.clusters import RatioEstimate, error_terms, joint_error, mean_over_tokens
+from hlmtheory.clusters import (
+    RatioEstimate,
+    answer_rows,
+    error_terms,
+    joint_error,
+    mean_over_tokens,
+)
 from hlmtheory.cost import WireCosts, payload_bits, wire_time_ms
 from hlmtheory.link import Link
 from hlmtheory.policies import Policy
@@ -108,8 +115,8 @@ class WirePlan:
     @property
     def num_tokens(self) -> int:
         """Most tokens that may be decoded."""
-        rounds = (len(self.probes) + len(self.prompts)) * len(self.links)
-        return len(self.keys) * rounds * self.derived.settings.max_new_tokens
+        answers = len(self.prompts) * (1 + len(self.links))
+        return len(self.keys) * answers * self.derived.settings.max_new_tokens
 
     @property
     def policies(self) -> dict[str, Policy]:
@@ -134,8 +141,9 @@ def prepare_wire(
     Raises
     ------
     UserError, UsageError
-        If a point is not derived or infeasible, a link is unknown, no fresh prompt is left, or what
-        is asked for was run before and `replace_earlier` is not given.
+        If a point is not derived or infeasible, a link is unknown, no fresh prompt is left, answers
+        are to be longer than the calibration's, or what is asked for was run before and
+        `replace_earlier` is not given.
     """
     derived = read_derived(run, name)
     calibrated = read_record(run, RunRecord)
@@ -145,6 +153,11 @@ def prepare_wire(
     changes = {key: value for key, value in changes.items() if value is not None}
     derived = replace(derived, settings=replace(derived.settings, **changes))
     of = derived.calibration.settings
+    if derived.settings.max_new_tokens > of.max_new_tokens:
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens}: allowed is at most {of.max_new_tokens}, to which "
+            "the calibration looked; calibrate with more"
+        )
     every = read_prompts(None if of.prompts == "shipped" else of.prompts)
     used = set(calibrated.prompt_keys)
     prompts = draw_prompts(every, "validation", limit, derived.settings.seed, "random", used)
@@ -233,29 +246,36 @@ def run_wire(
     import torch
 
     roads = read_roads(plan.run, plan.derived.calibration)
+    roads = roads.first(plan.derived.settings.max_new_tokens)
     policies = plan.policies
-    options = ServerOptions(port=0)
     answers: dict[tuple[str, str], list[WireAnswer]] = {}
-    probes: dict[tuple[str, str], Probe] = {}
-    with serving(plan.spec.llm, options, model.dtype, model.device, plan.num_threads) as port:
+    probes: dict[str, Probe] = {}
+    options = ServerOptions(port=0)
+    serve = serving(plan.spec.llm, options, model.dtype, model.device, plan.num_threads)
+    with serve as port, ExitStack() as relays:
         on_part("warming up")
         for policy in policies.values():
             _decode(plan, model, policy, port, plan.probes[:1], lambda token: None)
-        for name, link in plan.links.items():
-            with relaying(wire_link(link), port) as own:
-                for key, policy in policies.items():
-                    on_part(f"{key}, {name}")
-                    there, beside = [], []
-                    for prompt, probe in zip(plan.prompts, plan.probes, strict=True):
-                        beside += _decode(plan, model, policy, port, [probe], on_token)
-                        there += _decode(plan, model, policy, own, [prompt], on_token)
-                    answers[name, key], probes[name, key] = there, Probe.of(beside)
-                    _keep_trace(plan, name, key, there)
+        ports = {
+            name: relays.enter_context(relaying(wire_link(link), port))
+            for name, link in plan.links.items()
+        }
+        for key, policy in policies.items():
+            on_part(key)
+            beside: list[WireAnswer] = []
+            for prompt, probe in zip(plan.prompts, plan.probes, strict=True):
+                beside += _decode(plan, model, policy, port, [probe], on_token)
+                for name, own in ports.items():
+                    there = _decode(plan, model, policy, own, [prompt], on_token)
+                    answers.setdefault((name, key), []).extend(there)
+            probes[key] = Probe.of(beside)
+            for name in ports:
+                _keep_trace(plan, name, key, answers[name, key])
     on_part("the same prompts in one process")
     same = _one_process(plan, model.dtype, model.device)
     runs = {
         name: tuple(
-            _judge(plan, roads, key, link, probes[name, key], answers[name, key], same[key])
+            _judge(plan, roads, key, link, probes[key], answers[name, key], same[key])
             for key in plan.keys
         )
         for name, link in plan.links.items()
@@ -274,6 +294,9 @@ def run_wire(
         confidence=plan.derived.derivation.confidence,
         links=(links := _joined(plan, runs)),
         mean_time_error=_mean_time_error(run.cells for one in links for run in one.runs),
+        mean_time_error_replayed=_mean_time_error(
+            (run.replayed,) for one in links for run in one.runs
+        ),
         mean_time_error_before=_mean_time_error(run.before for one in links for run in one.runs),
         coverage=_coverage(links, plan.derived.derivation.confidence),
     )
@@ -401,7 +424,10 @@ class Probe:
 def wire_means(
     tokens: PolicyTokens, link: Link, costs: WireCosts, vocab_size: int, prob_bits: int
 ) -> dict[str, RatioEstimate]:
-    """Means over the wire of what a policy does at each token; docs/theory.md, (63)."""
+    """Means over the wire of what a policy does at each token; docs/theory.md, (63).
+
+    Times are of tokens behind the first of an answer, which waits for both prefills.
+    """
     sent = 1.0 - tokens.skip
     some = np.where(sent > 0, sent, 1.0)
     role = tokens.policy.role
@@ -424,18 +450,41 @@ def wire_means(
     skipped_ms = wire_time_ms(none, none, *rest)
     sent_ms = wire_time_ms(ones, up, *rest)
 
-    def mean(if_skipped: np.ndarray, if_sent: np.ndarray) -> RatioEstimate:
-        values = (1.0 - sent) * if_skipped + sent * if_sent
+    def mean(values: np.ndarray) -> RatioEstimate:
         return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
 
-    time_ms = mean(skipped_ms, sent_ms)
+    first = np.zeros(len(sent), dtype=bool)
+    first[answer_rows(tokens.prompt_index)[0]] = True
+
+    def later(if_skipped: np.ndarray, if_sent: np.ndarray) -> RatioEstimate:
+        values = (1.0 - sent) * if_skipped + sent * if_sent
+        return mean(np.where(first, np.nan, values))
+
+    time_ms = later(skipped_ms, sent_ms)
     return {
-        "skip_rate": mean_over_tokens(tokens.skip, tokens.prompt_index, tokens.num_prompts),
-        "uplink_bits_per_token": mean(none, bits),
+        "skip_rate": mean(tokens.skip),
+        "uplink_bits_per_token": mean(sent * bits),
         "token_time_ms": time_ms,
         "throughput_tok_s": rate_of(time_ms),
-        "mean_throughput_tok_s": mean(1e3 / skipped_ms, 1e3 / sent_ms),
+        "mean_throughput_tok_s": later(1e3 / skipped_ms, 1e3 / sent_ms),
     }
+
+
+def _replayed(
+    policy: Policy,
+    rows: Sequence[WireToken],
+    index: np.ndarray,
+    num_prompts: int,
+    link: Link,
+    costs: WireCosts,
+) -> RatioEstimate:
+    """(63) at tokens that were decoded, with their own skips and bytes."""
+    up = np.asarray(link.uplink_time_ms(np.array([8.0 * one.sent_bytes for one in rows])))
+    asked = np.array([float(one.received_bytes > 0) for one in rows])
+    down = float(link.downlink_time_ms(8.0 * max(one.received_bytes for one in rows)))
+    alone = policy.role == "server"
+    values = wire_time_ms(asked, up, down, costs, link.round_trip_ms, alone)
+    return mean_over_tokens(values, index, num_prompts)
 
 
 def _judge(
@@ -461,6 +510,7 @@ def _judge(
     later = np.concatenate([np.arange(len(answer.tokens)) > 0 for answer in answers])
     times = np.array([one.token_ms for one in tokens])
     later_index, later_ms = index[later], times[later]
+    later_tokens = [one for one, is_later in zip(tokens, later, strict=True) if is_later]
 
     def of_later(values: np.ndarray) -> RatioEstimate:
         return mean_over_tokens(values, later_index, len(answers))
@@ -501,6 +551,14 @@ def _judge(
               confidence)
         for name in CLOCKED
     )  # fmt: skip
+
+    def replay(costs: WireCosts) -> RatioEstimate:
+        return _replayed(policy, later_tokens, later_index, len(answers), link, costs)
+
+    replayed = _replay_cell(
+        point.policy, point.rule, replay(probe.costs), of_later(later_ms), confidence,
+        probe.influence(lambda costs: replay(costs).value),
+    )  # fmt: skip
     asked = [one for one in tokens if one.sent_bytes]
     beyond = [one.sent_bytes - -(-one.payload_bits // 8) for one in asked]
     total_s = 1e-3 * float(times.sum())
@@ -537,6 +595,7 @@ def _judge(
         same_tokens_share=_same_share(answers, same),
         before=before,
         cells=cells,
+        replayed=replayed,
     )
 
 
@@ -606,4 +665,30 @@ def _cell(
         measured=as_figure(measured, UNITS[metric], confidence, *RANGES[metric]),
         covered=covered,
         fixed=bool(np.all(drawn.influence == 0) and np.all(measured.influence == 0)),
+    )
+
+
+def _replay_cell(
+    policy: str,
+    rule: str,
+    replayed: RatioEstimate,
+    measured: RatioEstimate,
+    confidence: float,
+    probed: np.ndarray,
+) -> Cell:
+    """The same tokens on both sides: errors are of their difference, prompt by prompt."""
+    metric = "token_time_ms"
+    paired = error_terms(measured.influence - replayed.influence)
+    low, high = prediction_interval(
+        replayed.value, joint_error(paired, error_terms(probed)), confidence
+    )
+    return Cell(
+        policy=policy,
+        rule=rule,
+        metric=metric,
+        source="clock",
+        predicted=figure(replayed.value, *cut(low, high, RANGES[metric]), UNITS[metric]),
+        measured=as_figure(measured, UNITS[metric], confidence, *RANGES[metric]),
+        covered=bool(low <= measured.value <= high),
+        fixed=False,
     )

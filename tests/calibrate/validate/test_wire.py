@@ -11,22 +11,27 @@ import pytest
 import toy_pair
 
 from calibrate.derive.derivation import derive_run
-from calibrate.derive.predict import PolicyTokens
+from calibrate.derive.predict import PolicyTokens, predicted_tokens
 from calibrate.derive.presets import load_link
+from calibrate.derive.roads import read_roads
 from calibrate.fit.calibration import calibrate, prepare
 from calibrate.pairs.loading import load_model
 from calibrate.run.errors import UsageError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import text_key
-from calibrate.run.records import DeriveRequest, RunRecord, WireRecord
+from calibrate.run.records import CalibrationRecord, DeriveRequest, RunRecord, WireRecord
 from calibrate.validate.wire import prepare_wire, run_wire, wire_means
 from calibrate.wire.protocol import ask_bytes, reply_bytes
+from calibrate.wire.run import read_derived
 from hlmtheory.cost import WireCosts, wire_time_ms
 from hlmtheory.link import RateLink
 from hlmtheory.policies import policy_from_settings
 
 POINTS = ("u-hlm/risk-0.05", "r-hlm/risk-0.05", "coupled/risk-0.05", "hlm/none", "llm/none",
           "slm/none")  # fmt: skip
+
+
+NUM_TOKENS = 5
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +46,15 @@ def run(toy, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(run: Path) -> WireRecord:
-    """Two links, the second beside the first."""
+    """Two links, the second beside the first; answers shorter than the calibration's."""
     for link in ("fast", "slow.json"):
         if link == "slow.json":
             link = str(run.parent / link)
             entry = {"model": "rate", "rate_bps": 2e5, "downlink_bps": 1e6, "round_trip_ms": 30}
             Path(link).write_text(json.dumps(entry))
-        plan = prepare_wire(run, "default", POINTS, [link], limit=3, num_threads=1)
+        plan = prepare_wire(
+            run, "default", POINTS, [link], limit=3, max_new_tokens=NUM_TOKENS, num_threads=1
+        )
         model = load_model(plan.spec.slm, dtype="float32", device="cpu")
         run_wire(plan, model, lambda token: None, lambda text: None)
     return read_record(run, WireRecord)
@@ -60,6 +67,20 @@ def test_the_wire_gives_the_tokens_of_one_process_and_frames_as_stated(record):
         for run in one.runs:
             assert run.same_tokens_share == 1
             assert run.framing_as_stated
+
+
+def test_answers_are_predicted_from_as_many_tokens_of_the_calibration(run, record):
+    calibration = read_record(run, CalibrationRecord)
+    trace = read_roads(run, calibration).server
+    skip = predicted_tokens(trace, read_derived(run, "default").policy("u-hlm/risk-0.05")).skip
+    early = float(skip[trace["step"] < NUM_TOKENS].mean())
+    assert abs(early - float(skip.mean())) > 0.01
+    one = next(one for one in record.links[0].runs if one.policy == "u-hlm")
+    cell = next(cell for cell in one.cells if cell.metric == "skip_rate")
+    assert cell.predicted.value == pytest.approx(early)
+    assert one.num_tokens <= 3 * NUM_TOKENS
+    with pytest.raises(UsageError, match="--max-new-tokens 500: allowed is at most"):
+        prepare_wire(run, "default", POINTS, ["fast"], limit=3, max_new_tokens=500)
 
 
 def test_no_message_of_a_slow_link_arrives_before_its_last_bit_has_left(run, record):
@@ -86,21 +107,25 @@ def test_what_is_kept_of_tokens_says_its_units(run, record):
 
 def test_what_was_run_is_not_run_again_unasked(run, record):
     with pytest.raises(UsageError, match="over fast: was run; --replace writes"):
-        prepare_wire(run, "default", POINTS[:1], ["fast"], limit=3)
+        prepare_wire(run, "default", POINTS[:1], ["fast"], limit=3, max_new_tokens=NUM_TOKENS)
     with pytest.raises(UsageError, match=r"wire\.json is of seed"):
-        prepare_wire(run, "default", POINTS[:1], ["10mbit"], limit=2)
-    assert prepare_wire(run, "default", POINTS[:1], ["fast"], 3, replace_earlier=True)
+        prepare_wire(run, "default", POINTS[:1], ["10mbit"], 2, None, NUM_TOKENS)
+    assert prepare_wire(
+        run, "default", POINTS[:1], ["fast"], 3, None, NUM_TOKENS, replace_earlier=True
+    )
     # A file is known by its name, and by what it says.
     slow = str(run.parent / "slow.json")
     with pytest.raises(UsageError, match="over slow: was run; --replace writes"):
-        prepare_wire(run, "default", POINTS[:1], [slow], limit=3)
+        prepare_wire(run, "default", POINTS[:1], [slow], limit=3, max_new_tokens=NUM_TOKENS)
     other = run.parent / "other" / "slow.json"
     other.parent.mkdir()
     other.write_text(json.dumps({"model": "rate", "rate_bps": 3e5, "round_trip_ms": 30}))
     with pytest.raises(UsageError, match=r"wire\.json has another link of this name"):
-        prepare_wire(run, "default", POINTS[:1], [str(other)], limit=3)
+        prepare_wire(run, "default", POINTS[:1], [str(other)], limit=3, max_new_tokens=NUM_TOKENS)
     with pytest.raises(UsageError, match="another link is called slow; rename"):
-        prepare_wire(run, "default", POINTS[:1], [slow, str(other)], limit=3)
+        prepare_wire(
+            run, "default", POINTS[:1], [slow, str(other)], limit=3, max_new_tokens=NUM_TOKENS
+        )
 
 
 def test_probes_are_prompts_that_were_calibrated_on_and_as_many_as_are_validated(run):
@@ -142,11 +167,13 @@ def test_predicted_times_are_those_of_the_obvious_loop(rng):
             frame = 8 * ask_bytes(int(payload))
             spent = 50 + 70 + 40 + frame / 1e3 + 8 * reply_bytes(vocab) / 4e3
             bits, unseen = bits + payload, 0
-        total_ms += spent
-        inverse += 1e3 / spent
-    assert found["token_time_ms"].value == pytest.approx(total_ms / num)
-    assert found["throughput_tok_s"].value == pytest.approx(1e3 * num / total_ms)
-    assert found["mean_throughput_tok_s"].value == pytest.approx(inverse / num)
+        if i % 10:  # the first of an answer waits for both prefills
+            total_ms += spent
+            inverse += 1e3 / spent
+    later = num - 6
+    assert found["token_time_ms"].value == pytest.approx(total_ms / later)
+    assert found["throughput_tok_s"].value == pytest.approx(1e3 * later / total_ms)
+    assert found["mean_throughput_tok_s"].value == pytest.approx(inverse / later)
     assert found["uplink_bits_per_token"].value == pytest.approx(bits / num)
     assert found["skip_rate"].value == pytest.approx(skip.mean())
 
