@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.workload import Workload, load_workload, transformer_models
+from benchmarks.workload import Workload, load_workload
 from calibrate.decode.engine import decode
+from calibrate.decode.models import transformer_models
 from hlmtheory.policies import calibration_policy
 
 VALUES = ("uncertainty", "rejection_prob", "tv_distance")

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from benchmarks.workload import transformer_models
 from calibrate.decode.engine import DecodingSettings, decode_together
+from calibrate.decode.models import transformer_models
 from calibrate.derive.optimum import in_double
 from calibrate.derive.predict import (
     PolicyTokens,

@@ -6,8 +6,10 @@ device model without a key-value cache, twenty multinomial draws over the vocabu
 public replications of U-HLM decode. Interleaved repeats, medians; the two slow yardsticks run on
 a few prompts spread over the lengths and are scaled by their own tokens.
 
-Beside the speeds: the exact uncertainty's share of a step of both models, and the peak memory of
-a process that only calibrates, against the size of the weights.
+Beside the speeds: the arithmetic limit, which is the operations of every prompt and answer token
+once at the rate of the fastest matrix product of this process; the exact uncertainty's share of a
+step of both models; and the peak memory of a process that only calibrates, against the size of the
+weights.
 
     python -m benchmarks.engine --pair smollm2 --limit 64 --max-new-tokens 48
 """
@@ -27,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.workload import Workload, load_workload, transformer_models
+from benchmarks.workload import Workload, load_workload
 from calibrate.decode.engine import batches_by_length, decode
-from calibrate.decode.models import synchronise
+from calibrate.decode.models import synchronise, transformer_models
 from calibrate.pairs.attention import RECORDING
 from hlmtheory import domain
 from hlmtheory.policies import calibration_policy
@@ -166,6 +168,46 @@ def uncertainty_share(work: Workload, num_rows: int = 32, num_steps: int = 15) -
     return {"forward_ms": forward_ms, "uncertainty_ms": exact_ms, "share": exact_ms / forward_ms}
 
 
+MATRIX_SIZES = ((512, 4096, 4096), (2048, 2048, 8192), (2048, 4096, 4096), (4096, 4096, 4096))
+"""Rows, inner size and columns of products whose rate is tried."""
+
+
+def largest_product_rate(dtype: torch.dtype, device: torch.device, repeats: int = 4) -> float:
+    """Floating-point operations a second of the fastest matrix product, the best of all tries."""
+    best = 0.0
+    for rows, inner, columns in MATRIX_SIZES:
+        left = torch.randn(rows, inner, device=device).to(dtype)
+        right = torch.randn(columns, inner, device=device).to(dtype)
+        with torch.inference_mode():
+            for _ in range(repeats):
+                synchronise(device)
+                begin = time.perf_counter()
+                torch.nn.functional.linear(left, right)
+                synchronise(device)
+                best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - begin))
+    return best
+
+
+def needed_operations(work: Workload) -> float:
+    """Floating-point operations of every prompt and answer token once, in both models.
+
+    Two for each weight of a matrix product and token; the output head for answer tokens alone. What
+    attention does between tokens is left out, under 2 % at these lengths.
+    """
+    total = 0.0
+    answers = len(work.prompts) * work.max_new_tokens
+    prompts = sum(len(prompt.tokens) - 1 for prompt in work.prompts)
+    for model in (work.pair.slm, work.pair.llm):
+        layers = sum(
+            one.weight.numel()
+            for one in model.base_model.modules()
+            if isinstance(one, torch.nn.Linear)
+        )
+        head = model.get_output_embeddings().weight.numel()
+        total += 2.0 * (layers * (prompts + answers) + head * answers)
+    return total
+
+
 def peak_memory(options: argparse.Namespace) -> dict[str, float]:
     """Peak of a fresh process that calibrates with full traces at the automatic batch size."""
     command = [sys.executable, "-m", "benchmarks.memory", "--pair", options.pair]
@@ -215,6 +257,8 @@ def main() -> None:
         "assisted generation": with_attention("sdpa", lambda: assisted_run(few)),
         "per-token loop": with_attention("sdpa", lambda: loop_run(few)),
     }
+    weight = work.pair.llm.get_output_embeddings().weight
+    rate = largest_product_rate(weight.dtype, weight.device)
     # The weights are read from disk once.
     floor_run(replace(work, prompts=work.prompts[:4]))
     rows: dict[str, list[tuple[int, float, float | None]]] = {name: [] for name in ways}
@@ -222,6 +266,7 @@ def main() -> None:
         for name, run in ways.items():
             rows[name].append(run())
     exact = uncertainty_share(work)
+    limit = len(work.prompts) * work.max_new_tokens * rate / needed_operations(work)
     speeds = {name: _summary(name, rows[name]) for name in ways}
     full, minimal = speeds["engine, full trace"].tok_s, speeds["engine, minimal trace"].tok_s
     ratios = {
@@ -230,6 +275,8 @@ def main() -> None:
         "full trace / assisted generation": full / speeds["assisted generation"].tok_s,
         "full trace / per-token loop": full / speeds["per-token loop"].tok_s,
         "exact uncertainty / two forwards": exact["share"],
+        "full trace / arithmetic limit": full / limit,
+        "floor / arithmetic limit": speeds["floor"].tok_s / limit,
     }
     if options.json:
         content = {
@@ -237,6 +284,8 @@ def main() -> None:
             "speeds": [asdict(speed) for speed in speeds.values()],
             "ratios": ratios,
             "uncertainty": exact,
+            "product_rate_flop_s": rate,
+            "arithmetic_limit_tok_s": limit,
             "memory": memory,
         }
         print(json.dumps(content, indent=1))
@@ -248,6 +297,10 @@ def main() -> None:
     for speed in speeds.values():
         share = "" if speed.forward_share is None else f", {speed.forward_share:.0%} in forwards"
         print(f"  {speed.name:24s} {speed.tok_s:8.2f} token/s{share}")
+    print(
+        f"  {'arithmetic limit':24s} {limit:8.2f} token/s, at {1e-9 * rate:,.0f} GFLOP/s of the "
+        "fastest matrix product"
+    )
     for name, ratio in ratios.items():
         print(f"  {name:34s} {ratio:6.3f}")
     print(

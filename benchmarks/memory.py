@@ -13,8 +13,9 @@ import json
 import resource
 import sys
 
-from benchmarks.workload import load_workload, transformer_models
+from benchmarks.workload import load_workload
 from calibrate.decode.engine import decode
+from calibrate.decode.models import transformer_models
 from hlmtheory.policies import calibration_policy
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from calibrate.decode.engine import DecodingSettings
 from calibrate.decode.memory import automatic_batch_size
-from calibrate.decode.models import TransformerModel
 from calibrate.pairs.registry import LoadedPair, load_pair, resolve_pair
 from calibrate.run.prompts import TokenizedPrompt, draw_prompts, read_prompts, tokenize_prompts
 
@@ -68,9 +67,3 @@ def load_workload(
     )
     batch_size = batch_size or automatic_batch_size(pair, prompts, max_new_tokens)
     return Workload(pair, prompts, max_new_tokens, batch_size)
-
-
-def transformer_models(pair: LoadedPair) -> tuple[TransformerModel, TransformerModel]:
-    """Device model and server model of a pair, ready for the engine."""
-    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
-    return slm, llm

@@ -1,13 +1,17 @@
 """A server that several users share: when asking it for some tokens beats letting it write all.
 
-docs/theory.md, (61). One user alone says little of this: a server writes a token sooner than a
-device asks for one, but each of its milliseconds is one that another user waits for.
+docs/theory.md, (61) and (64). One user alone says little of this: a server writes a token sooner
+than a device asks for one, but each of its milliseconds is one that another user waits for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
 
 from hlmtheory.cost import DeviceProfile
 from hlmtheory.domain import check_positive, check_unit_interval
@@ -71,3 +75,78 @@ def users_from_which_asking_is_faster(
     least = max(math.floor((token_time_ms - asked_ms) / spared_ms) + 1, 1)
     with_fewer = token_time_ms + (least - 2) * asked_ms  # the longest for least - 1 users
     return 1 if with_fewer < alone_ms else least
+
+
+@dataclass(frozen=True)
+class SharedServer:
+    """What a server's queue settles to.
+
+    Attributes
+    ----------
+    asks_per_s : float
+        Of all users.
+    busy_share : float
+        Of the time, in which the server runs a pass.
+    wait_ms : float
+        From a user's ask to the end of the pass that answers it, mean.
+    asks_per_pass : float
+        Mean.
+    """
+
+    asks_per_s: float
+    busy_share: float
+    wait_ms: float
+    asks_per_pass: float
+
+
+def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> SharedServer:
+    r"""The queue of a server that answers all who wait in one pass.
+
+    Users ask, wait, and think: for all the time that their devices and the link take until the next
+    ask. At the end of each pass m of them wait; min(m, B) are served together in s_b, and each of
+    the n - m who think asks meanwhile with probability 1 - exp(-s_b/Z):
+
+    .. math:: m' = m - b + \mathrm{Bin}(n - m,\; 1 - e^{-s_b/Z}), \qquad b = \min(m, B)
+
+    where nobody waits, the first comes after Z/n in the mean and is served alone. The chain's
+    stationary law gives all means; the wait follows by Little's law, n/X - Z. docs/theory.md, (64).
+
+    Parameters
+    ----------
+    num_users : int
+        n >= 1, each with one ask at a time.
+    think_ms : float
+        Z > 0, mean time from an answer to the user's next ask.
+    pass_ms : sequence of float, B of them
+        s_1 to s_B > 0, time of a pass over that many asks; B is the most that run together.
+
+    Raises
+    ------
+    ValueError
+
+    Assumption: thinking takes exponential times, independently; first come, first served. Skips in
+    runs, and a link that others fill, are not in it.
+    """
+    if num_users < 1:
+        raise ValueError(f"num_users = {num_users}: allowed is >= 1")
+    check_positive(think_ms, "think_ms")
+    if not len(pass_ms):
+        raise ValueError("pass_ms: give the time of at least one ask")
+    times = np.asarray(pass_ms, dtype=float)
+    check_positive(times, "pass_ms")
+    waiting = np.arange(num_users + 1)
+    served = np.clip(waiting, 1, len(times))  # who waits for nobody is served alone
+    at_begin = np.maximum(waiting, 1)
+    pass_time = times[served - 1]
+    comes = -np.expm1(-pass_time / think_ms)
+    arrivals = waiting[None, :] - (at_begin - served)[:, None]
+    chain = stats.binom.pmf(arrivals, (num_users - at_begin)[:, None], comes[:, None])
+    stationary = np.linalg.solve(
+        np.vstack([(chain.T - np.eye(num_users + 1))[:-1], np.ones(num_users + 1)]),
+        np.append(np.zeros(num_users), 1.0),
+    )
+    idle = stationary[0] * think_ms / num_users
+    busy = float(stationary @ pass_time)
+    per_pass = float(stationary @ served)
+    per_ms = per_pass / (busy + idle)
+    return SharedServer(1e3 * per_ms, busy / (busy + idle), num_users / per_ms - think_ms, per_pass)

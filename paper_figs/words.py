@@ -7,8 +7,9 @@ from calibrate.run.records import Figure, OperatingPoint
 
 
 def percent(number: Figure, decimals: int | None = None, *, interval: bool = True) -> str:
-    """A share with its interval, in per cent, with the sign."""
-    return f"{percent_text(number, decimals=decimals, interval=interval)}{NBSP}%"
+    """A share with its interval, in per cent, with the sign where there is a number."""
+    text = percent_text(number, decimals=decimals, interval=interval)
+    return text if number.value is None else f"{text}{NBSP}%"
 
 
 def budget_text(point: OperatingPoint) -> str:

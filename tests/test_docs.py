@@ -2,20 +2,24 @@
 
 A page is a story: its files are written, its commands and snippets run one after the other, in a
 folder with the toy pair as `small/` and `big/`, prompts of its vocabulary and a finished `run`.
-Sizes are cut down. What needs weights is parsed only; pages on the embedded pair are stories of
-`make long`.
+Sizes are cut down; servers and relays run beside the page on free ports, to its end. What needs
+weights is parsed only; pages on the embedded pair are stories of `make long`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import pkgutil
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +43,12 @@ pytestmark = pytest.mark.filterwarnings("default")
 COMMANDS = dict(commands())
 ALL_OPTIONS = {option for one in COMMANDS.values() for parameter in one.params
                for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}  # fmt: skip
-PROGRAMS = {"hlm", "make", "cp", "cat", ".", "pip", "pre-commit", "python"}
-NOT_RUN = {"pairs pull", "quality", "serve", "device", "relay"}
-"""Commands that fetch or serve; they are parsed."""
+PROGRAMS = {"hlm", "make", "cp", "cat", ".", "pip", "pre-commit", "python", "openssl"}
+NOT_RUN = {"pairs pull", "quality"}
+"""Commands that fetch; they are parsed."""
+BESIDE = {"serve", "relay"}
+"""Commands that run until somebody stops them."""
+TYPED = "w3 w4 w5\nw7 w8\n"
 MOST = {"--limit": 16, "--max-new-tokens": 8, "--num-draws": 20}
 CALIBRATE = ["--max-new-tokens", "8", "--dtype", "float32"]
 
@@ -165,7 +172,7 @@ def prepared(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(toy / "server", folder / "big")
     asked = '{"do_sample": true, "temperature": 0.8, "top_p": 0.9}'
     (folder / "big" / "generation_config.json").write_text(asked)
-    texts = toy_pair.write_prompts(folder / "texts.txt", 64).read_text().split("\n")[:-1]
+    texts = toy_pair.write_prompts(folder / "prompts.txt", 64).read_text().split("\n")[:-1]
     lines = [f'{{"prompt": "{text}", "id": "p{i}"}}' for i, text in enumerate(texts)]
     (folder / "my-prompts.jsonl").write_text("\n".join(lines) + "\n")
     run(folder, "calibrate", "--slm", "small", "--llm", "big", "--limit", "16", *CALIBRATE,
@@ -180,6 +187,7 @@ def run(folder: Path, *arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["hlm", *arguments])
+        patch.setattr(sys, "stdin", io.StringIO(TYPED))
         with pytest.raises(SystemExit) as end:
             cli.main()
     assert end.value.code == 0, f"hlm {' '.join(arguments)}"
@@ -194,8 +202,53 @@ def smaller(arguments: list[str]) -> list[str]:
     return [*out, *CALIBRATE] if split(arguments)[0] == "calibrate" else out
 
 
+class Beside:
+    """Servers and relays of a page, each on a free port in the place of the page's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, str] = {}
+        self.running = ExitStack()
+
+    def place(self, arguments: list[str]) -> list[str]:
+        """The same command with the ports that were taken, and this machine's name."""
+        if split(arguments)[0] == "device" and "--server" not in arguments:
+            arguments = [*arguments, "--server", parse(arguments)["server"]]
+        for theirs, mine in self.places.items():
+            arguments = [word.replace(theirs, mine) for word in arguments]
+        return arguments
+
+    def start(self, arguments: list[str]) -> None:
+        """Run a server or a relay until the page ends; returns when it listens."""
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = str(one.getsockname()[1])
+        given = parse(arguments)
+        own = self.place([one for one in arguments if one not in ("--port", str(given["port"]))])
+        name = "server.example" if given.get("tls_cert") else "127.0.0.1"
+        self.places[f"{name}:{given['port']}"] = f"localhost:{port}"
+        program = Path(sys.executable).with_name("hlm")
+        process = subprocess.Popen([program, *own, "--port", port], cwd=self.folder)
+        self.running.callback(process.wait, 30)
+        self.running.callback(process.terminate)
+        for _ in range(600):
+            assert process.poll() is None, arguments
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"hlm {' '.join(arguments)} does not listen")
+
+
 def play(page: Path, folder: Path, change: Callable[[list[str]], list[str]] = smaller) -> None:
     """Write the files of a page, and run its commands and snippets in order."""
+    beside = Beside(folder)
+    with beside.running:
+        _play(page, folder, change, beside)
+
+
+def _play(
+    page: Path, folder: Path, change: Callable[[list[str]], list[str]], beside: Beside
+) -> None:
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.title:
@@ -207,10 +260,13 @@ def play(page: Path, folder: Path, change: Callable[[list[str]], list[str]] = sm
                 exec(compile(block.text, str(page), "exec"), names)
         for line in block.commands:
             for program, *arguments in parts(line):
-                if program == "hlm" and of_pair(arguments) in ("", "smollm2"):
-                    run(folder, *change(arguments))
-                elif program in ("cp", "cat"):
-                    subprocess.run([program, *arguments], cwd=folder, check=True)
+                if program == "hlm" and split(arguments)[0] in BESIDE:
+                    beside.start(arguments)
+                elif program == "hlm" and of_pair(arguments) in ("", "smollm2"):
+                    run(folder, *beside.place(change(arguments)))
+                elif program in ("cp", "cat", "openssl"):
+                    local = [word.replace("server.example", "localhost") for word in arguments]
+                    subprocess.run([program, *local], cwd=folder, check=True)
 
 
 @pytest.mark.parametrize("page", stories())

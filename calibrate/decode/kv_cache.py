@@ -29,7 +29,7 @@ class RowCache:
         self._num_rows = num_rows
 
     def place_rows(self, part: RowCache, places: Sequence[int], width: int) -> None:
-        """Copy the rows of a prefilled part to `places`, in `width` columns."""
+        """Copy the first rows of a prefilled part to `places`, in `width` columns."""
         if not self.can_place_rows:
             # One group holds every row; only its order may differ.
             order = torch.argsort(torch.tensor(places))
@@ -38,6 +38,11 @@ class RowCache:
             return
         for layer, filled in zip(self.cache.layers, part.cache.layers, strict=True):
             layer.place_rows(filled, list(places), self._num_rows, width)
+
+    def begin_with(self, prefix: RowCache, width: int) -> None:
+        """Begin every row, empty as yet, with one row's tokens; room for `width` columns."""
+        for layer, filled in zip(self.cache.layers, prefix.cache.layers, strict=True):
+            layer.begin_with(filled, self._num_rows, width)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may come more than once."""
@@ -100,6 +105,16 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
             self._show(total)
             return self.keys, self.values
 
+        def begin_with(self, prefix: Any, num_rows: int, width: int) -> None:
+            """Begin every row with the tokens of another layer's one row."""
+            self.lazy_initialization(prefix.keys, prefix.values)
+            self._reserve((prefix.keys, prefix.values), num_rows, width)
+            assert self._room is not None
+            begun = prefix.keys.shape[-2]
+            for room, one in zip(self._room, (prefix.keys, prefix.values), strict=True):
+                room[:, :, :begun] = one
+            self._show(begun)
+
         def place_rows(self, part: Any, places: list[int], num_rows: int, width: int) -> None:
             """Take over rows of another layer."""
             if not self.is_initialized:
@@ -107,8 +122,8 @@ def make_cache(config: Any, num_rows: int) -> RowCache:
                 self._reserve((part.keys, part.values), num_rows, width + SPARE_POSITIONS)
             assert self._room is not None
             columns = part.keys.shape[-2]
-            self._room[0][places, :, :columns] = part.keys
-            self._room[1][places, :, :columns] = part.values
+            self._room[0][places, :, :columns] = part.keys[: len(places)]
+            self._room[1][places, :, :columns] = part.values[: len(places)]
             self._show(width)
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,6 +15,10 @@ from calibrate.decode.memory import release_freed_buffers
 from calibrate.pairs.attention import recording, records
 from calibrate.pairs.loading import PADDING_MULTIPLE
 from calibrate.run.errors import UserError
+from calibrate.run.prompts import template_prefix
+
+if TYPE_CHECKING:
+    from calibrate.pairs.loading import LoadedPair
 
 # Kernels for fewer rows than this round differently (a matrix-vector product is not a matrix
 # product). Batches are filled up to it, so that a token never depends on how many others run.
@@ -75,12 +79,25 @@ class LanguageModel(Protocol):
 
 
 class TransformerModel:
-    """A transformers causal language model behind the LanguageModel interface."""
+    """A transformers causal language model behind the LanguageModel interface.
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    Parameters
+    ----------
+    model : transformers model
+    vocab_size : int
+        Logits that are read.
+    prefix : sequence of int
+        Tokens that contexts are known to begin with, such as a chat template's: run once, for all
+        contexts that do. It is the template's, not the batch's, so that a context is computed alike
+        whatever it runs with.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, prefix: Sequence[int] = ()) -> None:
         self.model = model
         self.vocab_size = vocab_size
         self.device = next(model.parameters()).device
+        self.prefix = list(prefix)
+        self._begun: RowCache | None = None
 
     def start(
         self, contexts: Sequence[Sequence[int]], attention: bool, fill: bool = True
@@ -90,11 +107,68 @@ class TransformerModel:
             raise UserError("a prompt has fewer than two tokens: give at least one word")
         min_rows = MIN_ROWS if fill else 1
         begin = time.perf_counter()
-        prefill = prefill_contexts(self.model, contexts, min_rows, self.device)
+        prefill = self._prefill(contexts, min_rows)
         release_freed_buffers()
         synchronise(self.device)
         seconds = time.perf_counter() - begin
         return TransformerSession(self, prefill, len(contexts), attention, min_rows, seconds)
+
+    def _prefill(self, contexts: Sequence[Sequence[int]], min_rows: int) -> Prefill:
+        """Run contexts, padded on the right, in groups of like width; the first fills missing rows.
+
+        Groups too small are filled up as well.
+        """
+        rows = [list(context) for context in contexts]
+        rows += [rows[0]] * (min_rows - len(rows))
+        widths = [_padded_width(len(row)) for row in rows]
+        cache = make_cache(self.model.config, len(rows))
+        shared = len(self.prefix) if cache.can_place_rows else 0
+        begins = [
+            shared if len(row) > shared and row[:shared] == self.prefix else 0 for row in rows
+        ]
+        mask = torch.zeros(len(rows), max(widths), dtype=torch.long)
+        for places in _prefill_groups(widths, begins, min_rows, cache.can_place_rows):
+            width, begin = max(widths[i] for i in places), begins[places[0]]
+            ids = torch.zeros(len(places), width, dtype=torch.long)
+            for i, place in enumerate(places):
+                ids[i, : len(rows[place])] = torch.tensor(rows[place])
+                mask[place, : len(rows[place])] = 1
+            filled = places + places[:1] * (min_rows - len(places))
+            ids = ids[[places.index(place) for place in filled], begin:]
+            part = make_cache(self.model.config, len(filled))
+            if begin:
+                part.begin_with(self._prefix_cache(), width)
+            self._run(ids, mask[filled, :width], begin, part)
+            cache.place_rows(part, places, mask.shape[1])
+        return Prefill(cache, mask.to(self.device))
+
+    def _prefix_cache(self) -> RowCache:
+        """One row that holds the prefix."""
+        if self._begun is None:
+            ids = torch.tensor([self.prefix])
+            begun = make_cache(self.model.config, 1)
+            self._run(ids, torch.ones_like(ids), 0, begun)
+            self._begun = begun
+        return self._begun
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, begin: int, cache: RowCache) -> None:
+        """The layers without the output head: no logits of a prompt are read, and on a slice of the
+        hidden states the head would copy its whole matrix once a row."""
+        positions = torch.arange(begin, begin + ids.shape[1], device=self.device)
+        self.model.base_model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.expand(ids.shape),
+            past_key_values=cache.cache,
+            use_cache=True,
+        )
+
+
+def transformer_models(pair: LoadedPair) -> tuple[TransformerModel, TransformerModel]:
+    """Device model and server model of a pair, ready for the engine."""
+    prefix = template_prefix(pair.tokenizer)
+    slm, llm = (TransformerModel(one, pair.vocab_size, prefix) for one in (pair.slm, pair.llm))
+    return slm, llm
 
 
 @dataclass
@@ -110,35 +184,6 @@ class Prefill:
 
     cache: RowCache
     mask: torch.Tensor
-
-
-def prefill_contexts(
-    model: Any, contexts: Sequence[Sequence[int]], min_rows: int, device: torch.device
-) -> Prefill:
-    """Run contexts, padded on the right, in groups of like width; the first fills missing rows."""
-    rows = list(contexts)
-    rows += [rows[0]] * (min_rows - len(rows))
-    widths = [_padded_width(len(row)) for row in rows]
-    cache = make_cache(model.config, len(rows))
-    mask = torch.zeros(len(rows), max(widths), dtype=torch.long)
-    for places in _prefill_groups(widths, min_rows, cache.can_place_rows):
-        width = max(widths[i] for i in places)
-        ids = torch.zeros(len(places), width, dtype=torch.long)
-        for i, place in enumerate(places):
-            ids[i, : len(rows[place])] = torch.tensor(rows[place])
-            mask[place, : len(rows[place])] = 1
-        part = make_cache(model.config, len(places))
-        # The layers without the output head: no logits of a prompt are read, and on a slice of the
-        # hidden states the head would copy its whole matrix once a row.
-        model.base_model(
-            input_ids=ids.to(device),
-            attention_mask=mask[places, :width].to(device),
-            position_ids=torch.arange(width, device=device).expand(len(places), width),
-            past_key_values=part.cache,
-            use_cache=True,
-        )
-        cache.place_rows(part, places, mask.shape[1])
-    return Prefill(cache, mask.to(device))
 
 
 class TransformerSession:
@@ -224,14 +269,27 @@ def _padded_width(num_tokens: int) -> int:
     return -(-(num_tokens + 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
 
 
-def _prefill_groups(widths: list[int], min_rows: int, separable: bool) -> list[list[int]]:
-    """Rows to prefill together: like widths, few enough tokens, at least the minimum of rows.
+def _prefill_groups(
+    widths: list[int], begins: list[int], min_rows: int, separable: bool
+) -> list[list[int]]:
+    """Rows to prefill together: one beginning, like widths, few enough tokens, enough rows.
 
     A group too small joins the next wider one; what is left over joins the last.
     """
-    order = sorted(range(len(widths)), key=lambda i: widths[i])
+    order = sorted(range(len(widths)), key=lambda i: (begins[i], widths[i]))
     if not separable:
         return [order]
+    groups: list[list[int]] = []
+    for begin in sorted(set(begins)):
+        groups += _groups_by_width(
+            [i for i in order if begins[i] == begin],
+            [width - begin for width in widths],
+            min_rows,
+        )
+    return groups
+
+
+def _groups_by_width(order: list[int], widths: list[int], min_rows: int) -> list[list[int]]:
     groups: list[list[int]] = [[]]
     for i in order:
         current = groups[-1]

@@ -197,7 +197,7 @@ def _calibrate(
 
     from calibrate.decode.engine import DecodingSettings, decode
     from calibrate.decode.memory import automatic_batch_size
-    from calibrate.decode.models import TransformerModel
+    from calibrate.decode.models import transformer_models
     from calibrate.decode.timing import measure_timings
 
     tokenized = tokenize_prompts(prompts, pair.tokenizer, request.max_new_tokens, pair.max_context)
@@ -210,8 +210,7 @@ def _calibrate(
         trace=request.trace,
     )
     axes = settings.axes(pair.vocab_size)
-    slm = TransformerModel(pair.slm, pair.vocab_size)
-    llm = TransformerModel(pair.llm, pair.vocab_size)
+    slm, llm = transformer_models(pair)
     info = RunRecord(
         complete=False,
         pair=pair_identity(pair),

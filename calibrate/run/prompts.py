@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -247,15 +248,7 @@ def tokenize_prompts(
     """
     out = []
     for prompt in prompts:
-        if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt.text}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            tokens = tokenizer(prompt.text)["input_ids"]
+        tokens = _tokens_of(prompt.text, tokenizer)
         if len(tokens) + max_new_tokens > max_context:
             raise UserError(
                 f"prompt {prompt.prompt_id!r} has {len(tokens)} tokens: with --max-new-tokens "
@@ -265,6 +258,23 @@ def tokenize_prompts(
             raise UserError(f"prompt {prompt.prompt_id!r} has fewer than two tokens; lengthen it")
         out.append(TokenizedPrompt(prompt.prompt_id, tuple(tokens), prompt.category))
     return out
+
+
+def _tokens_of(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt, in the chat template where the tokenizer has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(text)["input_ids"])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(chat, add_special_tokens=False)["input_ids"])
+
+
+def template_prefix(tokenizer: Any) -> list[int]:
+    """Tokens that the chat template puts in front of a prompt; a prompt whose first letters merge
+    with the last of them begins otherwise."""
+    pairs = zip(*(_tokens_of(text, tokenizer) for text in ("0", "Z")), strict=False)
+    return [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def drawn_notes(prompts: Sequence[Prompt], limit: int) -> list[str]:

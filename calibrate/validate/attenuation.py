@@ -106,7 +106,7 @@ def decode_attenuation_trace(
         If a K is outside 2 to 128.
     """
     from calibrate.decode.engine import decode
-    from calibrate.decode.models import TransformerModel
+    from calibrate.decode.models import transformer_models
     from calibrate.decode.streams import PERTURBATION
 
     most = PERTURBATION.stop - PERTURBATION.start
@@ -134,8 +134,7 @@ def decode_attenuation_trace(
     parts: list[Columns] = []
     index_of = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
     batches = decode(
-        TransformerModel(pair.slm, pair.vocab_size),
-        TransformerModel(pair.llm, pair.vocab_size),
+        *transformer_models(pair),
         prompts,
         calibration_policy(),
         settings,

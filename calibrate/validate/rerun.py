@@ -110,9 +110,9 @@ def decode_reruns(
         Told the most tokens that may be decoded, before decoding starts.
     """
     from calibrate.decode.engine import batches_by_length, decode_together
-    from calibrate.decode.models import TransformerModel
+    from calibrate.decode.models import transformer_models
 
-    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
+    slm, llm = transformer_models(pair)
     axes = settings.axes(pair.vocab_size)
     done = {path: finished_prompts(shards_in(path)) for path in reruns}
     work: list[tuple[list[TokenizedPrompt], list[Path]]] = []

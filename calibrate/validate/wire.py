@@ -602,7 +602,7 @@ def _judge(
 def _one_process(plan: WirePlan, dtype: str, device: str) -> dict[str, dict[str, Sequence[int]]]:
     """The tokens of every point and prompt from the engine, under the same random numbers."""
     from calibrate.decode.engine import decode_together
-    from calibrate.decode.models import TransformerModel
+    from calibrate.decode.models import transformer_models
     from calibrate.pairs.loading import load_pair
 
     policies = plan.policies
@@ -612,7 +612,7 @@ def _one_process(plan: WirePlan, dtype: str, device: str) -> dict[str, dict[str,
     length = settings.max_new_tokens
     prompts = tokenize_prompts(plan.prompts, pair.tokenizer, length, pair.max_context)
     out: dict[str, dict[str, Sequence[int]]] = {key: {} for key in policies}
-    slm, llm = (TransformerModel(model, pair.vocab_size) for model in (pair.slm, pair.llm))
+    slm, llm = transformer_models(pair)
     for batches in decode_together(slm, llm, prompts, policies, settings, pair.eos_token_ids):
         for key, batch in batches.items():
             rows, tokens = batch.columns["row"], batch.columns["output_token"]

@@ -101,7 +101,9 @@ class Session:
 
 
 @dataclass
-class _Job:
+class Job:
+    """An ask that waits, since when by the clock, and where its reply goes."""
+
     session: Session
     ask: Ask
     done: asyncio.Future[bytes]
@@ -152,7 +154,7 @@ class Server:
         self.caches = SlotCaches(model, options.max_sessions)
         self.sessions: dict[bytes, Session] = {}
         self.free = list(range(options.max_sessions))[::-1]
-        self.queue: deque[_Job] = deque()
+        self.queue: deque[Job] = deque()
         self.wake = asyncio.Event()
         self.draining = False
         self.numbers = _Numbers()
@@ -365,7 +367,7 @@ class Server:
             )
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         session.work = (ask.position, done)
-        self.queue.append(_Job(session, ask, done, time.perf_counter()))
+        self.queue.append(Job(session, ask, done, time.perf_counter()))
         self.wake.set()
         return await asyncio.shield(done)
 
@@ -379,7 +381,7 @@ class Server:
                 jobs = self._next_batch()
                 try:
                     replies: Sequence[Any] = await loop.run_in_executor(
-                        self._thread, self._advance, jobs
+                        self._thread, self.advance, jobs
                     )
                 except Exception as error:  # told to each device; the server goes on
                     replies = [RefusedError(Reason.NUMBERS, f"the server failed: {error}")] * len(
@@ -393,10 +395,10 @@ class Server:
                     else:
                         job.done.set_result(reply)
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self) -> list[Job]:
         """The first job, and those that go with it."""
 
-        def growth(job: _Job) -> int:
+        def growth(job: Job) -> int:
             return len(job.session.tokens) + len(job.ask.unseen) - job.session.fed
 
         jobs = [self.queue.popleft()]
@@ -408,7 +410,7 @@ class Server:
             jobs.append(self.queue.popleft())
         return jobs
 
-    def _advance(self, jobs: Sequence[_Job]) -> list[bytes | RefusedError]:
+    def advance(self, jobs: Sequence[Job]) -> list[bytes | RefusedError]:
         """One forward pass for all, then each session's own answer."""
         begin = time.perf_counter()
         with torch.inference_mode(), domain.unchecked():
@@ -428,7 +430,7 @@ class Server:
         return out
 
     def _answered(
-        self, job: _Job, logits: torch.Tensor, forward_s: float, waited_s: float
+        self, job: Job, logits: torch.Tensor, forward_s: float, waited_s: float
     ) -> bytes | RefusedError:
         session, ask = job.session, job.ask
         opening = session.opening

@@ -59,7 +59,7 @@ def summary(real: LoadedRun) -> str:
     whole, residual = (predicted.get(f"{name}/risk-0.01", {}) for name in ("u-hlm", "r-hlm"))
     rows = [[
         "tokens that the phone writes alone, at a risk of 1 % a token",
-        _percent(_skip_rates(real)["uncertainty"]),
+        percent(_skip_rates(real)["uncertainty"]),
     ]]  # fmt: skip
     if BITS in whole and BITS in residual:
         rows.append([
@@ -72,14 +72,14 @@ def summary(real: LoadedRun) -> str:
         rows.append([
             f"how far whole answers of up to {tokens} tokens then lie from the server's: no score "
             "in [0, 1] moves by more",
-            _percent(residual["answer_divergence"]),
+            percent(residual["answer_divergence"]),
         ])  # fmt: skip
     if real.guarantees is not None:
         found = _of_all_prompts(real.guarantees)
         rows.append([
             "how often a budget of 5 % that calibration met is broken afterwards: as it is, or "
             "certified",
-            " or ".join(_percent(found[rule, 0.05].violation_share) for rule in ("risk", "ltt")),
+            " or ".join(percent(found[rule, 0.05].violation_share) for rule in ("risk", "ltt")),
         ])  # fmt: skip
     rows.append(_last_row(real))
     return _table(["what was measured", "result"], rows)
@@ -98,7 +98,7 @@ def costs(real: LoadedRun) -> str:
 
     def cell(point: OperatingPoint, name: str) -> str:
         number = point.predicted[name]
-        text = number_text(number) if name == BITS else _percent(number)
+        text = number_text(number) if name == BITS else percent(number)
         return f"at most {text}" if name in point.at_most else text
 
     rows = [[f"`{point.policy}`", *(cell(point, name) for name in told)] for point in points]
@@ -126,11 +126,6 @@ def _of_all_prompts(record: GuaranteesRecord) -> dict[tuple[str, float], Guarant
     return {(row.rule, row.budget): row for row in record.rows if row.source == "all-prompts"}
 
 
-def _percent(number: Figure) -> str:
-    text = number_text(scaled(number, 100))
-    return text if number.value is None else f"{text}\N{NO-BREAK SPACE}%"
-
-
 def _figure(name: str, alt: str) -> str:
     return f"![{alt}](figures/{name}.png)"
 
@@ -154,8 +149,8 @@ def _relation(loaded: LoadedRun) -> str:
         f"binned means {number_text(fit.correlation_binned)}, token by token "
         f"{number_text(fit.correlation)}; curvature {number_text(fit.curvature)}. {_wald(fit)}"
         "At 1 % risk the exact "
-        f"uncertainty skips {_percent(rates['uncertainty'])} of the tokens, that of twenty draws "
-        f"{_percent(rates['uncertainty_sampled'])}, a difference of "
+        f"uncertainty skips {percent(rates['uncertainty'])} of the tokens, that of twenty draws "
+        f"{percent(rates['uncertainty_sampled'])}, a difference of "
         f"{number_text(scaled(less, 100), 2)} points on the same prompts: it takes 21 values only, "
         "and its last step within the budget may fall far short of it.\n\n"
         + _figure("relation", "rejection probability against uncertainty")
@@ -263,7 +258,7 @@ def _payload(loaded: LoadedRun) -> str:
         cells = [complete[name][rule] for rule in EQUAL_THRESHOLD_RULES]
         rows.append([
             f"`{name}`", *(number_text(figures[BITS]) for figures in cells),
-            *(_percent(figures[BIAS]) for figures in cells),
+            *(percent(figures[BIAS]) for figures in cells),
         ])  # fmt: skip
     rules = [f"at {100 * float(rule.rpartition('-')[2]):g} %" for rule in EQUAL_THRESHOLD_RULES]
     titles = ["policy", *(f"bit/token {rule}" for rule in rules),
@@ -299,7 +294,7 @@ def _at_one_percent(rows: dict[tuple[str, float], GuaranteeRow]) -> str:
 def _capped(rows: dict[tuple[str, float], GuaranteeRow]) -> str:
     """What an answer cap makes of small budgets."""
     found = [
-        f"{_percent(row.skip_rate)} at {100 * alpha:g} % (at most {row.cap:.0%} of an answer)"
+        f"{percent(row.skip_rate)} at {100 * alpha:g} % (at most {row.cap:.0%} of an answer)"
         for alpha in (0.01, 0.02)
         if (row := rows.get(("ltt@cap", alpha))) is not None and row.cap is not None
     ]
@@ -316,11 +311,11 @@ def _guarantees(loaded: LoadedRun) -> str:
         f"certified one keeps its promise\n\n{plug_in.num_draws} calibrations of "
         f"{plug_in.num_calibration_prompts} prompts drawn from the real ones with "
         "replacement, at 5 % risk: the plug-in threshold breaks its budget (a mean over "
-        f"{plug_in.weighting}) in {_percent(plug_in.violation_share)} of them, Learn-then-Test "
+        f"{plug_in.weighting}) in {percent(plug_in.violation_share)} of them, Learn-then-Test "
         f"({loaded.guarantees.confidence:.0%}, a mean over {certified.weighting}) in "
-        f"{_percent(certified.violation_share)}, skipping "
-        f"{_percent(certified.skip_rate)} of the tokens instead of "
-        f"{_percent(plug_in.skip_rate)}. {_at_one_percent(rows)}{_capped(rows)}Intervals here are "
+        f"{percent(certified.violation_share)}, skipping "
+        f"{percent(certified.skip_rate)} of the tokens instead of "
+        f"{percent(plug_in.skip_rate)}. {_at_one_percent(rows)}{_capped(rows)}Intervals here are "
         "over the redrawn calibrations.\n\n"
         + _figure("guarantees", "how often each rule breaks its budget")
     )

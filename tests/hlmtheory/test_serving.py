@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hlmtheory.serving import server_ms_per_token, users_from_which_asking_is_faster
+from hlmtheory.serving import (
+    server_ms_per_token,
+    shared_server,
+    users_from_which_asking_is_faster,
+)
 
 T_LLM = 30.0
 
@@ -70,3 +75,67 @@ def test_bad_arguments_are_named():
         server_ms_per_token(1.5, 30.0)
     with pytest.raises(ValueError, match="token_time_ms = 0"):
         users_from_which_asking_is_faster(0.0, 0.5, 30.0, 30.0)
+
+
+def simulated_queue(
+    num_users: int, think_ms: float, pass_ms: list[float], num_asks: int, seed: int
+) -> tuple[float, float, float]:
+    """(asks a second, busy share, mean wait) of a server that answers all who wait in one pass."""
+    rng = np.random.default_rng(seed)
+    asks = sorted(rng.exponential(think_ms, num_users).tolist())
+    now = busy = waited = 0.0
+    answered = 0
+    while answered < num_asks:
+        now = max(now, asks[0])
+        some = [moment for moment in asks if moment <= now][: len(pass_ms)]
+        spent = pass_ms[len(some) - 1]
+        now, busy, answered = now + spent, busy + spent, answered + len(some)
+        waited += sum(now - moment for moment in some)
+        again = now + rng.exponential(think_ms, len(some))
+        asks = sorted(asks[len(some) :] + again.tolist())
+    return 1e3 * answered / now, busy / now, waited / answered
+
+
+@pytest.mark.parametrize(
+    ("num_users", "think_ms", "pass_ms"),
+    [
+        (1, 80.0, [30.0]),
+        (5, 80.0, [30.0]),
+        (12, 150.0, [20.0 + 4.0 * i for i in range(8)]),
+        (40, 300.0, [20.0 + 4.0 * i for i in range(16)]),
+        (3, 1e-3, [10.0, 15.0, 18.0]),
+    ],
+)
+def test_the_queue_of_a_shared_server_against_one_that_is_simulated(num_users, think_ms, pass_ms):
+    found = shared_server(num_users, think_ms, pass_ms)
+    runs = np.array([simulated_queue(num_users, think_ms, pass_ms, 4000, i) for i in range(12)])
+    error = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+    expected = (found.asks_per_s, found.busy_share, found.wait_ms)
+    # Five standard errors, and what a start with nobody waiting leaves in 4,000 asks.
+    for mean, one, value in zip(runs.mean(axis=0), error, expected, strict=True):
+        assert abs(mean - value) < 5 * one + 2e-3 * value
+
+
+def test_what_the_queue_of_a_shared_server_must_be():
+    alone = shared_server(1, 80.0, [30.0, 40.0])
+    assert alone.asks_per_s == pytest.approx(1e3 / 110)
+    assert alone.wait_ms == pytest.approx(30)
+    assert alone.asks_per_pass == pytest.approx(1)
+    crowd = shared_server(64, 1.0, [30.0 + i for i in range(16)])  # always full
+    assert crowd.busy_share == pytest.approx(1)
+    assert crowd.asks_per_s == pytest.approx(16e3 / 45)
+    assert crowd.asks_per_pass == pytest.approx(16)
+    few = [shared_server(n, 500.0, [30.0 + i for i in range(16)]) for n in range(1, 20)]
+    assert all(a.asks_per_s < b.asks_per_s for a, b in itertools.pairwise(few))
+    assert all(a.wait_ms < b.wait_ms for a, b in itertools.pairwise(few))
+    assert all(one.busy_share < 1 for one in few)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [((0, 1.0, [1.0]), "num_users"), ((1, 0.0, [1.0]), "think_ms"), ((1, 1.0, []), "pass_ms"),
+     ((1, 1.0, [1.0, -1.0]), "pass_ms")],
+)  # fmt: skip
+def test_a_queue_that_cannot_be_is_told(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        shared_server(*arguments)
