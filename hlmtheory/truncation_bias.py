@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from array_api_compat import array_namespace, is_torch_array
+from array_api_compat import array_namespace, device, is_torch_array
 
 from hlmtheory.acceptance import rejection_probability
 from hlmtheory.domain import Array, check_distribution, check_same_shape
 from hlmtheory.head import Head, check_sizes, tail_level
 from hlmtheory.order import put_along_last_axis
-from hlmtheory.truncation import truncated_distribution
 
 NUM_NODES = 17
 """Values of w, evenly spaced from 0 to that of a gate that skips the whole head."""
@@ -32,6 +31,9 @@ WEIGHT = np.linspace(0.0, 1.0, NUM_NODES)
 
 LEAST_LEVEL = 1e-13
 """Taken for a lower tail level: it moves V times as much of the sent law, and no more."""
+
+MAX_ELEMENTS = 2**26
+"""Of one array of an accelerator: so many sizes are worked out together."""
 
 ENTRIES = ("rejected", "residual", *(f"beyond-{node}" for node in range(NUM_NODES)))
 """What is kept of each size: Z, E, and the sum beyond the head at every node."""
@@ -61,7 +63,11 @@ def truncation_table(x: Array, y: Array, head: Array, sizes: Sequence[int]) -> A
     check_sizes(min(sizes), max(sizes), x.shape[-1])
     rows_x, rows_y = Head.rows(x), Head.rows(y)
     if is_torch_array(rows_x):
-        parts = [_by_definition(rows_x, rows_y, head, k) for k in sizes]
+        most = max(1, MAX_ELEMENTS // (len(rows_x) * rows_x.shape[-1]))
+        parts = [
+            _by_definition(rows_x, rows_y, head, sizes[begin : begin + most])
+            for begin in range(0, len(sizes), most)
+        ]
         return Head.restore(array_namespace(x).concat(parts, axis=-1), x, (len(rows_x), -1))
     tokens = np.asarray(head)
     values = np.stack(
@@ -70,23 +76,31 @@ def truncation_table(x: Array, y: Array, head: Array, sizes: Sequence[int]) -> A
     return Head.restore(values, x, values.shape)
 
 
-def _by_definition(x: Array, y: Array, head: Array, size: int) -> Array:
-    """Entries of one size (B, len(ENTRIES)), in passes over the vocabulary."""
+def _by_definition(x: Array, y: Array, head: Array, sizes: Sequence[int]) -> Array:
+    """Entries of several sizes (B, G * len(ENTRIES)), in passes over the sorted vocabulary."""
     xp = array_namespace(x)
-    sent = truncated_distribution(x, size)
+    (vocab, num_head), place = (x.shape[-1], head.shape[-1]), device(x)
+    falling = 3.0 - xp.arange(num_head, dtype=x.dtype, device=place) / num_head
+    first = put_along_last_axis(x, head, xp.broadcast_to(falling, head.shape))
+    order = xp.argsort(first, axis=-1, descending=True)
+    x, y = (xp.take_along_axis(one, order, axis=-1) for one in (x, y))
+    number = xp.asarray(list(sizes), device=place)
+    mass = xp.cumulative_sum(x, axis=-1, dtype=xp.float64)[:, number - 1]
+    level = xp.astype(tail_level(mass, number, vocab), x.dtype)[..., None]  # (B, G, 1)
+    inside = xp.arange(vocab, device=place) < number[:, None]
+    x, y = x[:, None], y[:, None]
+    sent = xp.where(inside, x, level)
     refused = x * rejection_probability(sent, y)
     residual = xp.clip(y - sent, 0.0, None)
     rejected, total = xp.sum(refused, axis=-1), xp.sum(residual, axis=-1)
     divisor = xp.where(total > 0, total, xp.ones_like(total))
-    of_head = xp.take_along_axis(refused, head, axis=-1)
-    most = xp.sum(of_head, axis=-1)
-    beyond = put_along_last_axis(xp.ones_like(x), head, 0 * of_head)
+    most = xp.sum(refused[..., :num_head], axis=-1)
+    gap, rise = (x - refused - y)[..., num_head:], residual[..., num_head:]
     out = [rejected, total]
     for node in range(NUM_NODES):
         share = (rejected - most * (node / (NUM_NODES - 1))) / divisor
-        excess = xp.clip(x - refused - y + share[:, None] * residual, 0.0, None)
-        out.append(xp.sum(beyond * excess, axis=-1))
-    return xp.stack(out, axis=-1)
+        out.append(xp.sum(xp.clip(gap + share[..., None] * rise, 0.0, None), axis=-1))
+    return xp.reshape(xp.stack(out, axis=-1), (order.shape[0], -1))
 
 
 def _row(x: np.ndarray, y: np.ndarray, head: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 
 from calibrate.decode.kv_cache import RowCache, make_cache
 from calibrate.decode.memory import release_freed_buffers
+from calibrate.decode.static_step import StaticSession, StaticSteps
 from calibrate.pairs.attention import recording, records
 from calibrate.pairs.loading import PADDING_MULTIPLE
 from calibrate.run.errors import UserError
@@ -90,18 +91,29 @@ class TransformerModel:
         Tokens that contexts are known to begin with, such as a chat template's: run once, for all
         contexts that do. It is the template's, not the batch's, so that a context is computed alike
         whatever it runs with.
+    static : bool, optional
+        Whether steps run in tensors that never move, for an accelerator to replay as a graph.
+        Default: on CUDA.
     """
 
-    def __init__(self, model: Any, vocab_size: int, prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        prefix: Sequence[int] = (),
+        static: bool | None = None,
+    ) -> None:
         self.model = model
         self.vocab_size = vocab_size
         self.device = next(model.parameters()).device
         self.prefix = list(prefix)
+        self.static = self.device.type == "cuda" if static is None else static
         self._begun: RowCache | None = None
+        self._steps = StaticSteps(model)
 
     def start(
         self, contexts: Sequence[Sequence[int]], attention: bool, fill: bool = True
-    ) -> TransformerSession:
+    ) -> Session:
         """Prefill the contexts (each at least one token)."""
         if any(len(context) == 0 for context in contexts):
             raise UserError("a prompt has fewer than two tokens: give at least one word")
@@ -111,6 +123,12 @@ class TransformerModel:
         release_freed_buffers()
         synchronise(self.device)
         seconds = time.perf_counter() - begin
+        recorded = not attention or records(self.model)
+        if self.static and prefill.cache.can_place_rows and recorded:
+            size = self.vocab_size
+            return StaticSession(
+                self._steps, prefill, len(contexts), size, attention, fill, seconds
+            )
         return TransformerSession(self, prefill, len(contexts), attention, min_rows, seconds)
 
     def _prefill(self, contexts: Sequence[Sequence[int]], min_rows: int) -> Prefill:
