@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Workload, load_workload
+from calibrate.decode.clock import synchronise
 from calibrate.decode.engine import batches_by_length, decode
-from calibrate.decode.models import synchronise, transformer_models
+from calibrate.decode.models import transformer_models
 from calibrate.pairs.attention import RECORDING
 from hlmtheory import domain
 from hlmtheory.policies import calibration_policy

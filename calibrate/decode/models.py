@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from calibrate.decode.clock import ForwardClock, synchronise
 from calibrate.decode.kv_cache import RowCache, make_cache
 from calibrate.decode.memory import release_freed_buffers
 from calibrate.decode.static_step import StaticSession, StaticSteps
@@ -51,7 +52,10 @@ class StepOutput:
 class Session(Protocol):
     """Contexts of one batch inside one model."""
 
-    forward_s: float
+    @property
+    def forward_s(self) -> float:
+        """Seconds inside the model so far, the prefill included."""
+        ...
 
     def step(self, tokens: torch.Tensor) -> StepOutput:
         """Append one token (B,) to each context and return what comes next."""
@@ -229,7 +233,12 @@ class TransformerSession:
         self._live = num_contexts
         self._cache, self._mask = prefill.cache, prefill.mask
         self._next_position = self._mask.sum(-1)  # (B,)
-        self.forward_s = prefill_s
+        self._clock = ForwardClock(model.device, prefill_s)
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds inside the model so far."""
+        return self._clock.seconds
 
     def step(self, tokens: torch.Tensor) -> StepOutput:
         """Append one token to each live context."""
@@ -238,8 +247,7 @@ class TransformerSession:
             tokens = torch.cat([tokens, tokens[:1].expand(physical - len(tokens))])
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         beside = self._attention and records(self._model)
-        begin = time.perf_counter()
-        with recording() if beside else nullcontext() as recorded:
+        with self._clock.running(), recording() if beside else nullcontext() as recorded:
             output = self._model(
                 input_ids=tokens[:, None],
                 attention_mask=self._mask,
@@ -248,8 +256,6 @@ class TransformerSession:
                 use_cache=True,
                 output_attentions=self._attention and not beside,
             )
-        synchronise(tokens.device)
-        self.forward_s += time.perf_counter() - begin
         self._next_position = self._next_position + 1
         logits = output.logits[: self._live, -1, : self._vocab_size].float()
         if not self._attention:
@@ -271,12 +277,6 @@ class TransformerSession:
         self._cache.select_rows(physical)
         self._mask = self._mask[physical]
         self._next_position = self._next_position[physical]
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for an accelerator, so that a clock reads what was done and not what was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _padded_width(num_tokens: int) -> int:

@@ -8,7 +8,6 @@ nobody, and columns that no token has reached are masked.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calibrate.decode.clock import ForwardClock
 from calibrate.pairs.attention import recording
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class StaticSession:
     ) -> None:
         self._steps, self._vocab_size, self._attention = steps, vocab_size, attention
         self._live, self._multiple = num_contexts, ROW_MULTIPLE if fill else 1
-        self.forward_s = prefill_s
+        self._clock = ForwardClock(prefill.mask.device, prefill_s)
         mask = prefill.mask[:num_contexts]
         pairs = [(layer.keys, layer.values) for layer in prefill.cache.cache.layers]
         self._width = mask.shape[1]
@@ -193,11 +193,15 @@ class StaticSession:
         columns = -(-num_columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
         return self._steps.take(self, rows, columns, self._attention, like)
 
+    @property
+    def forward_s(self) -> float:
+        """Seconds inside the model so far."""
+        return self._clock.seconds
+
     def step(self, tokens: torch.Tensor) -> StepOutput:
         """Append one token to each live context."""
-        from calibrate.decode.models import StepOutput, synchronise
+        from calibrate.decode.models import StepOutput
 
-        begin = time.perf_counter()
         live = self._live
         if self._width == self._step.num_columns:
             old = self._step
@@ -206,11 +210,10 @@ class StaticSession:
         own = self._step
         own.tokens[:live, 0] = tokens
         own.positions[:live, 0] = self._next
-        logits, weights = own.run(self._width)
+        with self._clock.running():
+            logits, weights = own.run(self._width)
         self._width += 1
         self._next = self._next + 1
-        synchronise(tokens.device)
-        self.forward_s += time.perf_counter() - begin
         found = logits[:live, : self._vocab_size].to(torch.float32, copy=True)
         if weights is None:
             return StepOutput(found)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibrate.decode.models import LanguageModel, synchronise
+from calibrate.decode.clock import synchronise
+from calibrate.decode.models import LanguageModel
 from calibrate.run.records import Figure, Timings
 from hlmtheory import domain
 from hlmtheory.uncertainty import Temperatures, exact_uncertainty

@@ -869,6 +869,16 @@ class WireRun(Record):
     """Token time by (63) at the very tokens that were decoded: what is left of the error is the
     machines' and the link's, and none of which tokens these prompts have."""
 
+    @property
+    def token_time(self) -> Cell:
+        """The cell of the token time by (63)."""
+        return next(cell for cell in self.cells if cell.metric == "token_time_ms")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a threshold decides about skips."""
+        return self.rule != "none"
+
 
 class WireLinkRuns(Record):
     """All that was run over one link."""
@@ -876,6 +886,11 @@ class WireLinkRuns(Record):
     link_name: str
     link: dict[str, Any]
     runs: tuple[WireRun, ...]
+
+    @property
+    def by_time(self) -> list[WireRun]:
+        """Its runs, the fastest first, by the clock."""
+        return sorted(self.runs, key=lambda run: run.token_time.measured.value or 0.0)
 
 
 class WireRecord(StageRecord):

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibrate.decode.clock import synchronise
 from calibrate.decode.engine import DecodingSettings
 from calibrate.decode.finite import refuse_broken
-from calibrate.decode.models import LanguageModel, synchronise
+from calibrate.decode.models import LanguageModel
 from calibrate.decode.recording import attention_columns
 from calibrate.decode.streams import step_noise, stream_key
 from calibrate.run.errors import UserError

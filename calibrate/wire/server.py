@@ -29,7 +29,8 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from calibrate.decode.models import TransformerModel, synchronise
+from calibrate.decode.clock import synchronise
+from calibrate.decode.models import TransformerModel
 from calibrate.decode.streams import step_noise
 from calibrate.wire.options import ServerOptions
 from calibrate.wire.protocol import (

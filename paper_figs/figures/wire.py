@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from calibrate.run.figure import NBSP, number_text
-from calibrate.run.records import Cell, WireLinkRuns, WireRun
+from calibrate.run.records import WireLinkRuns, WireRun
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
 
@@ -18,7 +18,6 @@ CAVEAT = (
     "radio scheduling, TCP's slow start and other users are not in it. Times are of tokens behind "
     "the first of an answer."
 )
-TIME = "token_time_ms"
 TICKS_MS = tuple(step * 10**power for power in range(5) for step in (1, 2, 5))
 
 
@@ -29,25 +28,21 @@ def answer(loaded: LoadedRun) -> str:
         return "Nothing was run over a link."
     fastest = ", ".join(
         f"{one.link_name}: {loaded.label(_fastest(one).policy)} "
-        f"({number_text(_cell(_fastest(one).cells).measured)}{NBSP}ms/token)"
+        f"({number_text(_fastest(one).token_time.measured)}{NBSP}ms/token)"
         for one in record.links
     )
     return (
         f"Token times are off their prediction by {record.mean_time_error:.1%} in the mean, "
         f"{record.mean_time_error_before:.1%} without what the machines add to the models' own "
-        f"times; {record.coverage.covered} of {record.coverage.total} figures of the clock lie "
+        f"times, and {record.mean_time_error_replayed:.1%} once it is known which tokens were "
+        f"skipped; {record.coverage.covered} of {record.coverage.total} figures of the clock lie "
         f"inside their intervals. Fastest gated policy: {fastest}."
     )
 
 
 def _fastest(link: WireLinkRuns) -> WireRun:
     """Of the gated policies, if one was run."""
-    gated = [run for run in link.runs if run.rule != "none"]
-    return min(gated or link.runs, key=lambda run: _cell(run.cells).measured.value or 0.0)
-
-
-def _cell(cells: tuple[Cell, ...]) -> Cell:
-    return next(cell for cell in cells if cell.metric == TIME)
+    return next((run for run in link.by_time if run.gated), link.by_time[0])
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -66,9 +61,9 @@ def figure(loaded: LoadedRun) -> Figure | None:
 
 
 def _draw_link(loaded: LoadedRun, axis: Any, link: WireLinkRuns) -> None:
-    runs = sorted(link.runs, key=lambda run: _cell(run.cells).measured.value or 0.0)
+    runs = link.by_time
     for height, run in enumerate(runs):
-        cell = _cell(run.cells)
+        cell = run.token_time
         low, high = cell.predicted.low, cell.predicted.high
         if low is not None and high is not None:
             axis.plot([low, high], [height, height], color=style.GREY, linewidth=5, alpha=0.45,

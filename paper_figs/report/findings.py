@@ -22,6 +22,7 @@ from calibrate.run.records import (
     LineFit,
     OperatingPoint,
     ValidationRecord,
+    WireLinkRuns,
 )
 from calibrate.run.resources import data_path
 from paper_figs.draw import figures, save
@@ -29,6 +30,7 @@ from paper_figs.figures.relation import MISFIT
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.report.tables import markdown_table
 from paper_figs.style import styled
+from paper_figs.words import percent
 
 BEGIN, END = "<!-- findings: from data/results, by paper_figs.report.findings -->", "<!-- end -->"
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +44,10 @@ def findings(runs: Sequence[LoadedRun], real: LoadedRun) -> str:
     """Markdown of the findings: of the runs together, and of the real pair at temperature 1."""
     validated = [(run, run.validation) for run in runs if run.validation is not None]
     drawn = real.validation is not None
-    parts = [_relation(real), _coverage(validated, drawn), _payload(real), _guarantees(real)]
+    parts = [
+        _relation(real), _coverage(validated, drawn), _payload(real), _guarantees(real),
+        _wires(runs),
+    ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
 
@@ -67,12 +72,12 @@ def summary(real: LoadedRun) -> str:
             "would have skipped (`r-hlm`)",
             f"{number_text(whole[BITS])} bit, or {number_text(residual[BITS])} bit",
         ])  # fmt: skip
-    if "answer_divergence" in residual:
-        tokens = real.calibration.settings.max_new_tokens
+    if real.wire is not None:
+        links = real.wire.links
         rows.append([
-            f"how far whole answers of up to {tokens} tokens then lie from the server's: no score "
-            "in [0, 1] moves by more",
-            percent(residual["answer_divergence"]),
+            "the fastest of the policies that ask, by the clock, on a link of "
+            + "; ".join(_link_text(one) for one in links),
+            "; ".join(_fastest(one) for one in links),
         ])  # fmt: skip
     if real.guarantees is not None:
         found = _of_all_prompts(real.guarantees)
@@ -319,6 +324,73 @@ def _guarantees(loaded: LoadedRun) -> str:
         "over the redrawn calibrations.\n\n"
         + _figure("guarantees", "how often each rule breaks its budget")
     )
+
+
+def _link_text(link: WireLinkRuns) -> str:
+    """A link by its numbers, if it is a rate."""
+    rate, delay = link.link.get("rate_bps"), link.link.get("round_trip_ms")
+    if rate is None:
+        return link.link_name
+    unit, scale = ("Gbit/s", 1e9) if rate >= 1e9 else ("Mbit/s", 1e6)
+    return f"{rate / scale:g} {unit}, {delay:g} ms"
+
+
+def _fastest(link: WireLinkRuns) -> str:
+    """The gated policy that is fastest by the clock, and those that its interval does not part."""
+    gated = [run for run in link.by_time if run.gated]
+    first = gated[0].token_time.measured
+    near = [
+        run.policy for run in gated[1:]
+        if first.high is not None and (run.token_time.measured.value or 0.0) <= first.high
+    ]  # fmt: skip
+    beside = f" (as good: {', '.join(f'`{name}`' for name in near)})" if near else ""
+    return f"`{gated[0].policy}` {number_text(first)} ms{beside}"
+
+
+def _wires(runs: Sequence[LoadedRun]) -> str:
+    """Token times by the clock, every pair and link."""
+    timed = [(run, run.wire) for run in runs if run.wire is not None]
+    if not timed:
+        return ""
+    parts = [
+        "## 5. By the clock: which policy is fastest on which link\n\nServer and device as two "
+        "processes, a relay between them that has the link's rate and round trip; prompts one at a "
+        "time. In brackets the interval, clustered by prompt, and behind it what docs/theory.md, "
+        "(63), had predicted from the calibration and from times without a link."
+    ]
+    for loaded, record in timed:
+        names = list(dict.fromkeys(run.policy for one in record.links for run in one.runs))
+        rows = []
+        for name in names:
+            cells = [
+                next((run.token_time for run in one.runs if run.policy == name), None)
+                for one in record.links
+            ]
+            rows.append([
+                f"`{name}`",
+                *(NO_VALUE if cell is None else
+                  f"{number_text(cell.measured)}, {number_text(cell.predicted, interval=False)}"
+                  for cell in cells),
+            ])  # fmt: skip
+        rules = ", ".join(dict.fromkeys(
+            run.rule for one in record.links for run in one.runs if run.gated
+        ))  # fmt: skip
+        held = record.coverage
+        parts.append(
+            f"{loaded.run.name}, {len(record.prompt_ids)} prompts of at most "
+            f"{record.max_new_tokens} tokens, gated policies at {rules}; ms a token:"
+        )
+        parts.append(_table(["policy", *(_link_text(one) for one in record.links)], rows))
+        parts.append(
+            f"Predicted token times are {record.mean_time_error:.1%} off in the mean "
+            f"({record.mean_time_error_before:.1%} without what a wire adds, "
+            f"{record.mean_time_error_replayed:.1%} once it is known which tokens were skipped); "
+            f"{held.covered} of {held.total} figures of the clock lie in their intervals. Fastest "
+            "of the gated policies: "
+            + "; ".join(f"{_link_text(one)}: {_fastest(one)}" for one in record.links)
+            + "."
+        )
+    return "\n\n".join(parts)
 
 
 def replaced(page: str, text: str) -> str:

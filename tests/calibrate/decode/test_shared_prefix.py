@@ -66,7 +66,7 @@ def test_contexts_with_the_prefix_and_without(rng, model):
 
 def test_a_context_is_computed_alike_whatever_it_runs_with(rng, model):
     sharing = TransformerModel(model, VOCAB, PREFIX)
-    mine = PREFIX + [1, 2, 3]
+    mine = [*PREFIX, 1, 2, 3]
     others = [PREFIX + rng.integers(0, VOCAB, num).tolist() for num in (5, 60, 33, 2)]
     others += [[8, 7], [6, 5, 4]]
     alone = steps(sharing, [mine])[0][:, 0]
