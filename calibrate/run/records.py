@@ -848,6 +848,8 @@ class WireRun(Record):
     """From the prompt to the first token, both prefills and the connection's session included."""
     token_ms_quantiles: tuple[float, ...]
     """5, 25, 50, 75 and 95 % of the tokens take no longer."""
+    predicted_ms_quantiles: tuple[float, ...]
+    """The same by (63), of the calibration's tokens, where a machine takes its mean time always."""
     server_busy_share: float
     """Of the decoding time, inside the server's forward passes: one over it is how many such
     devices a server that runs them one by one can carry."""

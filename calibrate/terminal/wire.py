@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from calibrate.run.figure import number_text
 from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
-from calibrate.run.records import Cell, WireRecord
+from calibrate.run.records import Cell, WireRecord, WireRun
 from calibrate.terminal.page import Page
 
 if TYPE_CHECKING:
     from calibrate.pairs.loading import LoadedModel
     from calibrate.wire.device import Device, WireAnswer, WireToken
 
+QUANTILES = ("5 %", "25 %", "50 %", "75 %", "95 %")
 SKIPPED, REPLACED = "green", "red"
 
 
@@ -24,34 +25,53 @@ def print_wire(result: WireRecord) -> None:
     held = result.coverage
     page.say(
         f"over the wire: token times are off their prediction by {result.mean_time_error:.1%} in "
-        f"the mean, {result.mean_time_error_before:.1%} by (27) alone; {held.covered} of "
+        f"the mean, {result.mean_time_error_replayed:.1%} once it is known which tokens were "
+        f"skipped, {result.mean_time_error_before:.1%} by (27) alone; {held.covered} of "
         f"{held.total} figures of the clock lie inside their {result.confidence:.0%} intervals "
         f"({len(result.prompt_ids)} prompts, one at a time)"
     )
     for one in result.links:
-        rows = []
-        for run in sorted(one.runs, key=lambda run: _cell(run.cells).measured.value or 0.0):
-            cell, plain = _cell(run.cells), _cell(run.before)
-            rows.append(
-                (f"{run.policy}/{run.rule}", number_text(cell.measured, 4),
-                 number_text(cell.predicted, 4), _off(cell), _off(plain),
+        page.table(
+            ("point", ">ms/token by the clock", ">predicted", ">off", ">replayed, off",
+             ">(27) off", ">first token ms", ">byte up", ">byte down", ">server busy",
+             ">same tokens"),
+            [
+                (f"{run.policy}/{run.rule}", number_text(run.token_time.measured, 4),
+                 number_text(run.token_time.predicted, 4), _off(run.token_time),
+                 _off(run.replayed), _off(run.before[0]),
                  number_text(run.first_token_ms, 3, interval=False),
                  number_text(run.uplink_bytes_per_token, 4, interval=False),
                  number_text(run.downlink_bytes_per_token, 3, interval=False),
                  f"{run.server_busy_share:.0%}",
                  f"{run.same_tokens_share:.1%}")
-            )  # fmt: skip
-        page.table(
-            ("point", ">ms/token by the clock", ">predicted", ">off", ">(27) off",
-             ">first token ms", ">byte up", ">byte down", ">server busy", ">same tokens"),
-            rows, title=f"link {one.link_name}",
+                for run in one.by_time
+            ], title=f"link {one.link_name}",
         )  # fmt: skip
+        page.table(
+            ("point", *(f">{name}" for name in QUANTILES)),
+            [
+                (f"{run.policy}/{run.rule}",
+                 *(f"{clock:,.0f}, {predicted:,.0f}" for clock, predicted in
+                   zip(run.token_ms_quantiles, run.predicted_ms_quantiles, strict=True)))
+                for run in one.by_time
+            ], title=f"link {one.link_name}: ms that so many tokens take at most, clock and predicted",
+        )  # fmt: skip
+        for run in one.by_time:
+            if run.token_time.covered is False:
+                page.say(f"  {_miss(run)}")
     if not all(run.framing_as_stated for one in result.links for run in one.runs):
         page.say("  some frames have another length than docs/protocol.md states")
 
 
-def _cell(cells: tuple[Cell, ...]) -> Cell:
-    return next(cell for cell in cells if cell.metric == "token_time_ms")
+def _miss(run: WireRun) -> str:
+    """Why a token time lies outside its interval: which tokens came, or what they took."""
+    off, replayed = _share_off(run.token_time), _share_off(run.replayed)
+    skips = next(cell for cell in run.cells if cell.metric == "skip_rate")
+    return (
+        f"{run.policy}/{run.rule} misses by {off:+.1%}: machines and link {replayed:+.1%}, the "
+        f"rest is which tokens came (skipped {number_text(skips.measured)}, predicted "
+        f"{number_text(skips.predicted)})"
+    )
 
 
 def _share_off(cell: Cell) -> float:

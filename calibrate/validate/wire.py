@@ -421,52 +421,90 @@ class Probe:
         )
 
 
+@dataclass(frozen=True)
+class WireTimes:
+    """What a policy's tokens take over a wire; docs/theory.md, (63).
+
+    Attributes
+    ----------
+    sent : float array (N,)
+        Probability that the server is asked.
+    bits : float array (N,)
+        Of the payload, if it is.
+    skipped_ms, sent_ms : float array (N,)
+        Time of the token if it is skipped, and if it is sent.
+    later : bool array (N,)
+        Whether it is behind the first of its answer, which waits for both prefills.
+    """
+
+    sent: np.ndarray
+    bits: np.ndarray
+    skipped_ms: np.ndarray
+    sent_ms: np.ndarray
+    later: np.ndarray
+
+    @classmethod
+    def of(
+        cls, tokens: PolicyTokens, link: Link, costs: WireCosts, vocab_size: int, prob_bits: int
+    ) -> WireTimes:
+        """By (63), of what the policy does at each token."""
+        sent = 1.0 - tokens.skip
+        some = np.where(sent > 0, sent, 1.0)
+        role = tokens.policy.role
+        bits = np.asarray(
+            payload_bits(
+                np.where(sent > 0, tokens.entries / some, 0.0),
+                vocab_size,
+                prob_bits,
+                draft_sent=tokens.policy.draft_sent,
+                num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
+            )
+        )
+        frames = np.array([8.0 * ask_bytes(int(one)) for one in np.round(bits)])
+        up = np.asarray(link.uplink_time_ms(frames))
+        down = float(link.downlink_time_ms(8.0 * reply_bytes(vocab_size)))
+        none, ones = np.zeros_like(sent), np.ones_like(sent)
+        if role != "both":
+            bits, up, sent = none, none, none
+        rest = (down, costs, link.round_trip_ms, role == "server")
+        later = np.ones(len(sent), dtype=bool)
+        later[answer_rows(tokens.prompt_index)[0]] = False
+        return cls(
+            sent, bits, wire_time_ms(none, none, *rest), wire_time_ms(ones, up, *rest), later
+        )
+
+    def quantiles(self, levels: Sequence[float]) -> tuple[float, ...]:
+        """Of the times of later tokens, skipped or sent as likely as they are."""
+        times = np.concatenate([self.skipped_ms[self.later], self.sent_ms[self.later]])
+        weights = np.concatenate([1.0 - self.sent[self.later], self.sent[self.later]])
+        found = np.quantile(times, levels, weights=weights, method="inverted_cdf")
+        return tuple(found.tolist())
+
+
 def wire_means(
     tokens: PolicyTokens, link: Link, costs: WireCosts, vocab_size: int, prob_bits: int
 ) -> dict[str, RatioEstimate]:
     """Means over the wire of what a policy does at each token; docs/theory.md, (63).
 
-    Times are of tokens behind the first of an answer, which waits for both prefills.
+    Times are of tokens behind the first of an answer.
     """
-    sent = 1.0 - tokens.skip
-    some = np.where(sent > 0, sent, 1.0)
-    role = tokens.policy.role
-    bits = np.asarray(
-        payload_bits(
-            np.where(sent > 0, tokens.entries / some, 0.0),
-            vocab_size,
-            prob_bits,
-            draft_sent=tokens.policy.draft_sent,
-            num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
-        )
-    )
-    frames = np.array([8.0 * ask_bytes(int(one)) for one in np.round(bits)])
-    up = np.asarray(link.uplink_time_ms(frames))
-    down = float(link.downlink_time_ms(8.0 * reply_bytes(vocab_size)))
-    none, ones = np.zeros_like(sent), np.ones_like(sent)
-    if role != "both":
-        bits, up, sent = none, none, none
-    rest = (down, costs, link.round_trip_ms, role == "server")
-    skipped_ms = wire_time_ms(none, none, *rest)
-    sent_ms = wire_time_ms(ones, up, *rest)
+    times = WireTimes.of(tokens, link, costs, vocab_size, prob_bits)
+    sent = times.sent
 
     def mean(values: np.ndarray) -> RatioEstimate:
         return mean_over_tokens(values, tokens.prompt_index, tokens.num_prompts)
 
-    first = np.zeros(len(sent), dtype=bool)
-    first[answer_rows(tokens.prompt_index)[0]] = True
-
     def later(if_skipped: np.ndarray, if_sent: np.ndarray) -> RatioEstimate:
         values = (1.0 - sent) * if_skipped + sent * if_sent
-        return mean(np.where(first, np.nan, values))
+        return mean(np.where(times.later, values, np.nan))
 
-    time_ms = later(skipped_ms, sent_ms)
+    time_ms = later(times.skipped_ms, times.sent_ms)
     return {
         "skip_rate": mean(tokens.skip),
-        "uplink_bits_per_token": mean(sent * bits),
+        "uplink_bits_per_token": mean(sent * times.bits),
         "token_time_ms": time_ms,
         "throughput_tok_s": rate_of(time_ms),
-        "mean_throughput_tok_s": later(1e3 / skipped_ms, 1e3 / sent_ms),
+        "mean_throughput_tok_s": later(1e3 / times.skipped_ms, 1e3 / times.sent_ms),
     }
 
 
@@ -579,6 +617,9 @@ def _judge(
             0.0,
         ),
         token_ms_quantiles=tuple(float(one) for one in np.quantile(later_ms, QUANTILES)),
+        predicted_ms_quantiles=WireTimes.of(
+            prediction.server, link, probe.costs, size, bits
+        ).quantiles(QUANTILES),
         server_busy_share=min(1e-3 * sum(one.server_ms for one in tokens) / total_s, 1.0),
         uplink_bytes_per_token=as_figure(
             clock([one.sent_bytes for one in tokens]), "byte/token", confidence, 0.0

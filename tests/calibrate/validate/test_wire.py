@@ -20,7 +20,7 @@ from calibrate.run.errors import UsageError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import text_key
 from calibrate.run.records import CalibrationRecord, DeriveRequest, RunRecord, WireRecord
-from calibrate.validate.wire import prepare_wire, run_wire, wire_means
+from calibrate.validate.wire import QUANTILES, WireTimes, prepare_wire, run_wire, wire_means
 from calibrate.wire.protocol import ask_bytes, reply_bytes
 from calibrate.wire.run import read_derived
 from hlmtheory.cost import WireCosts, wire_time_ms
@@ -157,7 +157,7 @@ def test_predicted_times_are_those_of_the_obvious_loop(rng):
     link, costs = RateLink(1e6, 4e6, 40.0), WireCosts(50.0, 70.0)
     found = wire_means(tokens, link, costs, vocab, 8)
     total_ms = bits = unseen = 0.0
-    inverse = 0.0
+    inverse, spent_ms = 0.0, []
     for i in range(num):
         unseen = 0 if i % 10 == 0 else unseen
         if skip[i]:
@@ -168,6 +168,7 @@ def test_predicted_times_are_those_of_the_obvious_loop(rng):
             spent = 50 + 70 + 40 + frame / 1e3 + 8 * reply_bytes(vocab) / 4e3
             bits, unseen = bits + payload, 0
         if i % 10:  # the first of an answer waits for both prefills
+            spent_ms.append(spent)
             total_ms += spent
             inverse += 1e3 / spent
     later = num - 6
@@ -176,6 +177,8 @@ def test_predicted_times_are_those_of_the_obvious_loop(rng):
     assert found["mean_throughput_tok_s"].value == pytest.approx(inverse / later)
     assert found["uplink_bits_per_token"].value == pytest.approx(bits / num)
     assert found["skip_rate"].value == pytest.approx(skip.mean())
+    quantiles = WireTimes.of(tokens, link, costs, vocab, 8).quantiles(QUANTILES)
+    assert quantiles == pytest.approx(np.quantile(spent_ms, QUANTILES, method="inverted_cdf"))
 
 
 def test_a_stream_overlaps_its_link():
