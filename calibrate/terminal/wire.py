@@ -54,7 +54,8 @@ def print_wire(result: WireRecord) -> None:
                  *(f"{clock:,.0f}, {predicted:,.0f}" for clock, predicted in
                    zip(run.token_ms_quantiles, run.predicted_ms_quantiles, strict=True)))
                 for run in one.by_time
-            ], title=f"link {one.link_name}: ms that so many tokens take at most, clock and predicted",
+            ],
+            title=f"link {one.link_name}: so many tokens take at most, ms by the clock and predicted",
         )  # fmt: skip
         for run in one.by_time:
             if run.token_time.covered is False:
