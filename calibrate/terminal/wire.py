@@ -55,7 +55,7 @@ def print_wire(result: WireRecord) -> None:
                    zip(run.token_ms_quantiles, run.predicted_ms_quantiles, strict=True)))
                 for run in one.by_time
             ],
-            title=f"link {one.link_name}: so many tokens take at most, ms by the clock and predicted",
+            title=f"link {one.link_name}: ms that so many tokens take at most: clock, predicted",
         )  # fmt: skip
         for run in one.by_time:
             if run.token_time.covered is False:
