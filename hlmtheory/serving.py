@@ -77,6 +77,10 @@ def users_from_which_asking_is_faster(
     return 1 if with_fewer < alone_ms else least
 
 
+RESTART = 1e-9
+"""Probability that the chain of a shared server's queue begins anew after a pass."""
+
+
 @dataclass(frozen=True)
 class SharedServer:
     """What a server's queue settles to.
@@ -108,8 +112,8 @@ def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> 
 
     .. math:: m' = m - b + \mathrm{Bin}(n - m,\; 1 - e^{-s_b/Z}), \qquad b = \min(m, B)
 
-    where nobody waits, the first comes after Z/n in the mean and is served alone. The chain's
-    stationary law gives all means; the wait follows by Little's law, n/X - Z. docs/theory.md, (64).
+    where nobody waits, the first comes after Z/n in the mean and is served alone. It begins with all
+    of them waiting. Its stationary law gives all means; the wait follows by Little's law, n/X - Z. docs/theory.md, (64).
 
     Parameters
     ----------
@@ -141,10 +145,11 @@ def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> 
     comes = -np.expm1(-pass_time / think_ms)
     arrivals = waiting[None, :] - (at_begin - served)[:, None]
     chain = stats.binom.pmf(arrivals, (num_users - at_begin)[:, None], comes[:, None])
-    stationary = np.linalg.solve(
-        np.vstack([(chain.T - np.eye(num_users + 1))[:-1], np.ones(num_users + 1)]),
-        np.append(np.zeros(num_users), 1.0),
-    )
+    # Where nearly nobody thinks, the chain falls apart into cycles: of them the one is meant that is
+    # reached when all users begin by asking. So it is the law of a chain that hardly ever restarts.
+    start = np.append(np.zeros(num_users), 1.0)
+    visits = np.linalg.solve(np.eye(num_users + 1) - (1.0 - RESTART) * chain.T, start)
+    stationary = visits / visits.sum()
     idle = stationary[0] * think_ms / num_users
     busy = float(stationary @ pass_time)
     per_pass = float(stationary @ served)

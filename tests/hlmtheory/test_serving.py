@@ -82,7 +82,7 @@ def simulated_queue(
 ) -> tuple[float, float, float]:
     """(asks a second, busy share, mean wait) of a server that answers all who wait in one pass."""
     rng = np.random.default_rng(seed)
-    asks = sorted(rng.exponential(think_ms, num_users).tolist())
+    asks = [0.0] * num_users
     now = busy = waited = 0.0
     answered = 0
     while answered < num_asks:
@@ -104,6 +104,7 @@ def simulated_queue(
         (12, 150.0, [20.0 + 4.0 * i for i in range(8)]),
         (40, 300.0, [20.0 + 4.0 * i for i in range(16)]),
         (3, 1e-3, [10.0, 15.0, 18.0]),
+        (4, 1e-6, [10.0, 15.0, 18.0, 20.0]),
     ],
 )
 def test_the_queue_of_a_shared_server_against_one_that_is_simulated(num_users, think_ms, pass_ms):
