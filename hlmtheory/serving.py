@@ -112,8 +112,9 @@ def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> 
 
     .. math:: m' = m - b + \mathrm{Bin}(n - m,\; 1 - e^{-s_b/Z}), \qquad b = \min(m, B)
 
-    where nobody waits, the first comes after Z/n in the mean and is served alone. It begins with all
-    of them waiting. Its stationary law gives all means; the wait follows by Little's law, n/X - Z. docs/theory.md, (64).
+    where nobody waits, the first comes after Z/n in the mean and is served alone. It begins with
+    all of them waiting. Its stationary law gives all means; the wait follows by Little's law,
+    n/X - Z. docs/theory.md, (64).
 
     Parameters
     ----------
@@ -145,8 +146,8 @@ def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> 
     comes = -np.expm1(-pass_time / think_ms)
     arrivals = waiting[None, :] - (at_begin - served)[:, None]
     chain = stats.binom.pmf(arrivals, (num_users - at_begin)[:, None], comes[:, None])
-    # Where nearly nobody thinks, the chain falls apart into cycles: of them the one is meant that is
-    # reached when all users begin by asking. So it is the law of a chain that hardly ever restarts.
+    # Where nearly nobody thinks the chain falls apart into cycles. The one is meant that is reached
+    # when all users begin by asking: the law of a chain that hardly ever begins anew.
     start = np.append(np.zeros(num_users), 1.0)
     visits = np.linalg.solve(np.eye(num_users + 1) - (1.0 - RESTART) * chain.T, start)
     stationary = visits / visits.sum()

@@ -241,12 +241,18 @@ def _bits(values: np.ndarray, width: int) -> np.ndarray:
     return np.unpackbits(octets, axis=1)[:, 32 - width :]
 
 
-def _values(bits: np.ndarray, width: int) -> np.ndarray:
-    """What :func:`_bits` took apart."""
-    wide = np.zeros((len(bits) // width, 32), dtype=np.uint8)
-    wide[:, 32 - width :] = bits.reshape(-1, width)
-    found: np.ndarray = np.packbits(wide, axis=1).view(">u4")[:, 0].astype(np.int64)
-    return found
+def _values(payload: np.ndarray, begin: int, num: int, width: int) -> np.ndarray:
+    """What :func:`_bits` took apart: `num` values of `width` <= 24 bits, from bit `begin` on.
+
+    Each lies in the four octets from its first one on.
+    """
+    bit = begin + width * np.arange(num, dtype=np.int64)
+    first, octets = bit >> 3, np.append(payload, np.zeros(4, dtype=np.uint8)).astype(np.uint32)
+    word = np.zeros(num, dtype=np.uint32)
+    for i in range(4):
+        word |= octets[first + i] << np.uint32(24 - 8 * i)
+    word <<= (bit & 7).astype(np.uint32)
+    return (word >> np.uint32(32 - width)).astype(np.int64)
 
 
 def pack_tokens(tokens: Any, vocab_size: int) -> bytes:
@@ -262,19 +268,20 @@ def unpack_tokens(payload: bytes, num: int, vocab_size: int) -> np.ndarray:
     FrameError
         If the payload has another length, or a token lies beyond the vocabulary.
     """
-    width = index_bits(vocab_size)
-    return _checked(_taken(payload, num * width), width, vocab_size)
+    return _tokens(_taken(payload, num * index_bits(vocab_size)), num, vocab_size)
 
 
 def _taken(payload: bytes, num_bits: int) -> np.ndarray:
+    """The octets of a payload of so many bits."""
     if len(payload) != -(-num_bits // 8):
         raise FrameError(f"payload of {len(payload)} bytes: {-(-num_bits // 8)} were announced")
-    return np.unpackbits(np.frombuffer(payload, dtype=np.uint8))[:num_bits]
+    return np.frombuffer(payload, dtype=np.uint8)
 
 
-def _checked(bits: np.ndarray, width: int, vocab_size: int) -> np.ndarray:
-    found = _values(bits, width)
-    if len(found) and int(found.max()) >= vocab_size:
+def _tokens(payload: np.ndarray, num: int, vocab_size: int) -> np.ndarray:
+    """The tokens that a payload begins with."""
+    found = _values(payload, 0, num, index_bits(vocab_size))
+    if num and int(found.max()) >= vocab_size:
         raise FrameError(f"token {int(found.max())}: the vocabulary has {vocab_size}")
     return found
 
@@ -332,11 +339,11 @@ def unpack_ask(frame: bytes, vocab_size: int, prob_bits: int) -> Ask:
         raise FrameError(f"total = {total}: allowed is a finite number above 0")
     index, has_draft = index_bits(vocab_size), bool(flags & Flag.DRAFT)
     num_indices = num_unseen + has_draft + num_entries
-    bits = _taken(frame[_ASK.size :], num_indices * index + num_entries * prob_bits)
-    indices = _checked(bits[: num_indices * index], index, vocab_size)
-    codes = _values(bits[num_indices * index :], prob_bits)
+    payload = _taken(frame[_ASK.size :], num_indices * index + num_entries * prob_bits)
+    indices = _tokens(payload, num_indices, vocab_size)
+    codes = _values(payload, num_indices * index, num_entries, prob_bits)
     unseen, tokens = indices[:num_unseen], indices[num_unseen + has_draft :]
-    if len(np.unique(tokens)) < len(tokens):
+    if np.bincount(tokens, minlength=1).max() > 1:
         raise FrameError("a token has two probabilities")
     draft = int(indices[num_unseen]) if has_draft else None
     return Ask(position, unseen, draft, tokens, codes, total, flags & ~Flag.DRAFT)

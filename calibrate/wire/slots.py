@@ -13,6 +13,9 @@ from calibrate.run.errors import UserError
 SPARE_POSITIONS = 256
 """Room grows by this many positions at least, or by half."""
 
+WORTH_TWO_PASSES = 24
+"""Tokens of padding that cost more than a second pass over the weights."""
+
 
 class SlotCaches:
     """A server model's contexts: rows of one cache, appended to by any number of tokens each.
@@ -56,12 +59,24 @@ class SlotCaches:
 
         float32. Contexts are those that :meth:`clear` and earlier calls left.
         """
+        rows = [list(row) for row in tokens]
+        more = [i for i, row in enumerate(rows) if len(row) > 1]
+        width = max(map(len, rows))
+        apart = len(more) * (width - 1) + len(rows)
+        if len(rows) * width > apart + WORTH_TWO_PASSES:  # few rows are long: not padded for all
+            self._run([slots[i] for i in more], [rows[i][:-1] for i in more], False)
+            rows = [row[-1:] for row in rows]
+        output = self._run(list(slots), rows, True)
+        return output.float()
+
+    def _run(self, slots: list[int], rows: list[list[int]], head: bool) -> torch.Tensor:
+        """One pass; logits (b, V) behind the last token of each; without a head hidden states."""
         device = self._model.device
-        counts = [len(row) for row in tokens]
+        counts = [len(row) for row in rows]
         width, starts = max(counts), [self.lengths[slot] for slot in slots]
         ids = torch.zeros(len(slots), width, dtype=torch.long)
-        for i, row in enumerate(tokens):
-            ids[i, : len(row)] = torch.tensor(list(row))
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
         begin = torch.tensor(starts, device=device)[:, None]
         positions = begin + torch.arange(width, device=device)  # (b, n)
         seen = max(starts) + width
@@ -70,21 +85,23 @@ class SlotCaches:
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)
         mask.masked_fill_(~visible, torch.finfo(dtype).min)
         for layer in self._layers:
-            layer.aim(list(slots), starts, seen, self.num_slots)
-        last = torch.tensor(counts, device=device) - 1
-        wanted, place = torch.unique(last, return_inverse=True)
-        output = self._model.model(
-            input_ids=ids.to(device),
-            attention_mask=mask[:, None],
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=wanted,
-        )
+            layer.aim(slots, starts, seen, self.num_slots)
         for slot, start, count in zip(slots, starts, counts, strict=True):
             self.lengths[slot] = start + count
-        rows = torch.arange(len(slots), device=device)
-        return output.logits[rows, place, : self._model.vocab_size].float()
+        given = {
+            "input_ids": ids.to(device),
+            "attention_mask": mask[:, None],
+            "position_ids": positions,
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+        if not head:
+            return torch.as_tensor(self._model.model.base_model(**given).last_hidden_state)
+        last = torch.tensor(counts, device=device) - 1
+        wanted, place = torch.unique(last, return_inverse=True)
+        logits = self._model.model(**given, logits_to_keep=wanted).logits
+        index = torch.arange(len(slots), device=device)
+        return torch.as_tensor(logits[index, place, : self._model.vocab_size])
 
 
 def _layer_class() -> Any:
