@@ -7,9 +7,9 @@ thinks as long as the calibration's device takes for a token, skips where the po
 recorded answer, and sends frames as long as that policy's. So any number of devices costs the
 machine little more than its frames.
 
-Predicted by docs/theory.md, (64): passes are timed apart, on the same server without a socket, and
-the think time is the device's for all tokens to the next ask, plus what one device alone waits
-beyond its pass. Nothing else is taken from the runs that are predicted.
+Predicted by docs/theory.md, (64): a pass over b asks, their frames unpacked, is timed apart, on the
+same server without a socket, and the think time is the device's for all tokens to the next ask,
+plus what one device alone waits beyond its pass. Nothing else is taken from what is predicted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import struct
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ from calibrate.wire.protocol import (
     kind_of,
     pack_ask,
     pack_open,
-    unpack_reply,
+    unpack_ask,
 )
 from calibrate.wire.run import Derived, read_derived, serving
 from calibrate.wire.server import Job, Server, Session
@@ -55,6 +56,8 @@ from hlmtheory.serving import shared_server
 POINTS = ("llm/none", "hlm/none", "u-hlm/risk-0.05", "r-hlm/risk-0.05", "coupled/risk-0.05")
 USERS = (1, 2, 4, 8, 16, 32, 64)
 MAX_BATCH = 32
+POSITION = slice(4, 8)
+"""Of an ASK's header: docs/protocol.md."""
 LONGEST = 4096
 
 
@@ -103,26 +106,40 @@ def habit_of(derived: Derived, trace: Any, key: str) -> Habit:
     """A point's habit; a device model costs its time unless the server writes alone."""
     policy, timings = derived.policy(key), derived.calibration.timings
     assert timings is not None
-    of = {name: number.value for name, number in timings.medians.items()}
+    of = {name: number.value or 0.0 for name, number in timings.medians.items()}
     decide_ms = 0.0 if policy.role == "server" else of["t_slm_ms"]
     decide_ms += of["t_uncertainty_ms"] if policy.gated else 0.0
     tokens = drawn_tokens(trace, policy)
     return Habit(policy, decide_ms, tokens.skip > 0.5, np.rint(tokens.entries).astype(int))
 
 
-def ask_of(
-    habit: Habit, at: int, position: int, unseen: int, size: int, rng: np.random.Generator
-) -> Ask:
-    """An ask as long as the policy's: which tokens it names changes no time."""
-    num = min(int(habit.entries[at]), size)
-    return Ask(
-        position,
-        rng.integers(0, size, unseen),
-        int(rng.integers(size)) if habit.policy.draft_sent else None,
-        rng.choice(size, num, replace=False) if num else np.zeros(0, dtype=np.int64),
-        np.ones(num, dtype=np.int64),
-        1e6,
-    )
+class Frames:
+    """Asks as long as a policy's: which tokens they name changes no time, so they are made once."""
+
+    def __init__(self, habit: Habit, opening: Opening) -> None:
+        self._habit, self._opening = habit, opening
+        self._rng = np.random.default_rng(0)
+        self._made: dict[tuple[int, int], bytes] = {}
+
+    def at(self, token: int, position: int, unseen: int) -> bytes:
+        """What the policy sends at a token of the recorded answers."""
+        size = self._opening.vocab_size
+        key = (min(int(self._habit.entries[token]), size), unseen)
+        if key not in self._made:
+            self._made[key] = pack_ask(self._ask(*key), size, self._opening.prob_bits)
+        made = self._made[key]
+        return made[: POSITION.start] + struct.pack("<I", position) + made[POSITION.stop :]
+
+    def _ask(self, num: int, unseen: int) -> Ask:
+        size, rng = self._opening.vocab_size, self._rng
+        return Ask(
+            0,
+            rng.integers(0, size, unseen),
+            int(rng.integers(size)) if self._habit.policy.draft_sent else None,
+            rng.choice(size, num, replace=False) if num else np.zeros(0, dtype=np.int64),
+            np.ones(num, dtype=np.int64),
+            1e6,
+        )
 
 
 def pass_times(
@@ -137,32 +154,31 @@ def pass_times(
     size = opening.vocab_size
     options = ServerOptions(port=0, max_sessions=most, max_batch=most)
     server = Server(TransformerModel(model.model, size), lambda num: "", (), options)
-    rng = np.random.default_rng(0)
+    rng, frames = np.random.default_rng(0), Frames(habit, opening)
     sessions = [
         Session(b"", slot, opening, habit.policy, list(prompt.tokens), 0)
         for slot, prompt in zip(range(most), prompts, strict=False)
     ]
-    unseen = round(habit.skip_rate / (1 - habit.skip_rate))
     asked = np.flatnonzero(~habit.skips)
+    unseen = np.diff(asked, prepend=-1) - 1
 
-    def jobs(num: int) -> list[Job]:
-        out = []
-        for session in sessions[:num]:
-            at = int(rng.choice(asked))
-            ask = ask_of(habit, at, session.position + unseen, unseen, size, rng)
-            out.append(Job(session, ask, None, time.perf_counter()))  # type: ignore[arg-type]
-        return out
+    def one(session: Session) -> bytes:
+        at = int(rng.integers(len(asked)))
+        return frames.at(int(asked[at]), session.position + int(unseen[at]), int(unseen[at]))
 
-    for job in jobs(most):
-        server.advance([job])
+    def taken(some: Sequence[Session]) -> float:
+        """Milliseconds of a pass over an ask of each."""
+        sent = [one(session) for session in some]
+        begin = time.perf_counter()
+        asks = [unpack_ask(frame, size, opening.prob_bits) for frame in sent]
+        jobs = [Job(*pair, None, begin) for pair in zip(some, asks, strict=True)]  # type: ignore[arg-type]
+        server.advance(jobs)
+        return 1e3 * (time.perf_counter() - begin)
+
+    for session in sessions:
+        taken([session])
     sizes = [num for num in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if num <= most]
-    times: dict[int, list[float]] = {num: [] for num in sizes}
-    for _ in range(repeats):
-        for num in sizes:
-            some = jobs(num)
-            begin = time.perf_counter()
-            server.advance(some)
-            times[num].append(1e3 * (time.perf_counter() - begin))
+    times = {num: [taken(sessions[:num]) for _ in range(repeats)] for num in sizes}
     medians = [float(np.median(times[num])) for num in sizes]
     return [float(one) for one in np.interp(np.arange(1, most + 1), sizes, medians)]
 
@@ -172,10 +188,9 @@ class Crowd:
 
     def __init__(self, port: int, opening: Opening, habit: Habit) -> None:
         self.url, self.port = f"ws://127.0.0.1:{port}", port
-        self.opening, self.habit = opening, habit
+        self.opening, self.habit, self.frames = opening, habit, Frames(habit, opening)
         self.tokens: list[int] = []
         self.waits: list[float] = []
-        self.passes: list[float] = []
         self.busy_share = 0.0
 
     def run(self, prompts: Sequence[TokenizedPrompt], seconds: float) -> None:
@@ -208,7 +223,6 @@ class Crowd:
 
     async def _device(self, number: int, prompt: TokenizedPrompt, ready: asyncio.Barrier) -> None:
         habit, opening, rng = self.habit, self.opening, np.random.default_rng(number)
-        size, bits = opening.vocab_size, opening.prob_bits
         at, position, unseen = int(rng.integers(len(habit.skips))), 0, 0
         async with connect(
             self.url,
@@ -227,15 +241,14 @@ class Crowd:
                         unseen, position = unseen + 1, position + 1
                         self.tokens[number] += self.counting
                         continue
-                ask = ask_of(habit, at, position, unseen, size, rng)
+                sent = self.frames.at(at, position, unseen)
                 begin = time.perf_counter()
-                await connection.send(pack_ask(ask, size, bits))
+                await connection.send(sent)
                 frame = await connection.recv()
                 assert isinstance(frame, bytes)
                 assert kind_of(frame) == Kind.REPLY, frame
                 if self.counting:
                     self.waits.append(1e3 * (time.perf_counter() - begin))
-                    self.passes.append(1e-3 * unpack_reply(frame, size).server_us)
                     self.tokens[number] += 1
                 unseen, position = 0, position + 1
                 if first:
