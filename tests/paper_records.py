@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.derive.presets import link_to_dict
 from calibrate.run.folder import write_record
 from calibrate.run.records import (
     AnswerCurve,
@@ -67,6 +68,7 @@ from calibrate.run.records import (
     WireRecord,
     WireRun,
 )
+from hlmtheory.link import RateLink
 from paper_figs.loaded import LoadedRun
 
 VOCAB = 32_000
@@ -539,6 +541,11 @@ def write_run(run: Path) -> Path:
     return run
 
 
+def rate_link(rate_bps: float) -> dict[str, Any]:
+    """As a record holds it."""
+    return link_to_dict(RateLink(rate_bps, None, 40.0))
+
+
 def wire_record(derivation: DerivationRecord) -> WireRecord:
     """Two links; the clock is 2 % above the prediction, and 20 % above (27)."""
 
@@ -556,9 +563,11 @@ def wire_record(derivation: DerivationRecord) -> WireRecord:
             probe=WireProbe(num_prompts=6, num_tokens=240, decide_ms=20.0, ask_ms=30.0,
                             server_ms=25.0),
             token_ms_quantiles=(20.0, 30.0, value, 90.0, 120.0), server_busy_share=0.4,
+            predicted_ms_quantiles=(20.0, 20.0, value, 80.0, 80.0),
             uplink_bytes_per_token=fig(40.0), downlink_bytes_per_token=fig(25.0),
             framing_bytes_per_ask=26.0, framing_as_stated=True, same_tokens_share=1.0,
             before=(cell(policy, rule, value, 1.2),), cells=(cell(policy, rule, value, 1.02),),
+            replayed=cell(policy, rule, value, 1.01),
         )  # fmt: skip
 
     points = [one for one in derivation.operating_points if one.rule in ("none", "risk-0.02")]
@@ -568,10 +577,10 @@ def wire_record(derivation: DerivationRecord) -> WireRecord:
         num_threads=1, prob_bits=8, seed=1, max_new_tokens=40, prompt_ids=("v1", "v2"),
         confidence=CONFIDENCE,
         links=tuple(
-            WireLinkRuns(link_name=name, link={"model": "rate", "rate_bps": rate}, runs=runs)
+            WireLinkRuns(link_name=name, link=rate_link(rate), runs=runs)
             for name, rate in (("10mbit", 1e7), ("1mbit", 1e6))
         ),
-        mean_time_error=0.02, mean_time_error_before=0.2,
+        mean_time_error=0.02, mean_time_error_replayed=0.01, mean_time_error_before=0.2,
         coverage=Coverage(covered=20, total=20, share=fig(1.0)),
     )  # fmt: skip
 

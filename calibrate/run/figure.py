@@ -131,6 +131,11 @@ def share_text(share: float) -> str:
     return f"{100 * share:g}{NBSP}%"
 
 
+def signed_percent_text(share: float) -> str:
+    """How far off something is, in per cent of it, with both signs."""
+    return f"{100 * share:+.1f}{NBSP}%".replace("-", "\N{MINUS SIGN}")
+
+
 def _text(value: float, digits: int, decimals: int | None) -> str:
     if decimals is None:
         rounded = float(f"{value:.{digits}g}")

@@ -6,6 +6,7 @@ what the next one reads, field by field. docs/formats.md is made from them.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -711,6 +712,12 @@ class Cell(Record):
     covered: bool | None
     fixed: bool
     """Whether the policy alone fixes the figure, so that it cannot miss."""
+
+    @property
+    def off(self) -> float:
+        """Predicted over measured, less 1; NaN without both."""
+        predicted, measured = self.predicted.value, self.measured.value
+        return math.nan if predicted is None or not measured else predicted / measured - 1.0
 
 
 class Coverage(Record):

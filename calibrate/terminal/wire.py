@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from calibrate.run.figure import number_text
+from calibrate.run.figure import number_text, signed_percent_text
 from calibrate.run.prompts import Prompt, draw_prompts, read_prompts, tokenize_prompts
-from calibrate.run.records import Cell, WireRecord, WireRun
+from calibrate.run.records import WireRecord, WireRun
 from calibrate.terminal.page import Page
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def print_wire(result: WireRecord) -> None:
              ">same tokens"),
             [
                 (f"{run.policy}/{run.rule}", number_text(run.token_time.measured, 4),
-                 number_text(run.token_time.predicted, 4), _off(run.token_time),
-                 _off(run.replayed), _off(run.before[0]),
+                 number_text(run.token_time.predicted, 4), signed_percent_text(run.token_time.off),
+                 signed_percent_text(run.replayed.off), signed_percent_text(run.before[0].off),
                  number_text(run.first_token_ms, 3, interval=False),
                  number_text(run.uplink_bytes_per_token, 4, interval=False),
                  number_text(run.downlink_bytes_per_token, 3, interval=False),
@@ -66,23 +66,13 @@ def print_wire(result: WireRecord) -> None:
 
 def _miss(run: WireRun) -> str:
     """Why a token time lies outside its interval: which tokens came, or what they took."""
-    off, replayed = _share_off(run.token_time), _share_off(run.replayed)
     skips = next(cell for cell in run.cells if cell.metric == "skip_rate")
     return (
-        f"{run.policy}/{run.rule} misses by {off:+.1%}: machines and link {replayed:+.1%}, the "
+        f"{run.policy}/{run.rule} misses by {signed_percent_text(run.token_time.off)}: machines "
+        f"and link {signed_percent_text(run.replayed.off)}, the "
         f"rest is which tokens came (skipped {number_text(skips.measured)}, predicted "
         f"{number_text(skips.predicted)})"
     )
-
-
-def _share_off(cell: Cell) -> float:
-    assert cell.predicted.value is not None
-    assert cell.measured.value
-    return cell.predicted.value / cell.measured.value - 1.0
-
-
-def _off(cell: Cell) -> str:
-    return f"{_share_off(cell):+.1%}".replace("-", "\N{MINUS SIGN}")
 
 
 def typed_prompts(source: str | None, limit: int) -> Iterator[Prompt]:

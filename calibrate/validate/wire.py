@@ -307,8 +307,7 @@ def run_wire(
 def _mean_time_error(of: Iterable[tuple[Cell, ...]]) -> float:
     """Mean of |predicted - clock| / clock over the token times."""
     cells = [cell for cells in of for cell in cells if cell.metric == "token_time_ms"]
-    pairs = [(cell.predicted.value, cell.measured.value) for cell in cells]
-    return float(np.mean([abs(a / b - 1.0) for a, b in pairs if a is not None and b]))
+    return float(np.mean([abs(cell.off) for cell in cells]))
 
 
 def _coverage(links: Sequence[WireLinkRuns], confidence: float) -> Coverage:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from calibrate.run.figure import NO_VALUE, number_text, scaled
+from calibrate.run.figure import NO_VALUE, number_text, scaled, signed_percent_text
 from calibrate.run.folder import write_text
 from calibrate.run.records import (
     Figure,
@@ -23,6 +23,7 @@ from calibrate.run.records import (
     OperatingPoint,
     ValidationRecord,
     WireLinkRuns,
+    WireRecord,
 )
 from calibrate.run.resources import data_path
 from paper_figs.draw import figures, save
@@ -75,9 +76,9 @@ def summary(real: LoadedRun) -> str:
     if real.wire is not None:
         links = real.wire.links
         rows.append([
-            "the fastest of the policies that ask, by the clock, on a link of "
+            "time of a token by the clock, of the fastest policy with a gate, on links of "
             + "; ".join(_link_text(one) for one in links),
-            "; ".join(_fastest(one) for one in links),
+            _fastest(links),
         ])  # fmt: skip
     if real.guarantees is not None:
         found = _of_all_prompts(real.guarantees)
@@ -335,16 +336,34 @@ def _link_text(link: WireLinkRuns) -> str:
     return f"{rate / scale:g} {unit}, {delay:g} ms"
 
 
-def _fastest(link: WireLinkRuns) -> str:
-    """The gated policy that is fastest by the clock, and those that its interval does not part."""
-    gated = [run for run in link.by_time if run.gated]
-    first = gated[0].token_time.measured
-    near = [
-        run.policy for run in gated[1:]
-        if first.high is not None and (run.token_time.measured.value or 0.0) <= first.high
+def _fastest(links: Sequence[WireLinkRuns]) -> str:
+    """The fastest gated policy on each link, by the clock, and those that do as well."""
+    told, beside = [], []
+    for one in links:
+        first, *others = [run for run in one.by_time if run.gated]
+        most = first.token_time.measured.high
+        beside.append([
+            f"`{run.policy}`" for run in others
+            if most is not None and (run.token_time.measured.value or 0.0) <= most
+        ])  # fmt: skip
+        told.append(f"`{first.policy}` {number_text(first.token_time.measured)} ms")
+    if len({tuple(sorted(names)) for names in beside}) == 1:
+        near = f" (inside its interval on each: {', '.join(sorted(beside[0]))})"
+        return "; ".join(told) + (near if beside[0] else "")
+    return "; ".join(
+        text + (f" (inside: {', '.join(names)})" if names else "")
+        for text, names in zip(told, beside, strict=True)
+    )
+
+
+def _misses(record: WireRecord) -> str:
+    """Token times outside their intervals, and what of it the machines and the link did."""
+    found = [
+        f"`{run.policy}` over {_link_text(one)} by {signed_percent_text(run.token_time.off)} "
+        f"(which tokens came left out: {signed_percent_text(run.replayed.off)})"
+        for one in record.links for run in one.runs if run.token_time.covered is False
     ]  # fmt: skip
-    beside = f" (as good: {', '.join(f'`{name}`' for name in near)})" if near else ""
-    return f"`{gated[0].policy}` {number_text(first)} ms{beside}"
+    return f" Of the token times these miss: {'; '.join(found)}." if found else ""
 
 
 def _wires(runs: Sequence[LoadedRun]) -> str:
@@ -386,9 +405,7 @@ def _wires(runs: Sequence[LoadedRun]) -> str:
             f"({record.mean_time_error_before:.1%} without what a wire adds, "
             f"{record.mean_time_error_replayed:.1%} once it is known which tokens were skipped); "
             f"{held.covered} of {held.total} figures of the clock lie in their intervals. Fastest "
-            "of the gated policies: "
-            + "; ".join(f"{_link_text(one)}: {_fastest(one)}" for one in record.links)
-            + "."
+            f"of the gated policies, link by link: {_fastest(record.links)}.{_misses(record)}"
         )
     return "\n\n".join(parts)
 

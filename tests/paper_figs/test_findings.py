@@ -128,6 +128,31 @@ def test_findings_of_runs_that_lack_parts(loaded: LoadedRun) -> None:
     assert "## 4. " not in text
 
 
+def test_the_clock_says_which_policy_is_fastest_and_what_missed(loaded: LoadedRun) -> None:
+    assert loaded.wire is not None
+    links = loaded.wire.links
+    fastest = min(
+        (run for run in links[0].runs if run.rule != "none"),
+        key=lambda run: run.token_time.measured.value or 0.0,
+    )
+    row = next(text for what, text in table(loaded).items() if "by the clock" in what)
+    assert row.startswith(f"`{fastest.policy}` {number_text(fastest.token_time.measured)} ms; ")
+    part = findings([loaded], loaded).split("## 5. ")[1]
+    assert part.count("| `") == len(links[0].runs)
+    assert "10 Mbit/s, 40 ms" in part
+    assert "miss" not in part
+    cell = links[1].runs[0].token_time
+    slow = cell.model_copy(update={"measured": Figure(value=4 * cell.predicted.value),
+                                   "covered": False})  # fmt: skip
+    runs = (links[1].runs[0].model_copy(update={"cells": (slow,)}), *links[1].runs[1:])
+    changed = (links[0], links[1].model_copy(update={"runs": runs}))
+    moved = replace(loaded, wire=loaded.wire.model_copy(update={"links": changed}))
+    text = findings([moved], moved).replace("\N{NO-BREAK SPACE}", " ")
+    name = runs[0].policy
+    assert f"`{name}` over 1 Mbit/s, 40 ms by \N{MINUS SIGN}75.0 %" in text
+    assert "## 5. " not in findings([replace(loaded, wire=None)], loaded)
+
+
 def test_calibration_is_what_the_shipped_trace_gives() -> None:
     """Point values and bootstrap intervals alike; numpy's sums may differ in the last digits."""
     from calibrate.fit.calibration import summarise
