@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from calibrate.run.figure import NBSP, percent_text, share_text
-from calibrate.run.records import Figure, OperatingPoint
+from calibrate.run.records import Figure, OperatingPoint, WireLinkRuns
 
 
 def percent(number: Figure, decimals: int | None = None, *, interval: bool = True) -> str:
     """A share with its interval, in per cent, with the sign where there is a number."""
     text = percent_text(number, decimals=decimals, interval=interval)
     return text if number.value is None else f"{text}{NBSP}%"
+
+
+def link_text(link: WireLinkRuns) -> str:
+    """A link by its numbers, or by its name where it is no plain rate."""
+    rate, delay = link.link.get("rate_bps"), link.link.get("round_trip_ms")
+    if rate is None:
+        return link.link_name
+    unit, scale = ("Gbit/s", 1e9) if rate >= 1e9 else ("Mbit/s", 1e6)
+    return f"{rate / scale:g} {unit}, {delay:g} ms"
 
 
 def budget_text(point: OperatingPoint) -> str:

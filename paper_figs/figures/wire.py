@@ -10,6 +10,7 @@ from calibrate.run.figure import NBSP, number_text
 from calibrate.run.records import WireLinkRuns, WireRun
 from paper_figs import style
 from paper_figs.loaded import LoadedRun
+from paper_figs.words import link_text
 
 QUESTION = "Does the predicted token time hold by the clock?"
 NEEDS, LACKS = "wire", "nothing was run over a link"
@@ -46,18 +47,33 @@ def _fastest(link: WireLinkRuns) -> WireRun:
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
-    """One panel a link: bars of the prediction's interval, markers of the clock; log axis."""
+    """One panel a link, below each other on one axis of time: bars of the prediction's interval,
+    markers of the clock."""
     record = loaded.wire
     if record is None or not record.links:
         return None
-    most = max(len(one.runs) for one in record.links)
-    drawn, axes = style.new_figure(1, len(record.links), 1.0 + 0.27 * most, share_y=False)
-    for axis, one, letter in zip(axes[0], record.links, "abcdefgh", strict=False):
+    counts = tuple(float(len(one.runs)) for one in record.links)
+    drawn, axes = style.new_figure(
+        len(counts), 1, 0.9 + 0.45 * len(counts) + 0.2 * sum(counts), share_x=True,
+        height_ratios=counts,
+    )  # fmt: skip
+    for axis, one, letter in zip(axes[:, 0], record.links, "abcdefgh", strict=False):
         _draw_link(loaded, axis, one)
-        style.panel_letter(axis, letter, one.link_name)
-        axis.set_xlabel("token time (ms; log)")
+        style.panel_letter(axis, letter, _title(one))
         axis.set_ylabel("policy")
+    last = axes[-1, 0]
+    last.set_xscale("log")
+    low, high = last.get_xlim()
+    ticks = [one for one in TICKS_MS if low <= one <= high]
+    last.set_xticks(ticks, [f"{one:,}" for one in ticks])
+    last.set_xticks([], minor=True)
+    last.set_xlabel("token time (ms; log)")
     return style.finish(drawn, QUESTION, _caption(loaded))
+
+
+def _title(link: WireLinkRuns) -> str:
+    text = link_text(link)
+    return text if text == link.link_name else f"{link.link_name}: {text} round trip"
 
 
 def _draw_link(loaded: LoadedRun, axis: Any, link: WireLinkRuns) -> None:
@@ -74,11 +90,6 @@ def _draw_link(loaded: LoadedRun, axis: Any, link: WireLinkRuns) -> None:
             measured[0], [height], xerr=style.error_lengths(measured), elinewidth=0.9, capsize=1.5,
             markersize=4.5, zorder=4, **loaded.style(run.policy).filled_marker(),
         )  # fmt: skip
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    ticks = [one for one in TICKS_MS if low <= one <= high]
-    axis.set_xticks(ticks, [f"{one:,}" for one in ticks])
-    axis.set_xticks([], minor=True)
     axis.set_yticks(range(len(runs)), [loaded.label(run.policy) for run in runs])
     axis.set_ylim(len(runs) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")

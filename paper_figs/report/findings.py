@@ -31,13 +31,13 @@ from paper_figs.figures.relation import MISFIT
 from paper_figs.loaded import LoadedRun, load_run
 from paper_figs.report.tables import markdown_table
 from paper_figs.style import styled
-from paper_figs.words import percent
+from paper_figs.words import link_text, percent
 
 BEGIN, END = "<!-- findings: from data/results, by paper_figs.report.findings -->", "<!-- end -->"
 ROOT = Path(__file__).resolve().parents[2]
 REAL = "qwen2.5-coder"
 EQUAL_THRESHOLD_RULES = ("risk-0.01", "risk-0.02", "risk-0.05")
-FIGURES = ("relation", "validation", "context_shift", "payload_bias", "guarantees")
+FIGURES = ("relation", "validation", "context_shift", "payload_bias", "guarantees", "wire")
 BITS, BIAS = "uplink_bits_per_token", "tv_bias"
 
 
@@ -77,7 +77,7 @@ def summary(real: LoadedRun) -> str:
         links = real.wire.links
         rows.append([
             "time of a token by the clock, of the fastest policy with a gate, on links of "
-            + "; ".join(_link_text(one) for one in links),
+            + "; ".join(link_text(one) for one in links),
             _fastest(links),
         ])  # fmt: skip
     if real.guarantees is not None:
@@ -327,15 +327,6 @@ def _guarantees(loaded: LoadedRun) -> str:
     )
 
 
-def _link_text(link: WireLinkRuns) -> str:
-    """A link by its numbers, if it is a rate."""
-    rate, delay = link.link.get("rate_bps"), link.link.get("round_trip_ms")
-    if rate is None:
-        return link.link_name
-    unit, scale = ("Gbit/s", 1e9) if rate >= 1e9 else ("Mbit/s", 1e6)
-    return f"{rate / scale:g} {unit}, {delay:g} ms"
-
-
 def _fastest(links: Sequence[WireLinkRuns]) -> str:
     """The fastest gated policy on each link, by the clock, and those that do as well."""
     told, beside = [], []
@@ -359,7 +350,7 @@ def _fastest(links: Sequence[WireLinkRuns]) -> str:
 def _misses(record: WireRecord) -> str:
     """Token times outside their intervals, and what of it the machines and the link did."""
     found = [
-        f"`{run.policy}` over {_link_text(one)} by {signed_percent_text(run.token_time.off)} "
+        f"`{run.policy}` over {link_text(one)} by {signed_percent_text(run.token_time.off)} "
         f"(which tokens came left out: {signed_percent_text(run.replayed.off)})"
         for one in record.links for run in one.runs if run.token_time.covered is False
     ]  # fmt: skip
@@ -399,7 +390,7 @@ def _wires(runs: Sequence[LoadedRun]) -> str:
             f"{loaded.run.name}, {len(record.prompt_ids)} prompts of at most "
             f"{record.max_new_tokens} tokens, gated policies at {rules}; ms a token:"
         )
-        parts.append(_table(["policy", *(_link_text(one) for one in record.links)], rows))
+        parts.append(_table(["policy", *(link_text(one) for one in record.links)], rows))
         parts.append(
             f"Predicted token times are {record.mean_time_error:.1%} off in the mean "
             f"({record.mean_time_error_before:.1%} without what a wire adds, "
@@ -407,6 +398,7 @@ def _wires(runs: Sequence[LoadedRun]) -> str:
             f"{held.covered} of {held.total} figures of the clock lie in their intervals. Fastest "
             f"of the gated policies, link by link: {_fastest(record.links)}.{_misses(record)}"
         )
+    parts.append(_figure("wire", "token times by the clock beside their predictions, link by link"))
     return "\n\n".join(parts)
 
 
