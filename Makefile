@@ -16,7 +16,7 @@ help:
 	@echo "make lint type   ruff, the layers of the imports, and mypy"
 	@echo "make docs        the documentation as a site, in site/index.html"
 	@echo "make bench       speed, as ratios in one run"
-	@echo "make evidence    measure data/results anew, in about an hour and a half"
+	@echo "make evidence    measure data/results anew, in about two and a half hours"
 
 install: $(STAMP)
 
