@@ -880,13 +880,22 @@ class WireRun(Record):
 
     @property
     def token_time(self) -> Cell:
-        """The cell of the token time by (63)."""
-        return next(cell for cell in self.cells if cell.metric == "token_time_ms")
+        """Token time by (63), against the clock."""
+        return _token_time(self.cells)
+
+    @property
+    def token_time_before(self) -> Cell:
+        """Token time by (27), against the clock."""
+        return _token_time(self.before)
 
     @property
     def gated(self) -> bool:
         """Whether a threshold decides about skips."""
         return self.rule != "none"
+
+
+def _token_time(cells: tuple[Cell, ...]) -> Cell:
+    return next(cell for cell in cells if cell.metric == "token_time_ms")
 
 
 class WireLinkRuns(Record):

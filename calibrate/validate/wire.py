@@ -280,7 +280,8 @@ def run_wire(
         )
         for name, link in plan.links.items()
     }
-    settings = plan.derived.settings
+    settings, links = plan.derived.settings, _joined(plan, runs)
+    every = [run for one in links for run in one.runs]
     result = WireRecord(
         derivation=plan.name,
         provenance=provenance(plan.command),
@@ -292,22 +293,19 @@ def run_wire(
         max_new_tokens=settings.max_new_tokens,
         prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
         confidence=plan.derived.derivation.confidence,
-        links=(links := _joined(plan, runs)),
-        mean_time_error=_mean_time_error(run.cells for one in links for run in one.runs),
-        mean_time_error_replayed=_mean_time_error(
-            (run.replayed,) for one in links for run in one.runs
-        ),
-        mean_time_error_before=_mean_time_error(run.before for one in links for run in one.runs),
+        links=links,
+        mean_time_error=_mean_time_error(run.token_time for run in every),
+        mean_time_error_replayed=_mean_time_error(run.replayed for run in every),
+        mean_time_error_before=_mean_time_error(run.token_time_before for run in every),
         coverage=_coverage(links, plan.derived.derivation.confidence),
     )
     write_record(plan.run, result, plan.name)
     return result
 
 
-def _mean_time_error(of: Iterable[tuple[Cell, ...]]) -> float:
-    """Mean of |predicted - clock| / clock over the token times."""
-    cells = [cell for cells in of for cell in cells if cell.metric == "token_time_ms"]
-    return float(np.mean([abs(cell.off) for cell in cells]))
+def _mean_time_error(times: Iterable[Cell]) -> float:
+    """Mean of |predicted - clock| / clock over token times."""
+    return float(np.mean([abs(cell.off) for cell in times]))
 
 
 def _coverage(links: Sequence[WireLinkRuns], confidence: float) -> Coverage:
