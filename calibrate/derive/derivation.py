@@ -71,12 +71,13 @@ def derive_run(
     record = _derived(run, request, name, command)
     judges = _judges(run, name)
     if judges:
-        there = record_path(run, DerivationRecord, name).is_file()
-        before = read_record(run, DerivationRecord, name) if there else None
-        if before is not None and _alike(_content(before), _content(record)):
-            return before
+        before = _earlier(run, name)
+        if isinstance(before, DerivationRecord):
+            if _alike(_content(before), _content(record)):
+                return before
+            before = "would hold other numbers"
         if not replace:
-            raise _refusal(run, name, judges, "would hold other numbers" if there else "is gone")
+            raise _refusal(run, name, judges, before)
     write_record(run, record, name)
     for judge in judges:
         judge.unlink()
@@ -89,7 +90,7 @@ def replaced_note(run: Path, request: DeriveRequest, name: str, replace: bool = 
     Raises
     ------
     UsageError
-        If that was validated for another request, and `replace` is not set.
+        If that was validated for another request, or cannot be read, and `replace` is not set.
     """
     path = record_path(run, DerivationRecord, name)
     if not path.is_file():
@@ -99,9 +100,12 @@ def replaced_note(run: Path, request: DeriveRequest, name: str, replace: bool = 
         return f"{path.name} is replaced: nobody validated it"
     if replace:
         return f"{path.name} is replaced, and {', '.join(j.name for j in judges)} removed"
-    if read_record(run, DerivationRecord, name).request != tidy(request):
-        raise _refusal(run, name, judges, "was derived for another request")
-    return ""
+    before = _earlier(run, name)
+    if isinstance(before, DerivationRecord):
+        if before.request == tidy(request):
+            return ""
+        before = "was derived for another request"
+    raise _refusal(run, name, judges, before)
 
 
 def tidy(request: DeriveRequest) -> DeriveRequest:
@@ -226,6 +230,16 @@ def parse_importance(text: str) -> dict[str, Any]:
 def _judges(run: Path, name: str) -> list[Path]:
     paths = [record_path(run, kind, name) for kind in JUDGES]
     return [path for path in paths if path.is_file()]
+
+
+def _earlier(run: Path, name: str) -> DerivationRecord | str:
+    """The derivation of that name as it is there, or why there is none."""
+    if not record_path(run, DerivationRecord, name).is_file():
+        return "is gone"
+    try:
+        return read_record(run, DerivationRecord, name)
+    except UserError:
+        return "is broken or of another version"
 
 
 def _refusal(run: Path, name: str, judges: list[Path], why: str) -> UsageError:

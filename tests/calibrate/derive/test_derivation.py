@@ -140,6 +140,17 @@ def test_the_same_words_for_another_link_are_another_request(run: Path, tmp_path
     assert record_names(run, ValidationRecord) == []
 
 
+def test_what_was_validated_and_cannot_be_read_stays_unless_it_is_replaced(run: Path) -> None:
+    derive_run(run, REQUEST)
+    add_validation(run)
+    write_text(record_path(run, DerivationRecord), "{")
+    for refused in (replaced_note, derive_run):
+        with pytest.raises(UsageError, match=r"broken or of another version.*--replace to remove"):
+            refused(run, REQUEST, "default")
+    assert derive_run(run, REQUEST, replace=True) == read_record(run, DerivationRecord)
+    assert record_names(run, ValidationRecord) == []
+
+
 def test_a_broken_derivation_is_replaced_if_nothing_rests_on_it(run: Path) -> None:
     write_text(record_path(run, DerivationRecord), "{")
     assert derive_run(run, REQUEST) == read_record(run, DerivationRecord)
