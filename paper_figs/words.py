@@ -67,7 +67,7 @@ GLOSSARY: dict[str, str] = {
     "tokens, skipped ones included. 'paper' accounting bills the probabilities alone; 'full' also "
     "the draft, the tokens that the server has not seen, and its replies.",
     "throughput": "1 / mean token time is how fast a long answer comes; the mean of 1 / token time "
-    "is what some papers report, and is larger.",
+    "is what some papers report, and is never smaller.",
     "energy": "Of device and server together, from token times and the powers of the profile.",
     "load": "Devices whose tokens one server can carry that runs them one by one: a token's time "
     "over the server's part of it.",
@@ -81,4 +81,4 @@ GLOSSARY: dict[str, str] = {
     "pilot": "A part of the calibration decoded again under a policy, to tell where a policy's own "
     "outputs lead; predictions are moved by it.",
 }
-"""Terms of figures and report, each in a sentence or two."""
+"""Terms of figures and report, each in a sentence or two; docs/glossary.md has the same words."""

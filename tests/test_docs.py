@@ -37,6 +37,7 @@ from docs_tools.pages import FENCE, ROOT, Block, block_of, blocks, inline, pages
 from hlmtheory.cost import DeviceProfile
 from hlmtheory.policies import policy_names
 from hlmtheory.scores import SCORE_NAMES
+from paper_figs.words import GLOSSARY
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -334,6 +335,14 @@ def test_the_pages_name_every_link_profile_metric_and_score() -> None:
     assert first_cells("how-to/own-policy.md", "| score | of | what it is |") == set(SCORE_NAMES)
     policies = first_cells("choosing.md", "| policy | the device skips the server when |")
     assert policies - {"-online"} == set(policy_names()) - {"cu-hlm-online"}
+
+
+def test_the_glossary_has_the_sentences_of_the_reports() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    for term, meaning in GLOSSARY.items():
+        (said,) = (said for word, said in rows if word.partition(":")[0] == term)
+        assert meaning in said
 
 
 def test_presets_are_named() -> None:
