@@ -192,7 +192,10 @@ def _assumptions(entry: dict[str, Any]) -> str:
     def text(value: Any) -> str:
         if isinstance(value, float):
             return number_text(value, 4)
-        return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if not isinstance(value, list):
+            return str(value)
+        named = all(isinstance(one, str) for one in value)
+        return " and ".join(value) if named else f"{len(value):,} values"
 
     return ", ".join(f"{key} {text(value)}" for key, value in entry.items())
 

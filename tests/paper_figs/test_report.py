@@ -16,7 +16,7 @@ from paper_figs import draw
 from paper_figs.figures import attention
 from paper_figs.loaded import LoadedRun
 from paper_figs.report import report
-from paper_figs.report.report import render, with_code, write_report
+from paper_figs.report.report import render, settings_rows, with_code, write_report
 from paper_figs.report.verdict import headline, verdict
 from paper_figs.style import caption_of, question_of, styled
 from paper_figs.words import GLOSSARY
@@ -136,6 +136,17 @@ def test_report_says_how_it_came_to_be(page_text: str) -> None:
     assert "derivation default" in text
     assert "validation default, of derivation default" in text
     assert "prompts shipped, 12 used, drawn at random" in text
+
+
+def test_a_measured_trace_is_counted_and_not_listed(loaded: LoadedRun) -> None:
+    assert loaded.derivation is not None
+    link = {"name": "drive.csv", "model": "trace", "rates_bps": [1e6] * 1500, "round_trip_ms": 0.0}
+    derivation = loaded.derivation.model_copy(
+        update={"link": link, "profile": {"name": "mine", "assumed": ["p_tx_w", "p_llm_w"]}}
+    )
+    rows = dict(settings_rows(replace(loaded, derivation=derivation)))
+    assert rows["link"] == "name drive.csv, model trace, rates_bps 1,500 values, round_trip_ms 0"
+    assert rows["device profile"] == "name mine, assumed p_tx_w and p_llm_w"
 
 
 def test_report_holds_texts_and_audit(page_text: str) -> None:
