@@ -166,7 +166,7 @@ class LoadedRun:
     @cached_property
     def compared(self) -> tuple[OperatingPoint, ...]:
         """Feasible points that policies are compared at: one rule for all gates, and no gate."""
-        sweep = None if self.derivation is None else self.derivation.snr
+        sweep = None if self.derivation is None else self.derivation.sweep
         if sweep is None:
             return ()
         return tuple(p for p in self.feasible if p.score is None or p.rule == sweep.rule)

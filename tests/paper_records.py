@@ -39,6 +39,7 @@ from calibrate.run.records import (
     ImportanceExample,
     ImportancePlane,
     LineFit,
+    LinkSweep,
     ModelIdentity,
     OperatingPoint,
     PairIdentity,
@@ -56,7 +57,6 @@ from calibrate.run.records import (
     RunRecord,
     RunSettings,
     SizeDistribution,
-    SnrSweep,
     StageRecord,
     ThresholdCurves,
     ThroughputCurves,
@@ -68,13 +68,12 @@ from calibrate.run.records import (
     WireRecord,
     WireRun,
 )
-from hlmtheory.link import RateLink
+from hlmtheory.link import SNR, SNR_DB, RateLink
 from paper_figs.loaded import LoadedRun
 
 VOCAB = 32_000
 NUM_PROMPTS, NUM_TOKENS = 12, 480
 CONFIDENCE = 0.95
-SNR_DB = tuple(float(snr) for snr in range(-15, 36))
 ANSWER_LENGTHS = (1, 2, 5, 10, 20, 40)
 KS, GAMMAS = (1, 4, 16), (0.5, 1.0, 2.0)
 METRICS = (
@@ -263,6 +262,7 @@ def point(policy: str, rule: str) -> OperatingPoint:
 
 
 def throughputs(policy: str, rule: str, factor: float = 1.0) -> ThroughputCurves:
+    """Logistic in the SNR."""
     rate = factor * 20 / (1 + np.exp(-np.array(SNR_DB) / 5)) * (1 + len(policy) / 10)
     return ThroughputCurves(
         policy=policy, rule=rule, throughput_tok_s=curve(SNR_DB, rate),
@@ -343,9 +343,9 @@ def derivation_record(name: str = "default", **changes: Any) -> DerivationRecord
             )
             for policy in gated
         ),
-        "snr": SnrSweep(
-            rule="risk-0.02", model="awgn", bandwidth_hz=2e7, round_trip_ms=5.0, snr_db=SNR_DB,
-            series=tuple(
+        "sweep": LinkSweep(
+            rule="risk-0.02", quantity=SNR.name, unit=SNR.unit, spacing=SNR.spacing, own=20.0,
+            grid=SNR_DB, series=tuple(
                 throughputs(entry[0], "risk-0.02" if entry[2] else "none") for entry in POLICIES
             ),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,16 +19,15 @@ from calibrate.derive.predict import (
     token_times,
     uplink_bits,
 )
-from calibrate.derive.presets import link_to_dict
 from calibrate.run.figure import AMOUNT, SHARE, curve
 from calibrate.run.records import (
     AnswerCurve,
     Curve,
     ImportanceExample,
+    LinkSweep,
     OperatingPoint,
     PayloadDistribution,
     SizeDistribution,
-    SnrSweep,
     ThresholdCurves,
     ThroughputCurves,
     TruncationCurves,
@@ -45,7 +44,6 @@ Runnable: TypeAlias = tuple[OperatingPoint, Policy]
 """A feasible point with its policy."""
 
 NUM_THRESHOLDS = 161
-SNR_DB = tuple(float(snr) for snr in range(-15, 36))
 USUAL_BUDGET = 0.01
 """Policies are compared at the risk budget nearest to it."""
 NUM_LEVELS = 101
@@ -96,32 +94,6 @@ def comparison_rule(points: Sequence[OperatingPoint]) -> str | None:
     return min(by_use, key=by_use.__getitem__, default=None)
 
 
-def economics_at(economics: Economics, snr_db: float) -> Economics:
-    """The same with the link at that SNR.
-
-    Raises
-    ------
-    ValueError
-        If the link does not allow it.
-    """
-    link: Any = economics.link
-    return replace(economics, link=replace(link, snr_db=snr_db))
-
-
-def allowed_snrs(economics: Economics) -> tuple[float, ...]:
-    """Those of SNR_DB that the link can have: none without an SNR, and none where all is outage."""
-    if not hasattr(economics.link, "snr_db"):
-        return ()
-    found = []
-    for snr in SNR_DB:
-        try:
-            economics_at(economics, snr)
-        except ValueError:
-            continue
-        found.append(snr)
-    return tuple(found)
-
-
 def answer_curves(study: Study, runnable: Sequence[Runnable]) -> tuple[AnswerCurve, ...]:
     """Distance of answers by their length: gated policies at budgets, and the device alone."""
     chosen = [
@@ -140,41 +112,45 @@ def throughput_curves(
     point: OperatingPoint,
     tokens: Averaged,
     economics: Economics,
-    snr_db: Sequence[float],
+    grid: Sequence[float],
     confidence: float,
 ) -> ThroughputCurves:
-    """Both throughputs of a point's tokens along the SNR; docs/theory.md, (26), (28)."""
+    """Both throughputs of a point's tokens, the link swept; docs/theory.md, (26), (28)."""
+    links = [economics.link.at(amount) for amount in grid]
 
-    def at_every_snr(seen: PolicyTokens) -> dict[str, RatioEstimate]:
+    def over_every_link(seen: PolicyTokens) -> dict[str, RatioEstimate]:
         bits = uplink_bits(seen, economics)
         return {
-            f"{name}@{snr:g}": one
-            for snr in snr_db
-            for name, one in token_times(seen, economics_at(economics, snr), bits).items()
+            f"{name}@{place}": one
+            for place, link in enumerate(links)
+            for name, one in token_times(seen, replace(economics, link=link), bits).items()
         }
 
-    found = tokens.mean(at_every_snr)
-    for snr in snr_db:
-        found[f"throughput_tok_s@{snr:g}"] = rate_of(found[f"token_time_ms@{snr:g}"])
+    found = tokens.mean(over_every_link)
+    for place in range(len(grid)):
+        found[f"throughput_tok_s@{place}"] = rate_of(found[f"token_time_ms@{place}"])
     both = {
-        name: curve(snr_db, [found[f"{name}@{snr:g}"] for snr in snr_db], confidence, *AMOUNT)
+        name: curve(
+            grid, [found[f"{name}@{place}"] for place in range(len(grid))], confidence, *AMOUNT
+        )
         for name in THROUGHPUTS
     }
     return ThroughputCurves(policy=point.policy, rule=point.rule, **both)
 
 
-def snr_sweep(study: Study, runnable: Sequence[Runnable]) -> SnrSweep | None:
-    """Throughput along the link's SNR of one point a policy: see :func:`compared`."""
+def link_sweep(study: Study, runnable: Sequence[Runnable]) -> LinkSweep | None:
+    """Throughput of one point a policy, see :func:`compared`, along what the link is swept by."""
     rule = comparison_rule([point for point, _ in runnable])
     if rule is None:
         return None
-    link, grid = study.economics.link, allowed_snrs(study.economics)
-    return SnrSweep(
+    link, grid = study.economics.link, study.economics.link.sweep()
+    return LinkSweep(
         rule=rule,
-        model=link_to_dict(link)["model"],
-        bandwidth_hz=getattr(link, "bandwidth_hz", None),
-        round_trip_ms=link.round_trip_ms,
-        snr_db=grid,
+        quantity=link.quantity.name,
+        unit=link.quantity.unit,
+        spacing=link.quantity.spacing,
+        own=link.amount,
+        grid=grid,
         series=tuple(
             throughput_curves(
                 point,
@@ -184,9 +160,7 @@ def snr_sweep(study: Study, runnable: Sequence[Runnable]) -> SnrSweep | None:
                 study.request.confidence,
             )
             for point, policy in compared(runnable)
-        )
-        if grid
-        else (),
+        ),
     )
 
 

@@ -158,7 +158,7 @@ def _derived(
         thresholds=curves.threshold_curves(study),
         answers=curves.answer_curves(study, runnable),
         paths=tuple(path.record() for path in paths if path.policy.gated),
-        snr=curves.snr_sweep(study, runnable),
+        sweep=curves.link_sweep(study, runnable),
         payloads=curves.payload_distributions(study, runnable),
         truncation=curves.truncation_curves(study, runnable),
         importance_plane=importance_plane(study),

@@ -539,7 +539,7 @@ class PolicyPath(Record):
 
 
 class ThroughputCurves(Record):
-    """Both throughputs of one operating point along the SNR of the sweep's link."""
+    """Both throughputs of one operating point along the sweep of the derivation's link."""
 
     policy: str
     rule: str
@@ -558,17 +558,18 @@ class AnswerCurve(Record):
     """Along the number of tokens that answers are cut after; docs/theory.md, (46)."""
 
 
-class SnrSweep(Record):
-    """Throughput along the SNR of the derivation's own link, whatever else of it kept."""
+class LinkSweep(Record):
+    """Throughput along what makes the derivation's own link better, all else of it kept."""
 
     rule: str
     """The rule that gated policies are compared at."""
-    model: str
-    """Of the link."""
-    bandwidth_hz: float | None
-    round_trip_ms: float
-    snr_db: tuple[float, ...]
-    """Empty, as `series`, where the link has no SNR."""
+    quantity: str
+    """Of the link: an SNR, a rate, or the mean rate of a trace, all of whose rates are scaled."""
+    unit: str
+    spacing: Literal["linear", "log"]
+    own: float
+    """What the derivation's link has of it; on the grid."""
+    grid: tuple[float, ...]
     series: tuple[ThroughputCurves, ...]
 
 
@@ -649,7 +650,7 @@ class DerivationRecord(StageRecord):
     answers: tuple[AnswerCurve, ...] = ()
     """Of every gated policy at its budgets, where it is known, and of the device alone."""
     paths: tuple[PolicyPath, ...]
-    snr: SnrSweep | None
+    sweep: LinkSweep | None
     payloads: tuple[PayloadDistribution, ...]
     """Of every policy that sends something at the sweep's rule, or without a gate, with the drafts
     that the calibration drew."""
@@ -691,7 +692,7 @@ class RerunInfo(Record):
     entries_per_sent_token: Figure
     """Probabilities sent with a token that is sent; no value where nothing is ever sent."""
     throughput: ThroughputCurves | None
-    """Its tokens priced along the derivation's SNR sweep."""
+    """Its tokens priced along the sweep of the derivation's link."""
     payload: SizeDistribution | None
     """Uplink bits of its sent tokens, where the derivation has their distribution."""
     sizes: SizeDistribution | None

@@ -392,7 +392,7 @@ def _rerun_info(
             np.where(sent, tokens.entries, np.nan), tokens.prompt_index, tokens.num_prompts
         )
         entries = as_figure(estimate, "", derivation.confidence, *AMOUNT)
-    confidence, sweep = derivation.confidence, derivation.snr
+    confidence, sweep = derivation.confidence, derivation.sweep
     compared = any((one.policy, one.rule) == (point.policy, point.rule)
                    for one in derivation.payloads)  # fmt: skip
     return RerunInfo(
@@ -401,9 +401,9 @@ def _rerun_info(
         folder=folder,
         num_tokens=len(tokens.skip),
         entries_per_sent_token=entries,
-        throughput=throughput_curves(point, tokens, economics, sweep.snr_db, confidence)
-        if sweep is not None and sweep.series
-        else None,
+        throughput=None
+        if sweep is None
+        else throughput_curves(point, tokens, economics, sweep.grid, confidence),
         payload=sent_bits(tokens, economics) if compared else None,
         sizes=size_distribution(tokens.entries[sent])
         if tokens.policy.entries_vary and sent.any()

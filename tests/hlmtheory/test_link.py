@@ -23,13 +23,21 @@ from hlmtheory.channel import (
     outage_probability,
     scaled_exponential_integral,
 )
-from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
+from hlmtheory.link import (
+    AwgnLink,
+    ErgodicRayleighLink,
+    Link,
+    RateLink,
+    RayleighOutageLink,
+    TraceLink,
+)
 
 PAYLOAD = 690.0  # bits of thirty entries of 32,000
 LINKS: tuple[Link, ...] = (
     AwgnLink(1e6, 10.0, 5.0),
     ErgodicRayleighLink(1e6, 10.0),
     RayleighOutageLink(1e6, 10.0, 2e6),
+    RateLink(3e6, 20e6, 30.0),
     TraceLink((3e3, 0.0, 1e3, 8e3), sample_interval_ms=200.0),
 )
 
@@ -171,6 +179,79 @@ def test_outage_link_sends_until_a_block_carries_the_payload(rng):
 def test_outage_link_refuses_a_rate_that_never_gets_through():
     with pytest.raises(ValueError, match="every block fails"):
         RayleighOutageLink(1e6, 0.0, 50e6)
+
+
+# --- the quantity that a link is swept along -----------------------------------------------------
+
+
+@pytest.mark.parametrize("link", LINKS, ids=names(LINKS))
+def test_a_sweep_rises_holds_the_link_itself_and_makes_it_better(link):
+    amounts = link.sweep()
+    assert list(amounts) == sorted(set(amounts))
+    assert link.amount in amounts
+    assert link.at(link.amount) == link
+    assert [link.at(amount).amount for amount in amounts] == pytest.approx(amounts, rel=1e-14)
+    times = [link.at(amount).uplink_time_ms(1e4) for amount in amounts]
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) == len(times)
+    assert {link.at(amount).round_trip_ms for amount in amounts} == {link.round_trip_ms}
+
+
+def test_channels_are_swept_along_their_snr_in_db():
+    awgn = AwgnLink(1e6, 12.0)
+    assert awgn.sweep() == tuple(range(-15, 36))
+    assert (awgn.quantity.unit, awgn.quantity.spacing) == ("dB", "linear")
+    assert awgn.at(0.0).uplink_time_ms(1e6) == pytest.approx(1e3)  # log2(1 + 1) bit a second and Hz
+    # Its own SNR is among them wherever it lies.
+    assert AwgnLink(1e6, 12.5).sweep()[27:29] == (12.0, 12.5)
+    assert ErgodicRayleighLink(1e6, 40.0).sweep()[-2:] == (35.0, 40.0)
+
+
+def test_a_sweep_leaves_out_what_never_gets_through():
+    """2 Mbit/s over 1 MHz: a block fails with 1 - exp(-3 / SNR), which is 1 below -10.9 dB."""
+    link = RayleighOutageLink(1e6, 10.0, 2e6)
+    least = link.sweep()[0]
+    assert least > -15.0
+    assert link.at(least).outage < 1.0
+    with pytest.raises(ValueError, match="every block fails"):
+        link.at(least - 1.0)
+
+
+def test_rates_are_swept_in_equal_ratios_and_a_downlink_stays():
+    link = RateLink(3e6, 20e6, 30.0)
+    amounts = np.array(link.sweep())
+    assert (amounts[0], amounts[-1]) == pytest.approx((1e5, 9e7))
+    np.testing.assert_allclose(np.diff(np.log(amounts)), np.log(30) / 15)
+    assert (link.quantity.unit, link.quantity.spacing) == ("bit/s", "log")
+    slower = link.at(1.5e6)
+    assert slower.uplink_time_ms(690.0) == pytest.approx(2 * link.uplink_time_ms(690.0))
+    assert slower.downlink_time_ms(690.0) == link.downlink_time_ms(690.0)
+    alike = RateLink(3e6).at(1.5e6)
+    assert alike.downlink_time_ms(690.0) == alike.uplink_time_ms(690.0)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    st.floats(0.05, 20.0),
+    st.integers(0, 200),
+)
+def test_a_scaled_trace_carries_as_much_more_in_the_same_time(rates, scale, bits):
+    link = TraceLink(tuple(1e3 * rate for rate in rates), 7.0, sample_interval_ms=1.0)
+    scaled = link.at(scale * link.amount)
+    assert scaled.amount == pytest.approx(scale * link.amount)
+    assert [rate == 0 for rate in scaled.rates_bps] == [rate == 0 for rate in link.rates_bps]
+    payload = bits + 0.125  # off the levels where a gap makes the time jump
+    expected = link.uplink_time_ms(payload)
+    assert scaled.uplink_time_ms(scale * payload) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_trace_is_swept_along_its_mean_rate():
+    link = TraceLink((2e5, 0.0, 4e6))
+    assert link.amount == pytest.approx(1.4e6)
+    assert link.sweep()[15] == link.amount
+    assert (link.sweep()[0], link.sweep()[-1]) == pytest.approx((1.4e6 / 30, 4.2e7))
+    with pytest.raises(ValueError, match="amount = 0"):
+        link.at(0.0)
 
 
 # --- traces --------------------------------------------------------------------------------------

@@ -18,9 +18,18 @@ import pytest
 from matplotlib.figure import Figure as Drawing
 from paper_records import GAMMAS, KS, NUM_PROMPTS, NUM_TOKENS, POLICIES, fig
 
+from calibrate.derive.presets import LINK_MODELS, link_to_dict
 from calibrate.run.errors import UserError
-from calibrate.run.figure import excludes_zero
-from calibrate.run.records import Curve, Figure
+from calibrate.run.figure import NBSP, excludes_zero
+from calibrate.run.records import Curve, Figure, LinkSweep
+from hlmtheory.link import (
+    AwgnLink,
+    ErgodicRayleighLink,
+    Link,
+    RateLink,
+    RayleighOutageLink,
+    TraceLink,
+)
 from paper_figs import draw
 from paper_figs.figures import (
     answers,
@@ -36,13 +45,14 @@ from paper_figs.figures import (
     relation,
     skipping,
     thresholds,
-    throughput_snr,
+    throughput,
     truncation,
     validation,
 )
 from paper_figs.loaded import METRIC_LABELS, LoadedRun, load_run
 from paper_figs.style import (
     COINCIDE,
+    GREY,
     SERIES,
     caption_of,
     coinciding,
@@ -419,7 +429,7 @@ def test_both_policies_that_send_next_to_nothing_are_named(
     plane = drawings["payload_bias"].axes[0]
     both = {"residual verification\n(r-hlm)", "coupled draws\n(coupled)"}
     assert both <= set(plane.get_legend_handles_labels()[1])
-    labels = [text.get_text() for text in drawings["throughput_snr"].axes[1].get_legend().texts]
+    labels = [text.get_text() for text in drawings["throughput"].axes[1].get_legend().texts]
     assert set(labels) == {loaded.legend(entry[0]) for entry in POLICIES}
     assert "U-HLM" in labels, "a label that says the name says it once"
 
@@ -428,7 +438,7 @@ def test_curves_that_coincide_are_one_with_all_names(
     loaded: LoadedRun, drawings: dict[str, Drawing]
 ) -> None:
     """Throughputs of this run follow the length of the name: three have 3 letters, two have 5."""
-    left, right = drawings["throughput_snr"].axes
+    left, right = drawings["throughput"].axes
     along = [line for line in left.lines if len(line.get_xdata()) > 10]
     assert len(along) == len({len(entry[0]) for entry in POLICIES})
     handles, labels = right.get_legend_handles_labels()
@@ -438,7 +448,7 @@ def test_curves_that_coincide_are_one_with_all_names(
     assert own[0] == other[0], "one line"
     assert own[1:] != other[1:], "reruns keep their markers"
     with styled():
-        bare = drawn_by(throughput_snr, replace(loaded, validation=None)).axes[1]
+        bare = drawn_by(throughput, replace(loaded, validation=None)).axes[1]
     labels = bare.get_legend_handles_labels()[1]
     assert labels[0] == "device alone (slm)\nserver alone (llm)\nHLM"
     assert "U-HLM\nresidual verification (r-hlm)" in labels
@@ -547,34 +557,84 @@ def test_answers_lie_at_the_skip_rates_of_their_points(loaded: LoadedRun) -> Non
     assert hollow == stored
 
 
-def test_a_link_without_snr_has_no_such_figure(loaded: LoadedRun) -> None:
+def over_link(loaded: LoadedRun, link: Link) -> LoadedRun:
+    """The run derived for that link, its curves the same numbers along the link's own sweep."""
     assert loaded.derivation is not None
-    assert loaded.derivation.snr is not None
-    bare = loaded.derivation.snr.model_copy(
-        update={"model": "trace", "bandwidth_hz": None, "snr_db": (), "series": ()}
+    assert loaded.derivation.sweep is not None
+    grid, quantity = link.sweep(), link.quantity
+
+    def moved(means: Curve) -> Curve:
+        ends = {name: getattr(means, name)[: len(grid)] for name in ("value", "low", "high")}
+        return Curve(grid=grid, **ends)
+
+    series = tuple(
+        one.model_copy(update={name: moved(getattr(one, name)) for name in throughput.PANELS})
+        for one in loaded.derivation.sweep.series
     )
-    other = changed(loaded, snr=bare, link={"name": "field", "model": "trace"})
-    assert throughput_snr.figure(other) is None
-    assert "the link has no SNR" in draw.lack(other, throughput_snr)
-    assert "Link field" in caption_of(drawn_by(costs, other)), "bars need none"
+    sweep = LinkSweep(
+        rule="risk-0.02", quantity=quantity.name, unit=quantity.unit, spacing=quantity.spacing,
+        own=link.amount, grid=grid, series=series,
+    )  # fmt: skip
+    bare = replace(loaded, validation=None)
+    return changed(bare, sweep=sweep, link={"name": "field", **link_to_dict(link)})
+
+
+@pytest.mark.parametrize(
+    ("link", "label", "scale", "told"),
+    [
+        (AwgnLink(2e7, 20.0, 5.0), "uplink SNR (dB)", "linear",
+         "AWGN link of 20 MHz, at capacity, the downlink as the uplink, round trip 5 ms"),
+        (ErgodicRayleighLink(5e6, 12.0), "mean uplink SNR (dB)", "linear",
+         "Rayleigh link of 5 MHz, at its ergodic rate"),
+        (RayleighOutageLink(5e6, 10.0, 2e6), "mean uplink SNR (dB)", "linear",
+         "Rayleigh link of 5 MHz with outage, at a fixed 2 Mbit/s"),
+        (RateLink(3e6, 20e6, 30.0), "uplink rate (bit/s)", "log",
+         "constant rate, the downlink at 20 Mbit/s throughout, round trip 30 ms"),
+        (TraceLink((1e6, 0.0, 2e6)), "mean uplink rate (bit/s)", "log",
+         "trace of 3 rates, all scaled alike, the downlink as the uplink"),
+    ],
+    ids=LINK_MODELS,
+)  # fmt: skip
+def test_the_throughput_figure_is_of_any_link(
+    loaded: LoadedRun, link: Link, label: str, scale: str, told: str
+) -> None:
+    with styled():
+        drawing = drawn_by(throughput, over_link(loaded, link))
+    for axes in drawing.axes:
+        assert axes.get_xlabel() == label
+        assert axes.get_xscale() == scale
+        assert axes.get_xlim() == pytest.approx((link.sweep()[0], link.sweep()[-1]))
+        (grey,) = (line for line in axes.lines if len(set(line.get_xdata())) == 1)
+        assert grey.get_color() == GREY
+        assert set(grey.get_xdata()) == {link.amount}
+    said = caption_of(drawing).replace(NBSP, " ")
+    assert told in said
+    own = {"linear": f"{link.amount:g} dB", "log": f"{link.amount / 1e6:g} Mbit/s"}[scale]
+    assert f"Grey line: {own}, the link of the derivation." in said
+
+
+def test_the_answer_names_the_ends_of_the_sweep(loaded: LoadedRun) -> None:
+    said = throughput.answer(over_link(loaded, RateLink(1e6))).replace(NBSP, " ")
+    assert re.search(r"token/s at 33\.3 kbit/s \(.+\) and .+ token/s at 30 Mbit/s \(", said)
+    assert "token/s at −15 dB" in throughput.answer(loaded).replace(NBSP, " ")
 
 
 def test_throughput_markers_lie_on_the_rerun_of_that_rule(
     loaded: LoadedRun, drawings: dict[str, Drawing]
 ) -> None:
     assert loaded.derivation is not None
-    assert loaded.derivation.snr is not None
-    left, right = drawings["throughput_snr"].axes
+    assert loaded.derivation.sweep is not None
+    left, right = drawings["throughput"].axes
     for axis, metric in ((left, "throughput_tok_s"), (right, "mean_throughput_tok_s")):
-        for bars, series in zip(axis.containers, loaded.derivation.snr.series, strict=True):
-            found = throughput_snr.measured_series(loaded, series)
+        for bars, series in zip(axis.containers, loaded.derivation.sweep.series, strict=True):
+            found = throughput.measured_series(loaded, series)
             assert found is not None
             along = getattr(found, metric)
             at = bars.lines[0].get_xdata()
-            assert len(at) == throughput_snr.NUM_MARKERS
+            assert len(at) == throughput.NUM_MARKERS
             assert values_of(bars) == pytest.approx(np.interp(at, along.grid, along.value))
-    num = len(loaded.derivation.snr.snr_db)
-    places = [throughput_snr.marker_places(num, share) for share in np.linspace(0, 0.99, 9)]
+    num = len(loaded.derivation.sweep.grid)
+    places = [throughput.marker_places(num, share) for share in np.linspace(0, 0.99, 9)]
     assert 0 <= min(map(min, places)) <= max(map(max, places)) < num
 
 
@@ -719,7 +779,7 @@ def test_each_missing_figure_names_the_command_that_makes_it(loaded: LoadedRun) 
     commands = {
         "attenuation": "attenuation", "answers": "derive", "guarantees": "guarantees",
         "thresholds": "derive", "skipping": "derive", "payload_sizes": "derive", "costs": "derive",
-        "truncation": "derive", "payload_bias": "derive", "throughput_snr": "derive",
+        "truncation": "derive", "payload_bias": "derive", "throughput": "derive",
         "importance_plane": "derive", "validation": "validate", "context_shift": "validate",
     }  # fmt: skip
     assert lines.keys() == commands.keys()
@@ -735,13 +795,13 @@ def test_a_part_that_a_derivation_lacks_is_said(loaded: LoadedRun) -> None:
     calibration = loaded.calibration.model_copy(update={"attention": None})
     bare = changed(
         replace(loaded, calibration=calibration),
-        truncation=None, importance_plane=None, snr=None, thresholds=None,
+        truncation=None, importance_plane=None, sweep=None, thresholds=None,
     )  # fmt: skip
     with styled():
         found = dict(draw.figures(bare))
     lines = {name for name, drawing in found.items() if isinstance(drawing, str)}
     assert lines == {
-        "truncation", "attention", "importance_plane", "throughput_snr", "thresholds", "costs"
+        "truncation", "attention", "importance_plane", "throughput", "thresholds", "costs"
     }  # fmt: skip
     assert "--trace full" in str(found["truncation"])
 

@@ -21,7 +21,7 @@ from calibrate.derive.predict import (
     predicted_tokens,
     uplink_bits,
 )
-from calibrate.derive.presets import link_to_dict
+from calibrate.derive.presets import LINK_MODELS, link_to_dict
 from calibrate.run.folder import read_record
 from calibrate.run.records import (
     CalibrationRecord,
@@ -31,7 +31,14 @@ from calibrate.run.records import (
     OperatingPoint,
 )
 from calibrate.run.traces import Trace, read_trace, shard_paths
-from hlmtheory.link import AwgnLink, ErgodicRayleighLink, Link, RayleighOutageLink, TraceLink
+from hlmtheory.link import (
+    AwgnLink,
+    ErgodicRayleighLink,
+    Link,
+    RateLink,
+    RayleighOutageLink,
+    TraceLink,
+)
 from hlmtheory.policies import policy_names
 from hlmtheory.truncation import tail_deviation_at, truncation_bias
 
@@ -105,25 +112,27 @@ def test_paths_rise_from_nothing_to_the_device_alone(
 
 
 def test_the_sweep_is_the_metrics_at_each_snr(derived: DerivationRecord, trace: Trace) -> None:
-    snr = derived.snr
-    assert snr.rule == "risk-0.02"  # of the two budgets the one nearer 1 %
-    assert (len(snr.snr_db), snr.snr_db[0], snr.snr_db[-1]) == (51, -15.0, 35.0)
-    assert [one.policy for one in snr.series] == list(policy_names())
-    for one in snr.series:
+    sweep, link = derived.sweep, derived.link
+    assert sweep.rule == "risk-0.02"  # of the two budgets the one nearer 1 %
+    assert (sweep.quantity, sweep.unit, sweep.spacing) == ("uplink SNR", "dB", "linear")
+    assert (len(sweep.grid), sweep.grid[0], sweep.grid[-1]) == (51, -15.0, 35.0)
+    assert [one.policy for one in sweep.series] == list(policy_names())
+    for one in sweep.series:
         for name in ("throughput_tok_s", "mean_throughput_tok_s"):
             values = getattr(one, name).value
             assert list(values) == sorted(values)
-    slm = snr.series[0].throughput_tok_s
+    slm = sweep.series[0].throughput_tok_s
     np.testing.assert_allclose(slm.value, 50.0)  # 20 ms whatever the link
-    hlm = next(one for one in snr.series if one.policy == "hlm")
+    hlm = next(one for one in sweep.series if one.policy == "hlm")
     for place in (0, 25, 50):
-        rate = snr.bandwidth_hz * np.log2(1 + 10 ** (snr.snr_db[place] / 10))
-        token_ms = 20.0 + 1e3 * 16 * VOCAB / rate + snr.round_trip_ms + 30.0
+        rate = link["bandwidth_hz"] * np.log2(1 + 10 ** (sweep.grid[place] / 10))
+        token_ms = 20.0 + 1e3 * 16 * VOCAB / rate + link["round_trip_ms"] + 30.0
         assert hlm.throughput_tok_s.value[place] == pytest.approx(1e3 / token_ms)
     # At the derivation's own SNR the sweep is the operating point.
-    own = snr.snr_db.index(derived.link["snr_db"])
+    assert sweep.own == link["snr_db"]
+    own = sweep.grid.index(sweep.own)
     point = point_named(derived, "coupled/risk-0.02")
-    coupled = next(one for one in snr.series if one.policy == "coupled")
+    coupled = next(one for one in sweep.series if one.policy == "coupled")
     expected = point.predicted["throughput_tok_s"].value
     assert coupled.throughput_tok_s.value[own] == pytest.approx(expected)
 
@@ -132,7 +141,10 @@ LINKS = {
     "awgn": AwgnLink(1e6, 12.0, 3.0),
     "ergodic-rayleigh": ErgodicRayleighLink(1e6, 12.0, 3.0),
     "rayleigh-outage": RayleighOutageLink(1e6, 12.0, rate_bps=2e6, round_trip_ms=3.0),
+    "rate": RateLink(2e6, 1e7, 3.0),
+    "trace": TraceLink((5e5, 0.0, 2e6), 3.0),
 }
+assert LINKS.keys() == LINK_MODELS.keys()
 
 
 def with_link(run: Path, folder: Path, link: Link) -> DerivationRecord:
@@ -149,15 +161,23 @@ def with_link(run: Path, folder: Path, link: Link) -> DerivationRecord:
 def test_the_sweep_is_of_the_derivations_own_link(run: Path, tmp_path: Path, name: str) -> None:
     """Every token of hlm takes 20 ms, 16 bit a token of the vocabulary on the link, and 33 ms."""
     derived = with_link(run, tmp_path, LINKS[name])
-    snr = derived.snr
-    assert snr.model == name
-    (hlm,) = (one for one in snr.series if one.policy == "hlm")
-    for place in range(0, len(snr.snr_db), 10):
-        link = replace(LINKS[name], snr_db=snr.snr_db[place])
+    sweep, own_link = derived.sweep, LINKS[name]
+    assert sweep.quantity == own_link.quantity.name
+    assert sweep.grid == own_link.sweep()
+    (hlm,) = (one for one in sweep.series if one.policy == "hlm")
+    for place in range(0, len(sweep.grid), 10):
+        if name in ("rate", "trace"):
+            factor = sweep.grid[place] / (2e6 if name == "rate" else 2.5e6 / 3)
+            rates = {"rate_bps": 2e6 * factor} if name == "rate" else {
+                "rates_bps": (5e5 * factor, 0.0, 2e6 * factor)
+            }  # fmt: skip
+            link = replace(own_link, **rates)
+        else:
+            link = replace(own_link, snr_db=sweep.grid[place])
         token_ms = 20.0 + link.uplink_time_ms(np.array(16.0 * VOCAB)) + 3.0 + 30.0
         assert hlm.throughput_tok_s.value[place] == pytest.approx(1e3 / token_ms)
-    own = snr.snr_db.index(12.0)
-    for one in snr.series:
+    own = sweep.grid.index(sweep.own)
+    for one in sweep.series:
         point = point_named(derived, f"{one.policy}/{one.rule}")
         for metric in ("throughput_tok_s", "mean_throughput_tok_s"):
             said = point.predicted[metric].value
@@ -167,22 +187,18 @@ def test_the_sweep_is_of_the_derivations_own_link(run: Path, tmp_path: Path, nam
 def test_the_links_differ_where_the_sweep_is_steep(run: Path, tmp_path: Path) -> None:
     """The control: an AWGN sweep is not that of a fading link."""
     awgn, fading = (
-        with_link(run, tmp_path, LINKS[name]).snr for name in ("awgn", "ergodic-rayleigh")
+        with_link(run, tmp_path, LINKS[name]).sweep for name in ("awgn", "ergodic-rayleigh")
     )
     first, other = (one.series[0].throughput_tok_s.value[15] for one in (awgn, fading))
     # At 0 dB the ergodic rate is 0.86 of capacity, and the payload a fourteenth of the time.
     assert first - other > 0.005 * first
 
 
-def test_no_sweep_where_all_blocks_fail_or_there_is_no_snr(run: Path, tmp_path: Path) -> None:
+def test_no_sweep_where_all_blocks_fail(run: Path, tmp_path: Path) -> None:
     """2 Mbit/s over 1 MHz at -15 dB: the chance of a block is exp(-3 / 0.03), 4e-42."""
-    outage = with_link(run, tmp_path, LINKS["rayleigh-outage"]).snr
-    assert outage.snr_db[0] > -15.0
-    assert outage.snr_db[-1] == 35.0
-    measured = with_link(run, tmp_path, TraceLink((1e6, 5e5), 3.0)).snr
-    assert (measured.model, measured.bandwidth_hz) == ("trace", None)
-    assert (measured.snr_db, measured.series) == ((), ())
-    assert measured.rule == "risk-0.02", "policies are compared at it all the same"
+    outage = with_link(run, tmp_path, LINKS["rayleigh-outage"]).sweep
+    assert outage.grid[0] > -15.0
+    assert outage.grid[-1] == 35.0
 
 
 def test_payloads_are_the_bits_of_sent_tokens(derived: DerivationRecord, trace: Trace) -> None:
@@ -327,5 +343,5 @@ def test_no_optimum_where_no_policy_keeps_the_budget(run: Path) -> None:
     for one in found.optima:
         assert (one.feasible, one.policy, one.predicted) == (False, None, {})
         assert "no point keeps the budget 0.01" in one.reason
-    assert (found.thresholds, found.snr, found.paths) == (None, None, ())
+    assert (found.thresholds, found.sweep, found.paths) == (None, None, ())
     assert found.operating_points[0].uncertainty_threshold == Figure(value=None)

@@ -229,7 +229,7 @@ def test_somebodys_own_policy_is_a_file(run: Path, tmp_path: Path) -> None:
     assert type(policy) is policy_class(source)
     assert policy.settings() == point.settings
     assert [path.policy for path in found.paths] == ["u-hlm", "sparing"]
-    assert {one.policy for one in found.snr.series} == {"u-hlm", "sparing"}
+    assert {one.policy for one in found.sweep.series} == {"u-hlm", "sparing"}
 
 
 @pytest.fixture
