@@ -38,7 +38,8 @@ def print_wire(result: WireRecord) -> None:
             [
                 (f"{run.policy}/{run.rule}", number_text(run.token_time.measured, 4),
                  number_text(run.token_time.predicted, 4), signed_percent_text(run.token_time.off),
-                 signed_percent_text(run.replayed.off), signed_percent_text(run.token_time_before.off),
+                 signed_percent_text(run.replayed.off),
+                 signed_percent_text(run.token_time_before.off),
                  number_text(run.first_token_ms, 3, interval=False),
                  number_text(run.uplink_bytes_per_token, 4, interval=False),
                  number_text(run.downlink_bytes_per_token, 3, interval=False),
