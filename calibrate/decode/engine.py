@@ -123,11 +123,12 @@ def decode(
     eos_token_ids: Sequence[int],
     on_step: Callable[[int, int], None] | None = None,
     observer: Observer | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Iterator[DecodedBatch]:
     """Decode prompts under one policy; see :func:`decode_together`."""
     policies = {policy.name: policy}
     for batch in decode_together(
-        slm, llm, prompts, policies, settings, eos_token_ids, on_step, observer
+        slm, llm, prompts, policies, settings, eos_token_ids, on_step, observer, on_note=on_note
     ):
         yield batch[policy.name]
 
@@ -142,11 +143,13 @@ def decode_together(
     on_step: Callable[[int, int], None] | None = None,
     observer: Observer | None = None,
     minimal: Collection[str] = (),
+    on_note: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, DecodedBatch]]:
     """Decode prompts under every policy, batch by batch, longest prompts first.
 
     Each policy gets the tokens that it would get alone, up to rounding: an answer's random numbers
-    belong to (seed, prompt, step).
+    belong to (seed, prompt, step). A batch that does not fit the memory is halved, and halved again
+    if need be.
 
     Parameters
     ----------
@@ -161,34 +164,94 @@ def decode_together(
         token.
     on_step : callable, optional
         Called after every step with (tokens just emitted, tokens that the finished answers will
-        never need), of all policies, for progress bars.
+        never need), of all policies, for progress bars; with negative numbers when steps are taken
+        back, because their batch is halved.
     observer : callable, optional
         Extra columns at every step.
     minimal : collection of str
         Labels of policies that need no more than a minimal trace where others get a full one.
+    on_note : callable, optional
+        Told a line when a batch is halved.
 
     Yields
     ------
     dict of str to DecodedBatch
         One a batch and policy, complete.
+
+    Raises
+    ------
+    UserError
+        If a single prompt does not fit the memory.
     """
+
+    def begin(batch: Sequence[TokenizedPrompt]) -> _BatchRun:
+        return _BatchRun(slm, llm, batch, policies, settings, eos_token_ids, observer, minimal)
+
     for batch in batches_by_length(prompts, settings.batch_size):
+        yield _decode_batch(batch, begin, on_step, on_note)
+
+
+def _decode_batch(
+    batch: Sequence[TokenizedPrompt],
+    begin: Callable[[Sequence[TokenizedPrompt]], _BatchRun],
+    on_step: Callable[[int, int], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> dict[str, DecodedBatch]:
+    """One batch to its end, in halves if the memory does not hold it whole."""
+    told: list[tuple[int, int]] = []
+
+    def tell(emitted: int, spared: int) -> None:
+        told.append((emitted, spared))
+        if on_step is not None:
+            on_step(emitted, spared)
+
+    fits = True
+    try:
         with torch.inference_mode(), domain.unchecked():
-            try:
-                run = _BatchRun(
-                    slm, llm, batch, policies, settings, eos_token_ids, observer, minimal
-                )
-                decoded = run.to_end(on_step)
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"--batch-size {settings.batch_size}: a batch of {len(batch)} prompts does not "
-                    "fit the memory; give a smaller one"
-                ) from None
-        del run  # its caches, before the next batch makes its own
-        release_freed_buffers()
-        yield decoded
+            decoded = begin(batch).to_end(tell)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        fits = False
+    # The batch and its caches are gone: the next one, or a half, makes its own.
+    release_freed_buffers()
+    if fits:
+        return decoded
+    if len(batch) == 1:
+        raise UserError(
+            f"prompt {batch[0].prompt_id!r} does not fit the memory, even alone; give fewer "
+            "--max-new-tokens, a shorter prompt or smaller models"
+        )
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if on_step is not None and told:
+        on_step(-sum(emitted for emitted, _ in told), -sum(spared for _, spared in told))
+    half = (len(batch) + 1) // 2
+    if on_note is not None:
+        on_note(
+            f"a batch of {len(batch)} prompts does not fit the memory: halved; --batch-size {half} "
+            "saves the failed try"
+        )
+    halves = [_decode_batch(part, begin, on_step, on_note) for part in (batch[:half], batch[half:])]
+    return {name: _joined([one[name] for one in halves]) for name in halves[0]}
+
+
+def _joined(parts: Sequence[DecodedBatch]) -> DecodedBatch:
+    """Batches decoded one after the other as one."""
+    begins = np.cumsum([0, *(len(part.prompt_ids) for part in parts)])
+    columns = {
+        name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
+    }
+    columns["row"] = np.concatenate(
+        [part.columns["row"] + begin for part, begin in zip(parts, begins, strict=False)]
+    )
+    return DecodedBatch(
+        columns,
+        [prompt_id for part in parts for prompt_id in part.prompt_ids],
+        [category for part in parts for category in part.categories],
+        sum(part.wall_s for part in parts),
+        sum(part.forward_s for part in parts),
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

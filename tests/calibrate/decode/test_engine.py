@@ -522,9 +522,60 @@ def first_batch(fail):
 
 
 @pytest.mark.parametrize("fail", [no_memory, lambda: torch.empty(2**50)])
-def test_a_batch_that_does_not_fit_names_the_way_out(fail):
-    with pytest.raises(UserError, match="--batch-size 7: a batch of 7 prompts does not fit"):
+def test_a_prompt_that_does_not_fit_even_alone_names_the_way_out(fail):
+    with pytest.raises(UserError, match="prompt 'p00000' does not fit the memory, even alone"):
         first_batch(fail)
+
+
+class Small(TableModel):
+    """Holds a few contexts, and runs out of memory with more: at the start, or a step later."""
+
+    def __init__(self, logits, most, late):
+        super().__init__(logits)
+        self.most, self.late = most, late
+
+    def start(self, contexts, attention, fill=True):
+        session = super().start(contexts, attention, fill)
+        if len(contexts) > self.most:
+            if not self.late:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            honest, steps = session.step, []
+
+            def step(tokens):
+                steps.append(len(tokens))
+                if len(steps) > 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return honest(tokens)
+
+            session.step = step
+        return session
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_batch_that_does_not_fit_is_halved_and_has_the_same_rows(late):
+    slm, llm = markov()
+    asked = prompts(9)
+    settings = DecodingSettings(max_new_tokens=6, batch_size=9)
+    policies = {"hlm": make("hlm"), "u-hlm": make("u-hlm", 0.3)}
+    (whole,) = decode_together(TableModel(slm), TableModel(llm), asked, policies, settings, (5,))
+    notes, steps = [], []
+    (halved,) = decode_together(
+        Small(slm, 3, late), TableModel(llm), asked, policies, settings, (5,),
+        lambda *two: steps.append(two), on_note=notes.append,
+    )  # fmt: skip
+    assert [note.split(":")[0] for note in notes] == [
+        f"a batch of {num} prompts does not fit the memory" for num in (9, 5, 4)
+    ]
+    assert "halved; --batch-size 5 saves" in notes[0]
+    assert sum(emitted for emitted, _ in steps) == sum(len(one.columns["row"])
+                                                       for one in whole.values())  # fmt: skip
+    assert sum(map(sum, steps)) == 2 * 9 * 6  # what was tried in vain is taken back
+    for name, batch in whole.items():
+        other = halved[name]
+        assert (other.prompt_ids, other.categories) == (batch.prompt_ids, batch.categories)
+        assert other.columns.keys() == batch.columns.keys()
+        for column, values in batch.columns.items():
+            np.testing.assert_array_equal(other.columns[column], values, err_msg=column)
 
 
 def test_other_errors_are_not_taken_for_a_full_memory():
