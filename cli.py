@@ -77,6 +77,19 @@ ThreadsOption = Annotated[
         show_default="torch's own choice",
     ),
 ]
+WorkersOption = Annotated[
+    int, typer.Option(help="Workers that decode batches; one is this process itself.")
+]
+EngineOption = Annotated[
+    str, typer.Option(help="Workers are: process, of this machine; ray, actors of a Ray cluster.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: the cluster, HOST:PORT or auto.",
+        show_default="one is started on this machine",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
 OrderOption = Annotated[
     str, typer.Option(help="random: drawn from the seed; file: the first ones of the file.")
@@ -256,6 +269,9 @@ def calibrate(
             "outputs lead; 0 for none.",
         ),
     ] = 64,
+    num_workers: WorkersOption = 1,
+    engine: EngineOption = "process",
+    address: AddressOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
@@ -283,6 +299,9 @@ def calibrate(
             seed=seed,
             trace=trace,  # type: ignore[arg-type]
             pilot=pilot,
+            num_workers=num_workers,
+            engine=engine,  # type: ignore[arg-type]
+            address=address,
             resume=resume,
             say=bars.say,
             progress=bars,
@@ -427,6 +446,9 @@ def validate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     num_threads: ThreadsOption = None,
+    num_workers: WorkersOption = 1,
+    engine: EngineOption = "process",
+    address: AddressOption = None,
     replace: ReplaceOption = False,
     wire: Annotated[
         bool,
@@ -455,7 +477,8 @@ def validate(
     from calibrate.terminal.progress import Bars
 
     if wire:
-        if not point or policy or rule or prompts or batch_size or order != "random":
+        many = num_workers != 1 or engine != "process" or address
+        if not point or policy or rule or prompts or batch_size or order != "random" or many:
             raise UsageError(
                 "--wire: needs --point, repeatable, and takes --link, --limit, --seed, "
                 "--max-new-tokens, --device, --num-threads and --replace beside it"
@@ -484,6 +507,9 @@ def validate(
             batch_size=batch_size,
             device=device,
             num_threads=num_threads,
+            num_workers=num_workers,
+            engine=engine,  # type: ignore[arg-type]
+            address=address,
             replace=replace,
             say=bars.say,
             progress=bars,

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from calibrate.run.records import CalibrationRecord, DerivationRecord, ValidationRecord
     from calibrate.run.watch import Progress, Watch
     from calibrate.validate.validation import ValidationPlan
+    from calibrate.work.crew import Staff
     from hlmtheory.sampled_law import Sampling
 
     Say = Callable[[str], None]
@@ -81,6 +82,9 @@ def calibrate(
     seed: int = 0,
     trace: Literal["full", "minimal"] = "full",
     pilot: int = 64,
+    num_workers: int = 1,
+    engine: Literal["process", "ray"] = "process",
+    address: str | None = None,
     resume: bool = False,
     say: Say | None = None,
     progress: OnProgress | None = None,
@@ -111,6 +115,13 @@ def calibrate(
         Gated policies are derived from a full one only.
     pilot : int
         Prompts decoded again under a policy; 0 for none.
+    num_workers : int
+        Workers that decode batches; one of engine "process" is this process. A script that asks
+        for more keeps its calls under ``if __name__ == "__main__":``, for it is imported by each.
+    engine : {"process", "ray"}
+        Processes of this machine, or actors of a Ray cluster.
+    address : str, optional
+        Of the cluster, or "auto"; one is started on this machine if not given.
     resume : bool
         Go on with an interrupted run.
     say, progress : callable, optional
@@ -127,9 +138,11 @@ def calibrate(
     from calibrate.run.options import check_decoding, one_of
     from calibrate.run.prompts import MIN_PROMPTS, check_source, drawn_notes
     from calibrate.run.watch import TokenCount, Watch
+    from calibrate.work.crew import Staff, Told
 
     run, watch = Path(run), Watch.of(say, progress)
     check_decoding(limit, max_new_tokens, batch_size, seed)
+    staff = Staff(num_workers, engine, address)
     one_of("--sampling", sampling, "options", "generation-config")
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p,
@@ -183,8 +196,10 @@ def calibrate(
         watch.lines(not_applied(models.spec, chosen))
         watch.warn(pair_cautions(pair_identity(pair)))
         count = TokenCount("calibrating", watch)
+        told = Told(count.advance, count.set_total, note=watch.say)
         try:
-            record = run_calibration(request, drawn, pair, count.advance, count.set_total)
+            with staff.hire(models, pair, trace == "full") as crew:
+                record = run_calibration(request, drawn, pair, told, crew)
         except Interrupted as error:
             raise StoppedError(
                 f"interrupted: {len(shard_paths(run))} finished shards stay in {run}/traces; "
@@ -334,6 +349,9 @@ def validate(
     batch_size: int | None = None,
     device: str = "auto",
     num_threads: int | None = None,
+    num_workers: int = 1,
+    engine: Literal["process", "ray"] = "process",
+    address: str | None = None,
     replace: bool = False,
     say: Say | None = None,
     progress: OnProgress | None = None,
@@ -356,6 +374,8 @@ def validate(
         As in :func:`calibrate`; no text that was calibrated on is used.
     seed : int, optional
         Another than the calibration's if not given.
+    num_workers, engine, address
+        As in :func:`calibrate`.
     replace : bool
         Let the result take the place of a validation on other prompts.
     say, progress : callable, optional
@@ -372,9 +392,11 @@ def validate(
     from calibrate.run.prompts import drawn_notes
     from calibrate.run.watch import Watch
     from calibrate.validate.validation import prepare_validation
+    from calibrate.work.crew import Staff
 
     run, watch = Path(run), Watch.of(say, progress)
     check_decoding(limit, 1, batch_size, seed, device, num_threads=num_threads)
+    staff = Staff(num_workers, engine, address)
     one_of("--order", order, "random", "file")
     chosen = _policies(policies) if policies else None
     check_name(name)
@@ -394,7 +416,7 @@ def validate(
             command=command,
         )
         watch.lines(drawn_notes(plan.prompts, limit))
-        return _rerun(plan, models, device, num_threads, watch)
+        return _rerun(plan, models, device, num_threads, staff, watch)
 
 
 def _rerun(
@@ -402,28 +424,28 @@ def _rerun(
     models: Models | None,
     device: str,
     num_threads: int | None,
+    staff: Staff,
     watch: Watch,
 ) -> ValidationRecord:
     """Decode what was not rerun before, and compare all."""
     from calibrate.pairs.models import Models
-    from calibrate.run.stopping import Interrupted, StoppedError, finishing, safe_point
+    from calibrate.run.stopping import Interrupted, StoppedError, finishing
     from calibrate.run.watch import TokenCount
     from calibrate.validate.validation import compare_reruns, decode_missing
+    from calibrate.work.crew import Told
 
     if plan.num_kept:
         watch.say(f"{plan.num_kept} of {len(plan.points)} points were rerun before: reused")
     if plan.missing:
+        attention = plan.needs_attention
         models = models or Models.of_run(plan.calibration, device, num_threads)
-        pair = models.load(plan.needs_attention, watch)
+        pair = models.load(attention, watch)
         count = TokenCount("validating", watch)
-
-        def at_batch(number: int, total: int) -> None:
-            safe_point()  # what came before is on disk
-            count.at_batch(number, total)
-
+        told = Told(count.advance, count.set_total, count.at_batch, watch.say)
+        in_work = "the batch in work" if staff.num_workers == 1 else "every batch in work"
         try:
-            with finishing("the batch in work"):
-                decode_missing(plan, pair, count.advance, count.set_total, at_batch)
+            with staff.hire(models, pair, attention) as crew, finishing(in_work):
+                decode_missing(plan, pair, told, crew)
         except Interrupted as error:
             raise StoppedError(
                 f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "

@@ -44,7 +44,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 COMMANDS = dict(commands())
 ALL_OPTIONS = {option for one in COMMANDS.values() for parameter in one.params
                for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}  # fmt: skip
-PROGRAMS = {"hlm", "make", "cp", "cat", ".", "pip", "pre-commit", "python", "openssl"}
+PROGRAMS = {"hlm", "make", "cp", "cat", ".", "pip", "pre-commit", "python", "openssl",
+            "ray", "sbatch"}  # fmt: skip
 NOT_RUN = {"pairs pull", "quality"}
 """Commands that fetch; they are parsed."""
 BESIDE = {"serve", "relay"}
@@ -134,9 +135,14 @@ def test_blocks_are_what_their_first_line_says() -> None:
 
 
 def of_pair(arguments: list[str]) -> str:
-    """The pair of the registry whose weights a command needs; empty where it needs none."""
+    """The pair of the registry whose weights a command needs; empty where it needs none.
+
+    What needs a cluster is "other" too: it is parsed.
+    """
     command, _ = split(arguments)
     given = parse(arguments)
+    if given.get("engine") == "ray":
+        return "other"
     if command == "quickstart":
         return "smollm2"
     if command == "calibrate" and not (given["slm"] or given["llm"]):

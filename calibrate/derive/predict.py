@@ -19,6 +19,7 @@ from calibrate.run.errors import UsageError, UserError
 from calibrate.run.figure import AMOUNT, SHARE
 from calibrate.run.records import DerivationRecord, LearnedModel, OperatingPoint
 from calibrate.run.traces import Trace
+from calibrate.work.job import PolicySource
 from hlmtheory.answers import answer_divergence, log_weights, tokens_in_agreement
 from hlmtheory.clusters import RatioEstimate, answer_rows, estimate_of, mean_over_tokens
 from hlmtheory.context_shift import along_answers
@@ -30,7 +31,7 @@ from hlmtheory.cost import (
     token_time_ms,
 )
 from hlmtheory.link import Link
-from hlmtheory.policies import GatedPolicy, Outcome, Policy, policy_from_settings
+from hlmtheory.policies import GatedPolicy, Outcome, Policy
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import score_named
 from hlmtheory.serving import used_profile
@@ -179,14 +180,27 @@ def feasible_point(derivation: DerivationRecord, key: str) -> OperatingPoint:
 def point_policy(
     derivation: DerivationRecord, point: OperatingPoint, learned: LearnedModel | None
 ) -> Policy:
-    """The policy that the engine runs at an operating point."""
+    """The policy that the engine runs at an operating point; see :func:`point_source`."""
+    return point_source(derivation, point, learned).build()
+
+
+def point_source(
+    derivation: DerivationRecord, point: OperatingPoint, learned: LearnedModel | None
+) -> PolicySource:
+    """How the policy of an operating point is built, in whichever process runs it.
+
+    Raises
+    ------
+    ValueError
+        If the file of somebody's own policy is not what was derived.
+    """
     info = next((one for one in derivation.policies if one.name == point.policy), None)
     source = None if info is None else info.source
     if source and info and source_sha256(source) != info.source_sha256:
         raise ValueError(f"policy {source}: its file is not what was derived; derive again")
     model = None if learned is None else learned.model_dump()
     score = None if point.score is None else score_named(point.score, model)
-    return policy_from_settings(
+    return PolicySource(
         source or point.policy, point.settings, point.uncertainty_threshold.value, score
     )
 

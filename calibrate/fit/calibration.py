@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibrate.fit.pilot import DEFAULT_PROMPTS, plan_pilot, policy_of
+from calibrate.fit.pilot import DEFAULT_PROMPTS, plan_pilot, source_of
 from calibrate.fit.summary import summarise
 from calibrate.run.errors import UserError
 from calibrate.run.folder import (
@@ -35,26 +35,25 @@ from calibrate.run.records import (
     RunRecord,
     RunSettings,
 )
-from calibrate.run.stopping import finishing, safe_point
+from calibrate.run.stopping import finishing
 from calibrate.run.traces import (
     Shard,
     finished_prompts,
-    next_shard,
+    next_shards,
     pilot_paths,
     read_axes,
     read_trace,
     shard_paths,
     shards_in,
-    write_shard,
 )
-from hlmtheory.policies import Policy, calibration_policy
+from calibrate.work.crew import Crew, OwnProcess, Told
+from calibrate.work.job import Job, Output, PolicySource
+from hlmtheory.policies import calibration_policy
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import LoadedPair, PairSpec
     from hlmtheory.sampled_law import Sampling
     from hlmtheory.steps import Axes
-
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ def calibrate(
     request: CalibrationRequest,
     prompts: Sequence[Prompt],
     pair: LoadedPair,
-    on_step: OnStep | None = None,
-    on_total: Callable[[int], None] | None = None,
+    told: Told | None = None,
+    crew: Crew | None = None,
 ) -> CalibrationRecord:
     """Run the calibration of a prepared request and write run.json and calibration.json.
 
@@ -171,10 +170,10 @@ def calibrate(
     prompts : sequence of Prompt
         From :func:`prepare`.
     pair : LoadedPair
-    on_step : callable, optional
-        See :func:`calibrate.decode.engine.decode`.
-    on_total : callable, optional
-        Told the most tokens that may be decoded, before decoding starts.
+    told : Told, optional
+        Whom to tell of steps and remarks.
+    crew : Crew, optional
+        Who decodes; this process if not given.
 
     Raises
     ------
@@ -183,19 +182,19 @@ def calibrate(
     """
     with locked(request.run, make=True):
         open_run(request.run, request.settings(), request.resume)
-        return _calibrate(request, prompts, pair, on_step, on_total)
+        return _calibrate(request, prompts, pair, told or Told(), crew or OwnProcess(pair))
 
 
 def _calibrate(
     request: CalibrationRequest,
     prompts: Sequence[Prompt],
     pair: LoadedPair,
-    on_step: OnStep | None,
-    on_total: Callable[[int], None] | None,
+    told: Told,
+    crew: Crew,
 ) -> CalibrationRecord:
     import torch
 
-    from calibrate.decode.engine import DecodingSettings, decode
+    from calibrate.decode.engine import DecodingSettings, batches_by_length
     from calibrate.decode.memory import automatic_batch_size
     from calibrate.decode.models import transformer_models
     from calibrate.decode.timing import measure_timings
@@ -230,23 +229,25 @@ def _calibrate(
     write_record(request.run, info)
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
 
-    def decode_to_shards(folder: Path, policy: Policy, wanted: Collection[str]) -> list[Path]:
+    def decode_to_shards(folder: Path, policy: PolicySource, wanted: Collection[str]) -> list[Path]:
         """Decode what a folder lacks and write one shard a batch, with the time that it took."""
         done = finished_prompts(shards_in(folder))
         left = [p for p in tokenized if p.prompt_id in wanted and p.prompt_id not in done]
-        batches = decode(slm, llm, left, policy, settings, pair.eos_token_ids, on_step)
-        with finishing("the shard in work"):
-            for batch in batches:
-                spent = {"wall_s": batch.wall_s, "forward_s": batch.forward_s}
-                of_batch = (batch.columns, batch.prompt_ids, header | spent, axes)
-                write_shard(next_shard(folder), *of_batch, batch.categories)
-                safe_point()
+        batches = batches_by_length(left, settings.batch_size)
+        jobs = [
+            Job(tuple(batch), (Output(path.absolute(), policy, header),), settings)
+            for path, batch in zip(next_shards(folder, len(batches)), batches, strict=True)
+        ]
+        with finishing("the shard in work" if crew.num_workers == 1 else "every shard in work"):
+            for _ in crew.run(jobs, told):
+                pass
         return shards_in(folder)
 
-    if on_total is not None:
-        num = sum(len(finished_prompts(part(request.run))) for part in (shard_paths, pilot_paths))
-        on_total((len(tokenized) + request.num_pilot(prompts) - num) * request.max_new_tokens)
-    paths = decode_to_shards(request.run / "traces", calibration_policy(), info.prompt_ids)
+    num = sum(len(finished_prompts(part(request.run))) for part in (shard_paths, pilot_paths))
+    told.total((len(tokenized) + request.num_pilot(prompts) - num) * request.max_new_tokens)
+    paths = decode_to_shards(
+        request.run / "traces", PolicySource(calibration_policy().name), info.prompt_ids
+    )
     trace = read_trace(paths)
     if set(trace.prompt_ids) != set(info.prompt_ids):
         raise UserError(
@@ -263,7 +264,7 @@ def _calibrate(
     )
     pilot = plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
     if pilot is not None:
-        paths = decode_to_shards(request.run / "pilot", policy_of(pilot), pilot.prompt_ids)
+        paths = decode_to_shards(request.run / "pilot", source_of(pilot), pilot.prompt_ids)
         spent = {
             "num_tokens": read_trace(paths).num_tokens,
             "wall_s": sum(Shard(path).header["wall_s"] for path in paths),

@@ -14,7 +14,8 @@ import numpy as np
 from calibrate.run.prompts import MIN_PROMPTS, Prompt, draw_prompts
 from calibrate.run.records import Pilot
 from calibrate.run.traces import Trace
-from hlmtheory.policies import Policy, pilot_policy, policy_from_settings
+from calibrate.work.job import PolicySource
+from hlmtheory.policies import pilot_policy
 from hlmtheory.risk import SkipAtoms
 from hlmtheory.scores import ExactUncertainty
 from hlmtheory.thresholds import risk_budget_threshold
@@ -57,6 +58,6 @@ def plan_pilot(trace: Trace, prompts: Sequence[Prompt], num: int, seed: int) -> 
     )
 
 
-def policy_of(pilot: Pilot) -> Policy:
+def source_of(pilot: Pilot) -> PolicySource:
     """The policy that a pilot runs."""
-    return policy_from_settings(pilot.policy, {}, pilot.threshold)
+    return PolicySource(pilot.policy, threshold=pilot.threshold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -72,6 +73,12 @@ def clear_unfinished(run: Path) -> None:
     for kind in ("json", "parquet"):
         for left in run.rglob(f".*.{kind}.*{_PART}"):
             left.unlink(missing_ok=True)
+
+
+def clear_unfinished_file(path: Path) -> None:
+    """Remove what killed writers of one file left; nobody may be writing it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):
+        left.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -36,7 +36,8 @@ COLUMNS_TEXT = f"""## traces/*.parquet, pilot/*.parquet and reruns/POLICY-HASH/*
 The calibration prompts, those that were decoded again on a policy's own road, and the reruns of
 `hlm validate`: one row a token, one shard a batch, numbers in single precision. The metadata key
 `hlmtheory` of each shard holds its header as JSON: schema version {traces.SCHEMA_VERSION},
-provenance, and the axes that give the columns their meaning ({AXES}). The key `checksum`
+provenance, the time that its batch took (`wall_s`, `forward_s`; of all policies that were decoded
+together), and the axes that give the columns their meaning ({AXES}). The key `checksum`
 is `{BLANK_TEXT}` and the SHA-256 of the whole file, taken with zeros in the place of
 its 64 digits; it is checked before anything is decoded. A column with
 several numbers a token is a list of fixed length along one of them, or along the head: the

@@ -188,7 +188,7 @@ class RunRecord(StageRecord):
     num_prompts: int
     num_tokens: int
     wall_s: float
-    """Decoding, without loading."""
+    """Decoding, without loading; the times of several workers are added up."""
     forward_s: float
     """The part of it inside the two models' forwards."""
     pilot: Pilot | None = None

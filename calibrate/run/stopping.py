@@ -59,6 +59,11 @@ def finishing(what: str) -> Iterator[None]:
         _asked = False
 
 
+def stop_asked() -> bool:
+    """Whether SIGTERM waits for the next safe point: nothing more should be begun."""
+    return _asked
+
+
 def safe_point() -> None:
     """Stop here if SIGTERM has come: everything up to here is on disk."""
     if _asked:

@@ -172,8 +172,14 @@ def shards_in(folder: Path) -> list[Path]:
 
 def next_shard(folder: Path) -> Path:
     """Where the next shard of a folder goes: behind those that are there."""
+    return next_shards(folder, 1)[0]
+
+
+def next_shards(folder: Path, num: int) -> list[Path]:
+    """Where the next shards of a folder go, in order."""
     numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("shard-*.parquet")]
-    return folder / f"shard-{max(numbers, default=-1) + 1:05d}.parquet"
+    begin = max(numbers, default=-1) + 1
+    return [folder / f"shard-{number:05d}.parquet" for number in range(begin, begin + num)]
 
 
 def finished_prompts(shards: Sequence[Path]) -> set[str]:

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.run.prompts import Prompt, TokenizedPrompt, text_key
 from calibrate.run.records import OperatingPoint
-from calibrate.run.traces import finished_prompts, next_shard, shards_in, write_shard
-from hlmtheory.policies import Policy
+from calibrate.run.traces import finished_prompts, next_shards, shards_in
+from calibrate.work.crew import Crew, Told
+from calibrate.work.job import Job, Output, PolicySource
 from hlmtheory.sampled_law import Sampling
 
 if TYPE_CHECKING:
     from calibrate.decode.engine import DecodingSettings
-    from calibrate.pairs.registry import LoadedPair
-
-OnStep = Callable[[int, int], None]
 
 
 def rerun_identity(
@@ -80,68 +78,55 @@ def _source_identity(source: str) -> str:
 class Rerun:
     """One rerun to be decoded: the policy, and what its files say of it."""
 
-    policy: Policy
+    policy: PolicySource
     header: Mapping[str, Any]
 
 
 def decode_reruns(
-    pair: LoadedPair,
+    crew: Crew,
     prompts: Sequence[TokenizedPrompt],
     reruns: Mapping[Path, Rerun],
     settings: DecodingSettings,
-    on_step: OnStep | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-    on_total: Callable[[int], None] | None = None,
+    told: Told,
 ) -> None:
     """Decode what reruns lack, all of them together, and write each batch as it is done.
 
     Parameters
     ----------
-    pair : LoadedPair
+    crew : Crew
     prompts : sequence of TokenizedPrompt
     reruns : mapping of Path to Rerun
         By the folder of each.
     settings : DecodingSettings
-    on_step : callable, optional
-        See :func:`calibrate.decode.engine.decode_together`.
-    on_batch : callable, optional
-        Told the number of this batch, and how many there are.
-    on_total : callable, optional
-        Told the most tokens that may be decoded, before decoding starts.
+    told : Told
+        Whom to tell of steps, batches and remarks.
     """
-    from calibrate.decode.engine import batches_by_length, decode_together
-    from calibrate.decode.models import transformer_models
+    from calibrate.decode.engine import batches_by_length
 
-    slm, llm = transformer_models(pair)
-    axes = settings.axes(pair.vocab_size)
     done = {path: finished_prompts(shards_in(path)) for path in reruns}
-    work: list[tuple[list[TokenizedPrompt], list[Path]]] = []
+    work: list[tuple[tuple[TokenizedPrompt, ...], list[Path]]] = []
     for batch in batches_by_length(prompts, settings.batch_size):
         alike: dict[tuple[str, ...], list[Path]] = {}
         for path in reruns:
             lacking = tuple(p.prompt_id for p in batch if p.prompt_id not in done[path])
             alike.setdefault(lacking, []).append(path)
         work += [
-            ([prompt for prompt in batch if prompt.prompt_id in lacking], paths)
+            (tuple(prompt for prompt in batch if prompt.prompt_id in lacking), paths)
             for lacking, paths in alike.items()
             if lacking
         ]
-    if on_total is not None:
-        on_total(sum(len(part) * len(paths) for part, paths in work) * settings.max_new_tokens)
-    for number, (part, paths) in enumerate(work, start=1):
-        if on_batch is not None:
-            on_batch(number, len(work))
-        policies = {str(path): reruns[path].policy for path in paths}
-        for decoded in decode_together(
-            slm, llm, part, policies, settings, pair.eos_token_ids, on_step
-        ):
-            for path in paths:
-                batch_of = decoded[str(path)]
-                write_shard(
-                    next_shard(path),
-                    batch_of.columns,
-                    batch_of.prompt_ids,
-                    reruns[path].header,
-                    axes,
-                    batch_of.categories,
-                )
+    shards = {path: iter(next_shards(path, len(work))) for path in reruns}
+    jobs = [
+        Job(
+            part,
+            tuple(
+                Output(next(shards[path]).absolute(), reruns[path].policy, reruns[path].header)
+                for path in paths
+            ),
+            settings,
+        )
+        for part, paths in work
+    ]
+    told.total(sum(job.most_tokens for job in jobs))
+    for _ in crew.run(jobs, told):
+        pass

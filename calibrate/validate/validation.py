@@ -7,7 +7,7 @@ times are those of the predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,12 +42,14 @@ from calibrate.validate.rerun import (
     rerun_identity,
     rerun_path,
 )
+from calibrate.work.crew import Crew, OwnProcess, Told
 from hlmtheory.policies import policy_class
 from hlmtheory.uncertainty import Temperatures
 
 if TYPE_CHECKING:
     from calibrate.derive.predict import Economics, PolicyTokens
     from calibrate.pairs.registry import LoadedPair
+    from calibrate.work.job import PolicySource
     from hlmtheory.policies import Policy
 
 
@@ -86,13 +88,21 @@ class ValidationPlan:
     command: tuple[str, ...]
 
     @cached_property
-    def policies(self) -> dict[str, Policy]:
-        """Of every point, by its key."""
-        from calibrate.derive.predict import point_policy
+    def sources(self) -> dict[str, PolicySource]:
+        """How the policy of every point is built, by its key."""
+        from calibrate.derive.predict import point_source
 
         learned = self.calibration.learned
         try:
-            return {one.key: point_policy(self.derivation, one, learned) for one in self.points}
+            return {one.key: point_source(self.derivation, one, learned) for one in self.points}
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    @cached_property
+    def policies(self) -> dict[str, Policy]:
+        """Of every point, by its key."""
+        try:
+            return {key: source.build() for key, source in self.sources.items()}
         except ValueError as error:
             raise UsageError(str(error)) from None
 
@@ -284,11 +294,19 @@ def check_pair(calibration: CalibrationRecord, pair: LoadedPair) -> None:
 def decode_missing(
     plan: ValidationPlan,
     pair: LoadedPair,
-    on_step: Callable[[int, int], None] | None = None,
-    on_total: Callable[[int], None] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    told: Told | None = None,
+    crew: Crew | None = None,
 ) -> None:
     """Decode what is not there yet of the plan's reruns; each batch is kept as soon as it is done.
+
+    Parameters
+    ----------
+    plan : ValidationPlan
+    pair : LoadedPair
+    told : Told, optional
+        Whom to tell of steps, batches and remarks.
+    crew : Crew, optional
+        Who decodes; this process if not given.
 
     Raises
     ------
@@ -312,10 +330,10 @@ def decode_missing(
     )
     made = provenance(plan.command).model_dump(mode="json")
     reruns = {
-        path: Rerun(plan.policies[point.key], {**plan.identity(point), "provenance": made})
+        path: Rerun(plan.sources[point.key], {**plan.identity(point), "provenance": made})
         for path, point in missing.items()
     }
-    decode_reruns(pair, prompts, reruns, settings, on_step, on_batch, on_total)
+    decode_reruns(crew or OwnProcess(pair), prompts, reruns, settings, told or Told())
 
 
 def compare_reruns(plan: ValidationPlan) -> ValidationRecord:

@@ -17,6 +17,8 @@ from calibrate.run.folder import read_record
 from calibrate.run.prompts import draw_prompts, read_prompts, text_key
 from calibrate.run.records import RunRecord
 from calibrate.run.traces import Shard, pilot_paths, read_axes, read_trace, shard_paths
+from calibrate.work import worker
+from calibrate.work.crew import Told
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -33,14 +35,14 @@ class Stop(Exception):
 def interrupted(monkeypatch: pytest.MonkeyPatch, request, pair) -> None:
     """Calibrate in batches of 4 and stop before the second shard is written."""
     written = []
-    write = calibration.write_shard
+    write = worker.write_shard
 
     def one_shard(*arguments) -> None:
         if written:
             raise Stop
         written.append(write(*arguments))
 
-    monkeypatch.setattr(calibration, "write_shard", one_shard)
+    monkeypatch.setattr(worker, "write_shard", one_shard)
     with pytest.raises(Stop):
         calibrate(request, prepare(request), pair)
     monkeypatch.undo()
@@ -92,7 +94,7 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
     monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
     request = toy_pair.request(toy, tmp_path / "run", limit=20, max_new_tokens=12, pilot=16)
     steps = []
-    calibrate(request, prepare(request), pair, lambda *two: steps.append(sum(two)))
+    calibrate(request, prepare(request), pair, Told(lambda *two: steps.append(sum(two))))
     assert sum(steps) == (20 + 16) * 12
     run = tmp_path / "run"
     info = read_record(run, RunRecord)
@@ -122,17 +124,17 @@ def test_an_interrupted_pilot_goes_on(toy, pair, tmp_path, monkeypatch):
     settings = {"batch_size": 8, "max_new_tokens": 6, "limit": 16}
     request = toy_pair.request(toy, tmp_path / "run", **settings)
     written = []
-    write = calibration.write_shard
+    write = worker.write_shard
 
     def some_shards(*arguments) -> None:
         if len(written) == 3:
             raise Stop
         written.append(write(*arguments))
 
-    monkeypatch.setattr(calibration, "write_shard", some_shards)
+    monkeypatch.setattr(worker, "write_shard", some_shards)
     with pytest.raises(Stop):
         calibrate(request, prepare(request), pair)
-    monkeypatch.setattr(calibration, "write_shard", write)
+    monkeypatch.setattr(worker, "write_shard", write)
     kept = {path: path.read_bytes() for path in pilot_paths(tmp_path / "run")}
     assert len(kept) == 1
     again = toy_pair.request(toy, tmp_path / "run", resume=True, **settings)

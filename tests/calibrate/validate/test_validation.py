@@ -20,7 +20,7 @@ from calibrate.run.records import DerivationRecord, DeriveRequest, ValidationRec
 from calibrate.run.stopping import Interrupted, StoppedError, listen
 from calibrate.run.traces import Shard, shards_in
 from calibrate.run.watch import Watch
-from calibrate.validate import rerun, validation
+from calibrate.validate import validation
 from calibrate.validate.rerun import rerun_identity, rerun_path
 from calibrate.validate.validation import (
     ValidationPlan,
@@ -28,6 +28,8 @@ from calibrate.validate.validation import (
     decode_missing,
     prepare_validation,
 )
+from calibrate.work import worker
+from calibrate.work.crew import Staff, Told
 from hlmtheory import api
 from hlmtheory.sampled_law import PLAIN
 
@@ -79,9 +81,9 @@ def test_another_policy_adds_to_what_was_validated(run, pair, monkeypatch) -> No
     decoded = []
     honest = validation.decode_reruns
 
-    def counted(pair, prompts, reruns, *arguments):
+    def counted(crew, prompts, reruns, *arguments):
         decoded.extend(rerun.policy.name for rerun in reruns.values())
-        return honest(pair, prompts, reruns, *arguments)
+        return honest(crew, prompts, reruns, *arguments)
 
     monkeypatch.setattr(validation, "decode_reruns", counted)
     planned = plan(run, "u-hlm")
@@ -173,14 +175,14 @@ def test_what_was_decoded_stays_when_it_is_interrupted(run, pair) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decode_missing(planned, pair, on_batch=at_batch)
+        decode_missing(planned, pair, Told(job=at_batch))
     assert (planned.num_kept, len(planned.missing)) == (0, 3)
     kept = {path: path.read_bytes() for path in (run / "reruns").rglob("*.parquet")}
     assert len(kept) == 3
     assert not (run / "validation.json").exists()
     assert not list(run.rglob("*.part"))
     steps = []
-    decode_missing(planned, pair, on_step=lambda emitted, spared: steps.append((emitted, spared)))
+    decode_missing(planned, pair, Told(lambda emitted, spared: steps.append((emitted, spared))))
     assert sum(map(sum, steps)) == 3 * 2 * planned.calibration.settings.max_new_tokens
     assert planned.missing == {}
     assert all(path.read_bytes() == content for path, content in kept.items())
@@ -205,7 +207,7 @@ def test_the_interruption_is_told_in_one_line(run, pair, monkeypatch) -> None:
     monkeypatch.setattr(validation, "decode_missing", stop)
     said = r"finished batches stay in .*reruns; the same command"
     with pytest.raises(StoppedError, match=said) as caught:
-        api._rerun(plan(run, "hlm"), in_memory(pair), "cpu", None, Watch())
+        api._rerun(plan(run, "hlm"), in_memory(pair), "cpu", None, Staff(), Watch())
     assert caught.value.exit_code == 143
 
 
@@ -213,17 +215,17 @@ def test_sigterm_lets_the_batch_in_work_be_kept(run, pair, monkeypatch) -> None:
     """It comes while the first of two batches is decoded."""
     before = signal.getsignal(signal.SIGTERM)
     planned = plan(run, "hlm", batch_size=4)
-    write, written = rerun.write_shard, []
+    write, written = worker.write_shard, []
 
     def terminated(*arguments) -> None:
         signal.raise_signal(signal.SIGTERM)
         written.append(write(*arguments))
 
-    monkeypatch.setattr(rerun, "write_shard", terminated)
+    monkeypatch.setattr(worker, "write_shard", terminated)
     listen()
     try:
         with pytest.raises(StoppedError) as caught:
-            api._rerun(planned, in_memory(pair), "cpu", None, Watch())
+            api._rerun(planned, in_memory(pair), "cpu", None, Staff(), Watch())
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,1 @@
+"""Many workers: batches planned beforehand, decoded anywhere, written where the plan says."""
