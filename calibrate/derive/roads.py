@@ -16,7 +16,7 @@ from calibrate.derive.predict import (
     PolicyTokens,
     predicted_tokens,
 )
-from calibrate.fit.pilot import policy_of
+from calibrate.fit.pilot import source_of
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.records import CalibrationRecord, Pilot, RunRecord
@@ -115,7 +115,7 @@ class Roads:
     @cached_property
     def _pilot_parted(self) -> RatioEstimate:
         assert self.info is not None
-        tokens = predicted_tokens(self.server, policy_of(self.info)).of_prompts(self._place)
+        tokens = predicted_tokens(self.server, source_of(self.info).build()).of_prompts(self._place)
         return parted_share(tokens)
 
     def prediction(self, policy: Policy) -> Prediction:

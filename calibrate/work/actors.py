@@ -6,8 +6,8 @@ and manifests goes through Ray: shards are written by the workers, into a folder
 
 from __future__ import annotations
 
-import importlib.util
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,19 +19,9 @@ from calibrate.work.job import Job, PairSource, Written
 from calibrate.work.processes import num_cores
 from calibrate.work.worker import Worker, load_worker
 
+KNOCK_S = 10.0
 POLL_S = 0.5
 """Between looks for a signal."""
-
-
-def require_ray() -> None:
-    """Refuse to begin without the extra.
-
-    Raises
-    ------
-    UserError
-    """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("--engine ray needs Ray: pip install 'hlmtheory[ray]'")
 
 
 class Actor:
@@ -155,14 +145,23 @@ def _connect(ray: Any, address: str | None, num_cpus: int) -> None:
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     local = {"num_cpus": num_cpus, "include_dashboard": False} if address is None else {}
     try:
+        _knock(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         where = "on this machine" if address is None else f"--address {address}"
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"no Ray cluster {where}: {reason}; see `ray status`") from None
     finally:
         for number, handler in signals.items():
             signal.signal(number, handler)
+
+
+def _knock(address: str | None) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), KNOCK_S):
+            pass
 
 
 def threads_that_fit(cores: Sequence[int], num_workers: int, num_threads: int | None = None) -> int:

@@ -5,6 +5,7 @@ Jobs are planned before they are handed out, so any crew writes the same files w
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,13 @@ from typing import TYPE_CHECKING, Literal
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.options import at_least, one_of
 from calibrate.run.stopping import safe_point, stop_asked
-from calibrate.work.job import Job, PairSource, Written
-from calibrate.work.worker import Worker
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from calibrate.pairs.models import Models
     from calibrate.pairs.registry import LoadedPair
+    from calibrate.work.job import Job, Written
 
 MAX_TRIES = 3
 """Workers that a job may lose before it is given up."""
@@ -125,6 +125,8 @@ class OwnProcess(Crew):
     """The pair that is loaded already, in this process."""
 
     def __init__(self, pair: LoadedPair) -> None:
+        from calibrate.work.worker import Worker
+
         super().__init__(1)
         self._worker = Worker(pair)
         self._job: Job | None = None
@@ -168,11 +170,9 @@ class Staff:
     def __post_init__(self) -> None:
         at_least("--num-workers", self.num_workers, 1)
         one_of("--engine", self.engine, "process", "ray")
-        if self.engine == "ray":
-            from calibrate.work.actors import require_ray
-
-            require_ray()
-        elif self.address is not None:
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise UserError("--engine ray needs Ray: pip install 'hlmtheory[ray]'")
+        if self.engine != "ray" and self.address is not None:
             raise UsageError(f"--address {self.address}: only with --engine ray")
 
     def hire(self, models: Models, pair: LoadedPair, attention: bool) -> Crew:
@@ -188,6 +188,8 @@ class Staff:
         """
         if self.engine == "process" and self.num_workers == 1:
             return OwnProcess(pair)
+        from calibrate.work.job import PairSource
+
         source = PairSource(
             spec=models.spec,
             dtype=pair.dtype,

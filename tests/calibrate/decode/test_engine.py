@@ -575,7 +575,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_has_the_same_rows(late):
         assert (other.prompt_ids, other.categories) == (batch.prompt_ids, batch.categories)
         assert other.columns.keys() == batch.columns.keys()
         for column, values in batch.columns.items():
-            np.testing.assert_array_equal(other.columns[column], values, err_msg=column)
+            # Vectorised sums over a step's rows round in the last place of float32.
+            rtol = 1e-6 if values.dtype.kind == "f" else 0
+            np.testing.assert_allclose(other.columns[column], values, rtol, err_msg=column)
 
 
 def test_other_errors_are_not_taken_for_a_full_memory():

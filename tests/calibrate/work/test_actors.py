@@ -127,11 +127,12 @@ def test_a_killed_driver_leaves_nobody_and_its_run_goes_on(
         assert time.monotonic() < end
         assert driver.poll() is None
         time.sleep(0.02)
-    below = psutil.Process(driver.pid).children(recursive=True)
+    workers = actors_of(psutil.Process(driver.pid))
+    assert len(workers) == 2
     driver.kill()
     driver.wait()
-    psutil.wait_procs(below, timeout=30)
-    assert not [one for one in below if one.is_running()]
+    _, left = psutil.wait_procs(workers, timeout=10)
+    assert not left
     assert len(list((tmp_path / "run" / "traces").glob("*.parquet"))) < 10
     again = toy_pair.request(toy, tmp_path / "run", resume=True, **SETTINGS)
     with crew_of(toy, pair) as crew:

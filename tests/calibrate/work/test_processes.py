@@ -62,7 +62,7 @@ def rows(run: Path) -> list[str]:
     return sorted(repr(row) for path in paths for row in Shard(path).read().to_pylist())
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_any_number_of_workers_writes_the_files_of_one_process(
     num_workers: int, toy: Path, pair: Any, alone: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +83,7 @@ def test_any_number_of_workers_writes_the_files_of_one_process(
     assert sum(emitted for emitted, _ in steps) == info.num_tokens + info.pilot.num_tokens
 
 
+@pytest.mark.long
 def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
     toy: Path, pair: Any, alone: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +245,7 @@ def until(
         time.sleep(0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_their_driver_and_the_run_goes_on(
     number: signal.Signals, running: Any, toy: Path, pair: Any, tmp_path: Path
