@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fault_table import Fault, table
 
 PairFactory = Callable[..., tuple[Any, Any]]
 
@@ -55,6 +57,34 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the toy pair that was calibrated, with a pilot, and derived; left as it is found."""
+    import toy_commands
+    from forked import hlm
+
+    path = tmp_path_factory.mktemp("toy-run")
+    run, log = path / "run", path / "log"
+    for words in (toy_commands.calibration(toy, run), toy_commands.derivation(run)):
+        assert hlm(*words, log=log).code == 0, log.read_text()
+    assert (run / "pilot").is_dir()
+    return run
+
+
+@pytest.fixture(scope="session")
+def toy_validated(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it that was validated."""
+    import toy_commands
+    from forked import hlm
+
+    path = tmp_path_factory.mktemp("toy-validated")
+    run, log = path / "run", path / "log"
+    shutil.copytree(toy_run, run)
+    assert hlm(*toy_commands.validation(run), log=log).code == 0, log.read_text()
+    assert len(list((run / "reruns").iterdir())) == len(toy_commands.POLICIES)
+    return run
+
+
+@pytest.fixture(scope="session")
 def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic run that was calibrated, derived and validated; left as it is found."""
     import synthetic_run
@@ -65,17 +95,22 @@ def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Callable[[str], Fault]:
+    """Factory of rows of the table of faults."""
+
+    def make(name: str) -> Fault:
+        row = Fault(name)
+        config: Any = request.config
+        config.faults = [*getattr(config, "faults", []), row]
+        return row
+
+    return make
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The faults that were injected, if any, as a table for docs/reliability.md."""
-    rows = getattr(terminalreporter.config, "faults", [])
-    if not rows:
-        return
-    terminalreporter.section("faults")
-    names = ("fault", "tried", "told", "harmless", "silent", "tracebacks", "lost", "doubled")
-    terminalreporter.write_line(f"| {' | '.join((*names, 'message'))} |")
-    terminalreporter.write_line("| --- " * 9 + "|")
-    for row in rows:
-        told = row.tried - row.harmless - row.silent - row.tracebacks
-        cells = (row.name, row.tried, told, row.harmless, row.silent, row.tracebacks, row.lost,
-                 row.doubled, row.message)  # fmt: skip
-        terminalreporter.write_line(f"| {' | '.join(map(str, cells))} |")
+    """The faults that were injected, if any, as docs/reliability.md shows them."""
+    if faults := getattr(terminalreporter.config, "faults", []):
+        terminalreporter.section("faults")
+        for line in table(faults):
+            terminalreporter.write_line(line)

@@ -26,6 +26,7 @@ Progress: TypeAlias = Callable[[str, int, int | None], None]
 
 _RECORD_NAME = "hlm-model.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME_OF_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 # Raised when a conversion would come out differently: caches of the old number are made anew.
 _LAYOUT = 1
 
@@ -92,16 +93,12 @@ def is_whole(sha256: str) -> bool:
     return bool(record["num_bytes"].items() <= sizes.items())
 
 
-def refuse_damaged(folder: Path) -> None:
-    """Hash every file whose hash is known before a model is made of it.
+def damaged_files(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """Files of a folder with another hash than the known one, with both hashes.
 
     Known are those of converted folders, by their record, and those that the hub's cache links to
-    under their hash. About a second for 1.4 GB, once in a process.
-
-    Raises
-    ------
-    UserError
-        If a file has another hash.
+    under their hash, which for small files is that of git. About a second for 1.4 GB, once in a
+    process.
     """
     known = {
         folder / name: one for name, one in _read_record(folder).get("file_sha256", {}).items()
@@ -109,14 +106,38 @@ def refuse_damaged(folder: Path) -> None:
     known |= {
         path: path.resolve().name
         for path in folder.iterdir()
-        if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)
+        if path.is_symlink() and _NAME_OF_HASH.fullmatch(path.resolve().name)
     }
     for path, expected in known.items():
-        if (found := file_sha256(path)) != expected:
-            raise UserError(
-                f"{path} is damaged: its sha256 is {found}, {expected} was recorded; remove "
-                f"{folder}, and the next start makes it anew"
-            )
+        if (found := _hash_like(expected, path)) != expected:
+            yield path, found, expected
+
+
+def _hash_like(expected: str, path: Path) -> str:
+    """A file's hash of the kind that is expected: SHA-256, or SHA-1 as git takes it."""
+    if _SHA256.fullmatch(expected):
+        return file_sha256(path)
+    content = path.read_bytes()
+    plain = hashlib.sha1(content).hexdigest()  # which a proxy of the hub may announce
+    of_git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return plain if plain == expected else of_git
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Hash every file whose hash is known before a model is made of it.
+
+    Raises
+    ------
+    UserError
+        If a file has another hash.
+    """
+    for path, found, expected in damaged_files(folder):
+        # the hub's client takes a file that lies there for a whole one, whatever links to it
+        remove = path.resolve() if path.is_symlink() else folder
+        raise UserError(
+            f"{path} is damaged: its hash is {found}, {expected} was recorded; remove {remove}, "
+            "and the next start makes it anew"
+        )
 
 
 def folder_num_bytes(folder: Path) -> int:

