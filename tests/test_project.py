@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from fault_table import COLUMNS
 
 import hlmtheory
 
@@ -44,3 +45,36 @@ def test_shipped_results_name_no_folder_of_the_machine_that_made_them() -> None:
     assert {path.suffix for path in said} == {".json", ".parquet"}
     for path, text in said.items():
         assert re.search(r'"/[^"]*"', text) is None, path
+
+
+def tables_of(page: str) -> list[list[list[str]]]:
+    """Cells of the tables of a page of docs, headings first, the line below them left out."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    tables: list[list[list[str]]] = [[]]
+    for line in lines:
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in re.split(r"\|(?= |$)", line)[1:-1]])
+        elif tables[-1]:
+            tables.append([])
+    return [[rows[0], *rows[2:]] for rows in tables if rows]
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    promises = tables_of("reliability.md")[0]
+    assert promises[0] == ["promise", "how", "test"]
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for promise, _, tests in promises[1:]:
+        named = re.findall(r"`(test_\w+\.py)`", tests)
+        assert named, promise
+        assert not set(named) - there, promise
+
+
+def test_the_table_of_faults_shows_kept_promises() -> None:
+    """It is pasted from what `make long` prints, which no test can see."""
+    faults = tables_of("reliability.md")[1]
+    assert faults[0] == list(COLUMNS)
+    for row in faults[1:]:
+        cells = dict(zip(COLUMNS, row, strict=True))
+        assert int(cells["tried"]) > 0, row
+        assert int(cells["told"]) + int(cells["harmless"]) == int(cells["tried"]), row
+        assert {cells[name] for name in ("silent", "tracebacks", "lost", "doubled")} == {"0"}, row
