@@ -436,23 +436,23 @@ def _rerun(
 
     if plan.num_kept:
         watch.say(f"{plan.num_kept} of {len(plan.points)} points were rerun before: reused")
-    if plan.missing:
-        attention = plan.needs_attention
-        models = models or Models.of_run(plan.calibration, device, num_threads)
-        pair = models.load(attention, watch)
-        count = TokenCount("validating", watch)
-        told = Told(count.advance, count.set_total, count.at_batch, watch.say)
-        in_work = "the batch in work" if staff.num_workers == 1 else "every batch in work"
-        try:
+    try:
+        if plan.missing:
+            attention = plan.needs_attention
+            models = models or Models.of_run(plan.calibration, device, num_threads)
+            pair = models.load(attention, watch)
+            count = TokenCount("validating", watch)
+            told = Told(count.advance, count.set_total, count.at_batch, watch.say)
+            in_work = "the batch in work" if staff.num_workers == 1 else "every batch in work"
             with staff.hire(models, pair, attention) as crew, finishing(in_work):
                 decode_missing(plan, pair, told, crew)
-        except Interrupted as error:
-            raise StoppedError(
-                f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "
-                "goes on with the others",
-                error,
-            ) from None
-    return compare_reruns(plan)
+        return compare_reruns(plan)
+    except Interrupted as error:
+        raise StoppedError(
+            f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "
+            "goes on with the others",
+            error,
+        ) from None
 
 
 def figures(
