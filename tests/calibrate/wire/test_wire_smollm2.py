@@ -20,10 +20,10 @@ POINTS = ("hlm/none", "llm/none", "u-hlm/risk-0.05", "r-hlm/risk-0.05", "coupled
 
 @pytest.mark.model
 @pytest.mark.long
-def test_float32_gives_the_tokens_of_one_process(tmp_path: Path) -> None:
+def test_float32_gives_the_tokens_of_one_process(toy: Path, tmp_path: Path) -> None:
     spec = resolve_pair("smollm2", None, None, None)
     request = toy_pair.request(
-        tmp_path, tmp_path / "run", spec=spec, given=GivenModels(), prompts_source=None, limit=16,
+        toy, tmp_path / "run", spec=spec, given=GivenModels(), prompts_source=None, limit=16,
         max_new_tokens=16,
     )  # fmt: skip
     calibrate(request, prepare(request), load_pair(spec, dtype="float32", attention=True))
