@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from websockets.asyncio.client import connect
 
@@ -278,7 +279,7 @@ def loads_of(
     beyond_ms = max(float(np.mean(alone.waits)) - pass_ms[0], 0.1)
     think_ms = habit.decide_ms / (1 - habit.skip_rate) + beyond_ms
     out = []
-    for num in track(users, description=key):
+    for num in track(users, description=key, console=Console(stderr=True)):
         crowd = Crowd(port, opening, habit)
         crowd.run(prompts[:num], seconds)
         queue = shared_server(num, think_ms, pass_ms)
