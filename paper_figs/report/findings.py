@@ -400,11 +400,11 @@ def _wires(runs: Sequence[LoadedRun]) -> str:
         )
     every = [run for _, record in timed for one in record.links for run in one.runs]
     error = sum(abs(run.token_time.off) for run in every) / len(every)
-    held = sum(record.coverage.covered for _, record in timed)
+    covered = sum(record.coverage.covered for _, record in timed)
     total = sum(record.coverage.total for _, record in timed)
     parts.append(
         f"Over all {len(every)} points and links, token times are {error:.1%} off in the mean, and "
-        f"{held} of {total} figures of the clock lie in their intervals."
+        f"{covered} of {total} figures of the clock lie in their intervals."
     )
     parts.append(_figure("wire", "token times by the clock beside their predictions, link by link"))
     return "\n\n".join(parts)
