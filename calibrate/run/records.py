@@ -7,6 +7,8 @@ what the next one reads, field by field. docs/formats.md is made from them.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -719,6 +721,11 @@ class Cell(Record):
         """Predicted over measured, less 1; NaN without both."""
         predicted, measured = self.predicted.value, self.measured.value
         return math.nan if predicted is None or not measured else predicted / measured - 1.0
+
+
+def mean_off(cells: Iterable[Cell]) -> float:
+    """Mean of |predicted - measured| / measured."""
+    return statistics.fmean(abs(cell.off) for cell in cells)
 
 
 class Coverage(Record):

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from calibrate.pairs.loading import LoadedModel
     from calibrate.wire.device import Device, WireAnswer, WireToken
 
-QUANTILES = ("5 %", "25 %", "50 %", "75 %", "95 %")
 SKIPPED, REPLACED = "green", "red"
 
 
 def print_wire(result: WireRecord) -> None:
     """`hlm validate --wire`: token times by the clock and as predicted, link by link."""
+    from calibrate.validate.wire import QUANTILES
+
     page = Page()
     held = result.coverage
     page.say(
@@ -49,7 +50,7 @@ def print_wire(result: WireRecord) -> None:
             ], title=f"link {one.link_name}",
         )  # fmt: skip
         page.table(
-            ("point", *(f">{name}" for name in QUANTILES)),
+            ("point", *(f">{100 * level:g} %" for level in QUANTILES)),
             [
                 (f"{run.policy}/{run.rule}",
                  *(f"{clock:,.0f}, {predicted:,.0f}" for clock, predicted in

@@ -8,7 +8,7 @@ and what the link adds is to be predicted, not that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -47,6 +47,7 @@ from calibrate.run.records import (
     WireProbe,
     WireRecord,
     WireRun,
+    mean_off,
 )
 from calibrate.validate.comparison import cut, difference_error, prediction_interval
 from calibrate.wire.device import WireAnswer, WireToken
@@ -294,18 +295,13 @@ def run_wire(
         prompt_ids=tuple(prompt.prompt_id for prompt in plan.prompts),
         confidence=plan.derived.derivation.confidence,
         links=links,
-        mean_time_error=_mean_time_error(run.token_time for run in every),
-        mean_time_error_replayed=_mean_time_error(run.replayed for run in every),
-        mean_time_error_before=_mean_time_error(run.token_time_before for run in every),
+        mean_time_error=mean_off(run.token_time for run in every),
+        mean_time_error_replayed=mean_off(run.replayed for run in every),
+        mean_time_error_before=mean_off(run.token_time_before for run in every),
         coverage=_coverage(links, plan.derived.derivation.confidence),
     )
     write_record(plan.run, result, plan.name)
     return result
-
-
-def _mean_time_error(times: Iterable[Cell]) -> float:
-    """Mean of |predicted - clock| / clock over token times."""
-    return float(np.mean([abs(cell.off) for cell in times]))
 
 
 def _coverage(links: Sequence[WireLinkRuns], confidence: float) -> Coverage:

@@ -14,7 +14,7 @@ SPARE_POSITIONS = 256
 """Room grows by this many positions at least, or by half."""
 
 WORTH_TWO_PASSES = 24
-"""Tokens of padding that cost more than a second pass over the weights."""
+"""Tokens of padding that are taken to cost more than a second pass over the weights: assumed."""
 
 
 class SlotCaches:
