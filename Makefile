@@ -52,7 +52,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.engine --repeats 3
 	$(BIN)/python -m benchmarks.truncation
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.growth

@@ -7,9 +7,9 @@ public replications of U-HLM decode. Interleaved repeats, medians; the two slow 
 a few prompts spread over the lengths and are scaled by their own tokens.
 
 Beside the speeds: the arithmetic limit, which is the operations of every prompt and answer token
-once at the rate of the fastest matrix product of this process; the exact uncertainty's share of a
-step of both models; and the peak memory of a process that only calibrates, against the size of the
-weights.
+once at the rate of the fastest matrix product of this process; the same held also to reading every
+weight once a step from main memory, at the rate of the fastest read; and the exact uncertainty's
+share of a step of both models.
 
     python -m benchmarks.engine --pair smollm2 --limit 64 --max-new-tokens 48
 """
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -189,33 +188,58 @@ def largest_product_rate(dtype: torch.dtype, device: torch.device, repeats: int 
     return best
 
 
-def needed_operations(work: Workload) -> float:
-    """Floating-point operations of every prompt and answer token once, in both models.
+def largest_read_rate(device: torch.device, repeats: int = 4) -> float:
+    """Bytes a second of the fastest sum over an array that fits no cache, the best of all tries."""
+    array, best = torch.ones(2**28, device=device), 0.0
+    for _ in range(repeats):
+        synchronise(device)
+        begin = time.perf_counter()
+        array.sum()
+        synchronise(device)
+        best = max(best, 4.0 * array.numel() / (time.perf_counter() - begin))
+    return best
 
-    Two for each weight of a matrix product and token; the output head for answer tokens alone. What
-    attention does between tokens is left out, under 2 % at these lengths.
+
+@dataclass(frozen=True)
+class Need:
+    """What both models cannot do without.
+
+    Attributes
+    ----------
+    prompts, answers : float
+        Floating-point operations of every prompt and of every answer token once: two for each
+        weight of a matrix product and token, the output head for answer tokens alone. What
+        attention does between tokens is left out, under 2 % at these lengths.
+    weights : float
+        Bytes that a step of both has to read.
     """
-    total = 0.0
+
+    prompts: float
+    answers: float
+    weights: float
+
+    def seconds(
+        self, product_rate: float, read_rate: float = math.inf, num_steps: int = 0
+    ) -> float:
+        """At a rate of products alone, or with every weight read once a step."""
+        decoding = max(self.answers / product_rate, num_steps * self.weights / read_rate)
+        return self.prompts / product_rate + decoding
+
+
+def needed(work: Workload) -> Need:
+    """Operations and bytes of a workload."""
     answers = len(work.prompts) * work.max_new_tokens
     prompts = sum(len(prompt.tokens) - 1 for prompt in work.prompts)
+    layers = heads = item = 0
     for model in (work.pair.slm, work.pair.llm):
-        layers = sum(
+        layers += sum(
             one.weight.numel()
             for one in model.base_model.modules()
             if isinstance(one, torch.nn.Linear)
         )
-        head = model.get_output_embeddings().weight.numel()
-        total += 2.0 * (layers * (prompts + answers) + head * answers)
-    return total
-
-
-def peak_memory(options: argparse.Namespace) -> dict[str, float]:
-    """Peak of a fresh process that calibrates with full traces at the automatic batch size."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--pair", options.pair]
-    command += ["--limit", str(options.limit), "--max-new-tokens", str(options.max_new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+        head = model.get_output_embeddings().weight
+        heads, item = heads + head.numel(), head.element_size()
+    return Need(2.0 * layers * prompts, 2.0 * (layers + heads) * answers, (layers + heads) * item)
 
 
 def main() -> None:
@@ -225,11 +249,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, help="default: automatic")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--slow-prompts", type=int, default=2, help="for assisted and loop")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    memory = peak_memory(options)
     work = load_workload(
         options.pair, options.limit, options.max_new_tokens, options.batch_size, attention=True
     )
@@ -260,6 +283,7 @@ def main() -> None:
     }
     weight = work.pair.llm.get_output_embeddings().weight
     rate = largest_product_rate(weight.dtype, weight.device)
+    read_rate = largest_read_rate(weight.device)
     # The weights are read from disk once.
     floor_run(replace(work, prompts=work.prompts[:4]))
     rows: dict[str, list[tuple[int, float, float | None]]] = {name: [] for name in ways}
@@ -267,7 +291,10 @@ def main() -> None:
         for name, run in ways.items():
             rows[name].append(run())
     exact = uncertainty_share(work)
-    limit = len(work.prompts) * work.max_new_tokens * rate / needed_operations(work)
+    num_tokens, need = len(work.prompts) * work.max_new_tokens, needed(work)
+    num_steps = work.max_new_tokens * math.ceil(len(work.prompts) / work.batch_size)
+    limit = num_tokens / need.seconds(rate)
+    with_memory = num_tokens / need.seconds(rate, read_rate, num_steps)
     speeds = {name: _summary(name, rows[name]) for name in ways}
     full, minimal = speeds["engine, full trace"].tok_s, speeds["engine, minimal trace"].tok_s
     ratios = {
@@ -277,7 +304,9 @@ def main() -> None:
         "full trace / per-token loop": full / speeds["per-token loop"].tok_s,
         "exact uncertainty / two forwards": exact["share"],
         "full trace / arithmetic limit": full / limit,
+        "full trace / limit with memory": full / with_memory,
         "floor / arithmetic limit": speeds["floor"].tok_s / limit,
+        "floor / limit with memory": speeds["floor"].tok_s / with_memory,
     }
     if options.json:
         content = {
@@ -286,8 +315,9 @@ def main() -> None:
             "ratios": ratios,
             "uncertainty": exact,
             "product_rate_flop_s": rate,
+            "read_rate_bytes_s": read_rate,
             "arithmetic_limit_tok_s": limit,
-            "memory": memory,
+            "limit_with_memory_tok_s": with_memory,
         }
         print(json.dumps(content, indent=1))
         return
@@ -302,16 +332,15 @@ def main() -> None:
         f"  {'arithmetic limit':24s} {limit:8.2f} token/s, at {1e-9 * rate:,.0f} GFLOP/s of the "
         "fastest matrix product"
     )
+    print(
+        f"  {'limit with memory':24s} {with_memory:8.2f} token/s, weights read once a step at "
+        f"{1e-9 * read_rate:,.1f} GB/s"
+    )
     for name, ratio in ratios.items():
         print(f"  {name:34s} {ratio:6.3f}")
     print(
         f"  exact uncertainty, batch 32: {exact['uncertainty_ms']:.1f} ms beside "
         f"{exact['forward_ms']:.0f} ms of both models"
-    )
-    print(
-        f"  peak memory {memory['peak_gib']:.2f} GiB, weights {memory['weights_gib']:.2f} GiB, "
-        f"between them {memory['peak_gib'] - memory['weights_gib']:.2f} GiB "
-        f"(batch {memory['batch_size']:.0f})"
     )
 
 

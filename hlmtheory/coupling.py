@@ -19,7 +19,7 @@ from hlmtheory.domain import (
     check_unit_interval,
 )
 from hlmtheory.head import Head
-from hlmtheory.order import put_along_last_axis
+from hlmtheory.order import count_up_to, put_along_last_axis
 
 
 def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array]:
@@ -63,26 +63,26 @@ def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array
     # Row by row all of it stays in a processor's cache.
     num = 1 if numpy_rows else max(1, len(rows_x))
     parts = [slice(begin, begin + num) for begin in range(0, len(rows_x), num)]
-    pairs = [
-        [xp.take_along_axis(column, ids[i], axis=-1) for column in _columns(rows_x[i], rows_y[i])]
-        for i in parts
-    ]
+    pairs = [_columns(rows_x[i], rows_y[i], ids[i]) for i in parts]
     agreement, race = (xp.concat(column) for column in zip(*pairs, strict=True))
     return outer.asarray(agreement), outer.asarray(race)
 
 
-def _columns(x: Array, y: Array) -> tuple[Array, Array]:
-    """a and Phi of every token, (B, V) each, from one sort and running sums."""
+def _columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array]:
+    """a and Phi of some tokens, (B, M) each, from one sort of all and running sums."""
     x, y = _normalised(x), _normalised(y)
     xp, share = array_namespace(x), _share(x, y)
-    order = xp.argsort(share, axis=-1)
+    # Which of equal shares comes first does not matter, and a sort that need not know is faster.
+    order = xp.argsort(share, axis=-1, stable=False)
     rising, x_sorted, y_sorted = (xp.take_along_axis(one, order, axis=-1) for one in (share, x, y))
     behind = xp.cumulative_sum(x_sorted, axis=-1)  # sum of x over the tokens of at most this share
     ahead = 1.0 - xp.cumulative_sum(y_sorted, axis=-1)  # sum of y over those of a larger one
     level = rising * behind + (1.0 - rising) * ahead  # at equal shares equal, whoever comes first
-    columns = x_sorted * rising / level, _race(rising, level)
-    agreement, race = (put_along_last_axis(one, order, one) for one in columns)
-    return agreement, race
+    own_x, own_share = (xp.take_along_axis(one, token_ids, axis=-1) for one in (x, share))
+    place = count_up_to(rising, own_share) - 1  # the last of those with the same share
+    own_level = xp.take_along_axis(level, place, axis=-1)
+    race = xp.take_along_axis(_race(rising, level), place, axis=-1)
+    return own_x * own_share / own_level, race
 
 
 def bracketed_columns(
@@ -113,6 +113,8 @@ def bracketed_columns(
     xp = array_namespace(x_head, y_head)
     num, inside = x_head.shape[-1], xp.any(own, axis=-1)
     place = xp.where(inside, xp.argmax(xp.astype(own, xp.int32), axis=-1), num)[:, None]
+    of_head = xp.broadcast_to(xp.arange(num, device=device(place)), x_head.shape)
+    ids = xp.concat([place, of_head], axis=-1)
     p, q = (
         xp.astype(xp.concat([head, xp.where(inside, 0 * v, v)[:, None]], axis=-1), xp.float64)
         for head, v in ((x_head, x), (y_head, y))
@@ -126,9 +128,9 @@ def bracketed_columns(
     out: list[tuple[Array, Array, Array]] = []
     for tokens in beyond:
         more_p, more_q = zip(*tokens, strict=True)
-        a, phi = _columns(xp.concat([p, *more_p], axis=-1), xp.concat([q, *more_q], axis=-1))
-        a_v, phi_v = (xp.take_along_axis(column, place, axis=-1)[:, 0] for column in (a, phi))
-        out.append((a_v, phi_v, phi[:, :num]))
+        laws = xp.concat([p, *more_p], axis=-1), xp.concat([q, *more_q], axis=-1)
+        a, phi = _columns(*laws, ids)
+        out.append((a[:, 0], phi[:, 0], phi[:, 1:]))
     return out
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_torch_array
 
 from hlmtheory.domain import Array
-from hlmtheory.order import largest, on_accelerator
+from hlmtheory.order import count_up_to, largest, on_accelerator
 
 
 def check_sizes(low: int, high: int, vocab_size: int) -> None:
@@ -72,17 +72,8 @@ class Head:
 
     def count_above(self, levels: Array) -> Array:
         """How many of each row's entries exceed levels (B, G); the integers (B, G)."""
-        num = self.values.shape[-1]
-        if is_torch_array(levels):
-            xp = array_namespace(levels)
-            return num - xp.searchsorted(self.values.flip(-1), levels.contiguous(), side="right")
-        rising = self.values[:, ::-1]
-        return np.stack(
-            [
-                num - np.searchsorted(row, level, side="right")
-                for row, level in zip(rising, levels, strict=True)
-            ]
-        )
+        rising = array_namespace(levels).flip(self.values, axis=-1)
+        return self.values.shape[-1] - count_up_to(rising, levels)
 
     def kept_mass(self, sizes: Array) -> Array:
         """S_k at sizes (B, G) within the head."""

@@ -1,4 +1,4 @@
-"""The two order primitives that the array standard lacks, for numpy and torch alike."""
+"""The order primitives that the array standard lacks, for numpy and torch alike."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def largest(x: Array, num: int) -> tuple[Array, Array]:
     order = np.argsort(-values, axis=-1, kind="stable")
     indices = np.take_along_axis(candidates, order, axis=-1)
     return np.take_along_axis(x, indices, axis=-1), indices
+
+
+def count_up_to(rising: Array, values: Array) -> Array:
+    """How many entries of each row of `rising` (B, N), sorted, are <= `values` (B, M): (B, M)."""
+    xp = array_namespace(rising)
+    if is_torch_array(rising):
+        return xp.searchsorted(rising, values.contiguous(), side="right")
+    pairs = zip(rising, values, strict=True)
+    return np.stack([np.searchsorted(row, value, side="right") for row, value in pairs])
 
 
 def put_along_last_axis(x: Array, indices: Array, values: Array) -> Array:
