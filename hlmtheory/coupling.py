@@ -19,7 +19,7 @@ from hlmtheory.domain import (
     check_unit_interval,
 )
 from hlmtheory.head import Head
-from hlmtheory.order import count_up_to, put_along_last_axis
+from hlmtheory.order import count_up_to, put_along_last_axis, take_along_last_axis
 
 
 def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array]:
@@ -74,14 +74,14 @@ def _columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array]:
     xp, share = array_namespace(x), _share(x, y)
     # Which of equal shares comes first does not matter, and a sort that need not know is faster.
     order = xp.argsort(share, axis=-1, stable=False)
-    rising, x_sorted, y_sorted = (xp.take_along_axis(one, order, axis=-1) for one in (share, x, y))
+    rising, x_sorted, y_sorted = (take_along_last_axis(one, order) for one in (share, x, y))
     behind = xp.cumulative_sum(x_sorted, axis=-1)  # sum of x over the tokens of at most this share
     ahead = 1.0 - xp.cumulative_sum(y_sorted, axis=-1)  # sum of y over those of a larger one
     level = rising * behind + (1.0 - rising) * ahead  # at equal shares equal, whoever comes first
-    own_x, own_share = (xp.take_along_axis(one, token_ids, axis=-1) for one in (x, share))
+    own_x, own_share = (take_along_last_axis(one, token_ids) for one in (x, share))
     place = count_up_to(rising, own_share) - 1  # the last of those with the same share
-    own_level = xp.take_along_axis(level, place, axis=-1)
-    race = xp.take_along_axis(_race(rising, level), place, axis=-1)
+    own_level = take_along_last_axis(level, place)
+    race = take_along_last_axis(_race(rising, level), place)
     return own_x * own_share / own_level, race
 
 
