@@ -37,14 +37,16 @@ from calibrate.run.records import (
 )
 from calibrate.run.stopping import finishing
 from calibrate.run.traces import (
-    Shard,
+    MAX_TOKENS,
     finished_prompts,
     next_shards,
     pilot_paths,
+    prompts_to_read,
     read_axes,
     read_trace,
     shard_paths,
     shards_in,
+    stored_in,
 )
 from calibrate.work.crew import Crew, OwnProcess, Told
 from calibrate.work.job import Job, Output, PolicySource
@@ -248,28 +250,33 @@ def _calibrate(
     paths = decode_to_shards(
         request.run / "traces", PolicySource(calibration_policy().name), info.prompt_ids
     )
-    trace = read_trace(paths)
-    if set(trace.prompt_ids) != set(info.prompt_ids):
+    stored = stored_in(paths)
+    if stored.prompt_ids != set(info.prompt_ids):
         raise UserError(
             f"{request.run}: its shards do not hold the {len(tokenized)} prompts of this run; "
             "name another folder"
         )
-    headers = [Shard(path).header for path in paths]
     info = info.model_copy(
         update={
-            "num_prompts": trace.num_prompts,
-            "num_tokens": trace.num_tokens,
-            **{name: sum(header[name] for header in headers) for name in ("wall_s", "forward_s")},
+            "num_prompts": len(stored.prompt_ids),
+            "num_tokens": stored.num_tokens,
+            "wall_s": stored.wall_s,
+            "forward_s": stored.forward_s,
         }
     )
+    read = set(prompts_to_read(info.prompt_ids, info.num_tokens, request.seed))
+    prompts = [prompt for prompt in prompts if prompt.prompt_id in read]
+    if len(read) < info.num_prompts:
+        told.note(
+            f"fitted on {len(read):,} of {info.num_prompts:,} prompts, drawn at random: they hold "
+            f"about {MAX_TOKENS:,} tokens, and more say little more"
+        )
+    trace = read_trace(paths, prompts=read)
     pilot = plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
     if pilot is not None:
         paths = decode_to_shards(request.run / "pilot", source_of(pilot), pilot.prompt_ids)
-        spent = {
-            "num_tokens": read_trace(paths).num_tokens,
-            "wall_s": sum(Shard(path).header["wall_s"] for path in paths),
-        }
-        pilot = pilot.model_copy(update=spent)
+        spent = stored_in(paths)
+        pilot = pilot.model_copy(update={"num_tokens": spent.num_tokens, "wall_s": spent.wall_s})
     info = info.model_copy(update={"complete": True, "pilot": pilot})
     summary = summarise(trace, info)
     write_record(request.run, summary)

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from calibrate.run.checksums import BLANK, intact, sealed
 from calibrate.run.errors import UserError
-from calibrate.run.folder import atomic_path
-from calibrate.run.records import CalibrationRecord
+from calibrate.run.folder import atomic_path, read_record
+from calibrate.run.prompts import MIN_PROMPTS
+from calibrate.run.records import CalibrationRecord, RunRecord
 from hlmtheory.steps import COLUMNS, Axes, Step
 
 HEADER_KEY = b"hlmtheory"
 SCHEMA_VERSION = 3
 FLOAT_DTYPE = np.float32
+
+MAX_TOKENS = 250_000
+"""Tokens of a trace that are looked at; of longer ones those of some prompts, drawn at random.
+
+What prompts differ by, some thousands of them tell within a percent of itself; what many more would
+add to that is memory, 13 KB a token while operating points are derived (docs/performance.md).
+"""
 
 
 def write_shard(
@@ -145,9 +155,28 @@ class Shard:
                     f"{len(getattr(self.axes, axis))}; calibrate again"
                 )
 
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """These columns, all by default."""
-        return self._file.read(self.names if columns is None else list(columns))
+    @property
+    def num_tokens(self) -> int:
+        """Rows."""
+        num: int = self._file.metadata.num_rows
+        return num
+
+    def read(
+        self, columns: Sequence[str] | None = None, prompts: Collection[str] | None = None
+    ) -> pa.Table:
+        """These columns, of these prompts; all by default.
+
+        Of a shard that holds none of the prompts no other column is unpacked.
+        """
+        names = self.names if columns is None else list(columns)
+        if prompts is None:
+            return self._file.read(names)
+        wanted = pa.array(sorted(prompts), pa.string())
+        ids = self._file.read(["prompt_id"])["prompt_id"]
+        kept = pc.is_in(ids.cast(pa.string()), wanted)
+        if not pc.any(kept).as_py():
+            return self._file.schema_arrow.empty_table().select(names)
+        return self._file.read(names).filter(kept)
 
 
 def read_axes(path: Path) -> Axes:
@@ -182,12 +211,46 @@ def next_shards(folder: Path, num: int) -> list[Path]:
     return [folder / f"shard-{number:05d}.parquet" for number in range(begin, begin + num)]
 
 
-def finished_prompts(shards: Sequence[Path]) -> set[str]:
-    """Prompts whose tokens are already on disk."""
-    done: set[str] = set()
+@dataclass(frozen=True)
+class Stored:
+    """What shards hold, seen without their columns.
+
+    Attributes
+    ----------
+    prompt_ids : frozenset of str
+    num_tokens : int
+    wall_s, forward_s : float
+        That decoding them took, as their headers say.
+    """
+
+    prompt_ids: frozenset[str]
+    num_tokens: int
+    wall_s: float
+    forward_s: float
+
+
+def stored_in(shards: Sequence[Path]) -> Stored:
+    """What finished shards hold, one after the other in memory.
+
+    Raises
+    ------
+    UserError
+        As :class:`Shard`.
+    """
+    prompt_ids: set[str] = set()
+    num_tokens, spent = 0, {"wall_s": 0.0, "forward_s": 0.0}
     for path in shards:
-        done |= set(Shard(path).read(["prompt_id"])["prompt_id"].unique().to_pylist())
-    return done
+        shard = Shard(path)
+        prompt_ids.update(shard.read(["prompt_id"])["prompt_id"].unique().to_pylist())
+        num_tokens += shard.num_tokens
+        for name in spent:
+            spent[name] += shard.header.get(name, 0.0)
+    return Stored(frozenset(prompt_ids), num_tokens, **spent)
+
+
+def finished_prompts(shards: Sequence[Path]) -> frozenset[str]:
+    """Prompts whose tokens are already on disk."""
+    return stored_in(shards).prompt_ids
 
 
 class Trace:
@@ -259,8 +322,10 @@ class Trace:
         return len(self.prompt_ids)
 
 
-def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
-    """Read shards into one trace.
+def read_trace(
+    paths: list[Path], columns: list[str] | None = None, prompts: Collection[str] | None = None
+) -> Trace:
+    """Read shards into one trace, or the tokens of some prompts: what others hold is let go of.
 
     Floats of one number a token come back as float64, so that sums over a million tokens lose
     nothing more; wider columns stay as they are until a step reads them.
@@ -281,7 +346,8 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
                 f"{path}: its axes are not those of {paths[0].name}: {shard.axes} and {axes}"
             )
         labels = [name for name in ("prompt_id", "category") if name in shard.names]
-        tables.append(shard.read(None if columns is None else [*labels, "step", *columns]))
+        wanted = None if columns is None else [*labels, "step", *columns]
+        tables.append(shard.read(wanted, prompts))
     if axes is None:
         raise UserError("no finished trace shard; run `hlm calibrate` first")
     categorised = all("category" in table.column_names for table in tables)
@@ -311,15 +377,45 @@ def read_trace(paths: list[Path], columns: list[str] | None = None) -> Trace:
     return Trace(trace_columns, prompt_ids, axes, categories)
 
 
+def prompts_to_read(prompt_ids: Sequence[str], num_tokens: int, seed: int) -> Sequence[str]:
+    """The prompts of a trace that are looked at: all, or as many as make up to MAX_TOKENS.
+
+    The number follows from the mean length of an answer; which, from the seed and the ids alone.
+
+    Parameters
+    ----------
+    prompt_ids : sequence of str
+    num_tokens : int
+        Of all of them.
+    seed : int
+        Of the run.
+    """
+    most = max(MIN_PROMPTS, MAX_TOKENS * len(prompt_ids) // max(num_tokens, 1))
+    return drawn_prompts(prompt_ids, most, seed)
+
+
+def drawn_prompts(prompt_ids: Sequence[str], num: int, seed: int) -> Sequence[str]:
+    """So many prompts drawn without replacement, or all if there are no more."""
+    if num >= len(prompt_ids):
+        return prompt_ids
+    drawn = np.random.default_rng([seed, len(prompt_ids)]).permutation(len(prompt_ids))[:num]
+    ordered = sorted(prompt_ids)
+    return [ordered[i] for i in drawn]
+
+
 def read_calibration_trace(run: Path, calibration: CalibrationRecord) -> Trace:
-    """The whole trace that a calibration was fitted on.
+    """The very tokens that a calibration was fitted on.
 
     Raises
     ------
     UserError
-        As :func:`read_trace`, and if tokens were lost or added since.
+        As :func:`read_trace`, and if any of them were lost or added since.
     """
-    trace = read_trace(shard_paths(run))
+    info = read_record(run, RunRecord)
+    num = calibration.num_prompts
+    seed, all_read = info.settings.seed, num >= len(info.prompt_ids)
+    prompts = None if all_read else drawn_prompts(info.prompt_ids, num, seed)
+    trace = read_trace(shard_paths(run), prompts=prompts)
     found, told = ((one.num_prompts, one.num_tokens) for one in (trace, calibration))
     if found != told:
         raise UserError(

@@ -10,12 +10,15 @@ import paper_records
 import pytest
 import toy_pair
 
+from calibrate.derive.derivation import derive_run
+from calibrate.derive.roads import read_roads
 from calibrate.fit import calibration
 from calibrate.fit.calibration import calibrate, finished, prepare
+from calibrate.run import traces
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import draw_prompts, read_prompts, text_key
-from calibrate.run.records import RunRecord
+from calibrate.run.records import DeriveRequest, RunRecord
 from calibrate.run.traces import Shard, pilot_paths, read_axes, read_trace, shard_paths
 from calibrate.work import worker
 from calibrate.work.crew import Told
@@ -117,6 +120,34 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
         parted += first < len(theirs)
         assert first == len(theirs) or mine[first] != theirs[first]
     assert parted > 0
+
+
+def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(
+    toy, pair, tmp_path, monkeypatch
+):
+    """The same for the fit, the pilot and whoever reads later, whatever is thought long by then."""
+    monkeypatch.setattr(traces, "MAX_TOKENS", 20 * 12)
+    run, told = tmp_path / "run", []
+    request = toy_pair.request(toy, run, limit=40, max_new_tokens=12, pilot=16)
+    fitted = calibrate(request, prepare(request), pair, Told(note=told.append))
+    info = read_record(run, RunRecord)
+    every = read_trace(shard_paths(run))
+    assert (info.num_prompts, info.num_tokens) == (40, every.num_tokens)
+    most = 240 * 40 // every.num_tokens
+    assert fitted.num_prompts == most < 40
+    assert [one for one in told if f"{most} of 40 prompts, drawn at random" in one]
+    monkeypatch.setattr(traces, "MAX_TOKENS", 10**9)
+    for again in (read_roads(run, fitted), read_roads(run, fitted)):
+        assert again.server.num_tokens == fitted.num_tokens
+        same = every.of_prompts(again.server.prompt_ids)
+        assert (again.server["uncertainty"] == same["uncertainty"]).all()
+        assert again.server.prompt_ids != sorted(info.prompt_ids)[:most]  # drawn, not the first
+        assert again.pilot is not None
+        assert again.info.prompt_ids == info.pilot.prompt_ids
+        assert set(info.pilot.prompt_ids) <= set(again.server.prompt_ids)
+        assert again.pilot.num_prompts == 16
+    assert finished(replace(request, resume=True)) == fitted
+    assert derive_run(run, DeriveRequest(policies=("u-hlm",))).num_tokens == fitted.num_tokens
 
 
 def test_an_interrupted_pilot_goes_on(toy, pair, tmp_path, monkeypatch):

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from paper_records import run_record
 from toy_models import law_step, random_logits, stored
 
 from calibrate.derive.predict import predicted_tokens
 from calibrate.run.errors import UserError
+from calibrate.run.folder import write_record
 from calibrate.run.traces import (
     HEADER_KEY,
     Shard,
@@ -262,6 +264,7 @@ def test_tokens_that_occur_twice_or_are_lost_are_told(tmp_path, rng):
     with pytest.raises(UserError, match="step 0 of prompt 'b' occurs twice"):
         read_trace([first, second])
     second.unlink()
+    write_record(tmp_path, run_record())
     told = SimpleNamespace(num_prompts=4, num_tokens=24)
     assert read_calibration_trace(tmp_path, told).num_tokens == 24
     told.num_tokens = 48
