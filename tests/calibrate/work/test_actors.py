@@ -8,19 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import toy_pair
+from crews import hold_one, rows, shards, source
+from fault_table import Fault
 
 from calibrate.fit.calibration import calibrate, prepare
 from calibrate.run.errors import UserError
-from calibrate.run.traces import Shard
 from calibrate.work.actors import RayActors
 from calibrate.work.crew import Told
-from calibrate.work.job import PairSource
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
@@ -45,22 +47,8 @@ def alone(toy: Path, pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-def crew_of(toy: Path, pair: Any, hashes: Any = None) -> Any:
-    hashes = hashes or (pair.slm_identity.sha256, pair.llm_identity.sha256)
-    source = PairSource(toy_pair.request(toy, toy).spec, "float32", "cpu", True, hashes)
-    return RayActors(source, 2, 1, None)
-
-
-def shards(run: Path) -> dict[str, Any]:
-    """Every column of every shard, by its place in the run; NaN is equal to itself."""
-    paths = sorted(run.rglob("*.parquet"))
-    return {str(path.relative_to(run)): repr(Shard(path).read().to_pydict()) for path in paths}
-
-
-def rows(run: Path) -> list[str]:
-    """Every row of the traces, whichever shard it is in."""
-    paths = sorted((run / "traces").glob("*.parquet"))
-    return sorted(repr(row) for path in paths for row in Shard(path).read().to_pylist())
+def crew_of(toy: Path, pair: Any) -> RayActors:
+    return RayActors(source(toy, pair), 2, 1, None)
 
 
 def actors_of(process: psutil.Process) -> list[psutil.Process]:
@@ -76,7 +64,7 @@ def actors_of(process: psutil.Process) -> list[psutil.Process]:
 
 
 def test_one_of_two_actors_killed_and_the_rows_are_those_of_one_process(
-    toy: Path, pair: Any, alone: Path, tmp_path: Path
+    toy: Path, pair: Any, alone: Path, tmp_path: Path, fault: Callable[[str], Fault]
 ) -> None:
     request = toy_pair.request(toy, tmp_path / "run", **SETTINGS)
     steps: list[int] = []
@@ -98,6 +86,7 @@ def test_one_of_two_actors_killed_and_the_rows_are_those_of_one_process(
         assert killed[0] not in [one.pid for one in left]
     assert shards(request.run) == shards(alone)
     assert sum(steps) == (20 + 16) * 60
+    hold_one(fault("one of 2 Ray actors killed"), request.run, alone, "none: Ray starts another")
 
 
 def test_what_an_actor_refuses_is_told_in_its_own_line(
@@ -105,14 +94,14 @@ def test_what_an_actor_refuses_is_told_in_its_own_line(
 ) -> None:
     request = toy_pair.request(toy, tmp_path / "run", **SETTINGS)
     with (
-        crew_of(toy, pair, ("0" * 64, "1" * 64)) as crew,
+        RayActors(replace(source(toy, pair), hashes=("0" * 64, "1" * 64)), 2, 1, None) as crew,
         pytest.raises(UserError, match=r"^a worker has other weights of device"),
     ):
         calibrate(request, prepare(request), pair, crew=crew)
 
 
 def test_a_killed_driver_leaves_nobody_and_its_run_goes_on(
-    toy: Path, pair: Any, alone: Path, tmp_path: Path
+    toy: Path, pair: Any, alone: Path, tmp_path: Path, fault: Callable[[str], Fault]
 ) -> None:
     command = [
         sys.executable, str(ROOT / "cli.py"), "calibrate", "--slm", str(toy / "device"), "--llm",
@@ -138,9 +127,10 @@ def test_a_killed_driver_leaves_nobody_and_its_run_goes_on(
     with crew_of(toy, pair) as crew:
         calibrate(again, prepare(again), pair, crew=crew)
     assert rows(again.run) == rows(alone)
+    row = fault("SIGKILL of the process that hands out to 2 Ray actors, then --resume")
+    hold_one(row, again.run, alone, "none: it goes on")
 
 
 def test_a_cluster_that_is_not_there_is_told(toy: Path, pair: Any) -> None:
-    source = PairSource(toy_pair.request(toy, toy).spec, "float32", "cpu", True, ("", ""))
     with pytest.raises(UserError, match=r"no Ray cluster --address 127\.0\.0\.1:1: .*ray status"):
-        RayActors(source, 2, 1, "127.0.0.1:1")
+        RayActors(source(toy, pair), 2, 1, "127.0.0.1:1")

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import toy_pair
+from crews import hold_one, rows, shards, source
+from fault_table import Fault
 
 from calibrate.derive.derivation import derive_run
 from calibrate.fit.calibration import calibrate, prepare
@@ -45,23 +47,6 @@ def alone(toy: Path, pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-def source(toy: Path, pair: Any) -> PairSource:
-    hashes = (pair.slm_identity.sha256, pair.llm_identity.sha256)
-    return PairSource(toy_pair.request(toy, toy).spec, "float32", "cpu", True, hashes)
-
-
-def shards(run: Path) -> dict[str, Any]:
-    """Every column of every shard, by its place in the run; NaN is equal to itself."""
-    paths = sorted(run.rglob("*.parquet"))
-    return {str(path.relative_to(run)): repr(Shard(path).read().to_pydict()) for path in paths}
-
-
-def rows(run: Path) -> list[str]:
-    """Every row of the traces, whichever shard it is in."""
-    paths = sorted((run / "traces").glob("*.parquet"))
-    return sorted(repr(row) for path in paths for row in Shard(path).read().to_pylist())
-
-
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_any_number_of_workers_writes_the_files_of_one_process(
     num_workers: int, toy: Path, pair: Any, alone: Path, tmp_path: Path
@@ -85,7 +70,7 @@ def test_any_number_of_workers_writes_the_files_of_one_process(
 
 @pytest.mark.long
 def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
-    toy: Path, pair: Any, alone: Path, tmp_path: Path
+    toy: Path, pair: Any, alone: Path, tmp_path: Path, fault: Callable[[str], Fault]
 ) -> None:
     request = toy_pair.request(toy, tmp_path / "run", **SETTINGS)
     steps: list[tuple[int, int]] = []
@@ -103,7 +88,9 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
         )
     assert shards(request.run) == shards(alone)
     assert sum(map(sum, steps)) == (20 + 16) * 6  # what was decoded twice counts once
-    assert "a worker died (SIGKILL): its batch is decoded again by another" in notes
+    says = "a worker died (SIGKILL): its batch is decoded again by another"
+    assert says in notes
+    hold_one(fault("all 3 worker processes killed at the first step"), request.run, alone, says)
 
 
 class Hunted(Processes):
@@ -248,7 +235,12 @@ def until(
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_their_driver_and_the_run_goes_on(
-    number: signal.Signals, running: Any, toy: Path, pair: Any, tmp_path: Path
+    number: signal.Signals,
+    running: Any,
+    toy: Path,
+    pair: Any,
+    tmp_path: Path,
+    fault: Callable[[str], Fault],
 ) -> None:
     driver, _ = running
     workers = psutil.Process(driver.pid).children(recursive=True)
@@ -272,3 +264,6 @@ def test_workers_end_with_their_driver_and_the_run_goes_on(
     whole = toy_pair.request(toy, tmp_path / "whole", **settings)
     calibrate(whole, prepare(whole), pair)
     assert rows(again.run) == rows(whole.run)
+    row = fault(f"{number.name} of the process that hands out to 2 workers, then --resume")
+    last = said.strip().rpartition("\n")[-1] if number == signal.SIGTERM else "none: it goes on"
+    hold_one(row, again.run, whole.run, last)
