@@ -269,6 +269,14 @@ def calibrate(
             "outputs lead; 0 for none.",
         ),
     ] = 64,
+    read_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens that fit and derivation look at, at most; of more, those of prompts drawn "
+            "at random.",
+        ),
+    ] = 250_000,
     num_workers: WorkersOption = 1,
     engine: EngineOption = "process",
     address: AddressOption = None,
@@ -299,6 +307,7 @@ def calibrate(
             seed=seed,
             trace=trace,  # type: ignore[arg-type]
             pilot=pilot,
+            read_tokens=read_tokens,
             num_workers=num_workers,
             engine=engine,  # type: ignore[arg-type]
             address=address,

@@ -91,7 +91,8 @@ def measure(run: Path, times: int) -> Row:
 def fit(run: Path) -> None:
     """What `hlm calibrate` does once all is decoded."""
     info = read_record(run, RunRecord)
-    prompts = prompts_to_read(info.prompt_ids, info.num_tokens, info.settings.seed)
+    settings = info.settings
+    prompts = prompts_to_read(info.prompt_ids, info.num_tokens, settings.read_tokens, settings.seed)
     write_record(run, summarise(read_trace(shard_paths(run), prompts=prompts), info))
 
 

@@ -82,6 +82,7 @@ def calibrate(
     seed: int = 0,
     trace: Literal["full", "minimal"] = "full",
     pilot: int = 64,
+    read_tokens: int = 250_000,
     num_workers: int = 1,
     engine: Literal["process", "ray"] = "process",
     address: str | None = None,
@@ -115,6 +116,8 @@ def calibrate(
         Gated policies are derived from a full one only.
     pilot : int
         Prompts decoded again under a policy; 0 for none.
+    read_tokens : int
+        Tokens that fit and derivation look at, at most; of more, those of prompts drawn at random.
     num_workers : int
         Workers that decode batches; one of engine "process" is this process. A script that asks
         for more keeps its calls under ``if __name__ == "__main__":``, for it is imported by each.
@@ -135,7 +138,7 @@ def calibrate(
     """
     from calibrate.pairs.models import Models, absolute
     from calibrate.run.errors import UsageError
-    from calibrate.run.options import check_decoding, one_of
+    from calibrate.run.options import at_least, check_decoding, one_of
     from calibrate.run.prompts import MIN_PROMPTS, check_source, drawn_notes
     from calibrate.run.watch import TokenCount, Watch
     from calibrate.work.crew import Staff, Told
@@ -152,6 +155,7 @@ def calibrate(
     chosen = _sampling(given)
     if 0 < pilot < MIN_PROMPTS:
         raise UsageError(f"--pilot {pilot}: allowed are 0, for none, and at least {MIN_PROMPTS}")
+    at_least("--read-tokens", read_tokens, 1)
     one_of("--trace", trace, "full", "minimal")
     one_of("--order", order, "random", "file")
     models = models or Models()
@@ -182,6 +186,7 @@ def calibrate(
         dtype=models.dtype,
         trace=trace,
         pilot=pilot,
+        read_tokens=read_tokens,
         run=run,
         resume=resume,
         command=tuple(command),

@@ -95,7 +95,7 @@ def plan_run(
 
     plain, risks, filler = grid(None).sums, grid(None).risks(), grid(None).filler
     rates = plain.skipped.sum(axis=0) / plain.num_tokens.sum()
-    ms_per_prompt = 1e3 * info.wall_s / trace.num_prompts
+    ms_per_prompt = 1e3 * info.wall_s / info.num_prompts
     rows, intervals = [], []
     delta = 1 - confidence
     for alpha in budgets:

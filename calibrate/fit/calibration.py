@@ -28,6 +28,7 @@ from calibrate.run.prompts import (
     tokenize_prompts,
 )
 from calibrate.run.records import (
+    READ_TOKENS,
     CalibrationRecord,
     GivenModels,
     ModelIdentity,
@@ -37,7 +38,6 @@ from calibrate.run.records import (
 )
 from calibrate.run.stopping import finishing
 from calibrate.run.traces import (
-    MAX_TOKENS,
     finished_prompts,
     next_shards,
     pilot_paths,
@@ -78,6 +78,8 @@ class CalibrationRequest:
     pilot : int
         Prompts to decode again under a policy, so that predictions know what its own road is like;
         0 for none.
+    read_tokens : int
+        Tokens that are looked at once they are recorded; of more, those of drawn prompts.
     run : Path
     given : GivenModels
     resume : bool
@@ -98,6 +100,7 @@ class CalibrationRequest:
     run: Path
     given: GivenModels
     pilot: int = DEFAULT_PROMPTS
+    read_tokens: int = READ_TOKENS
     resume: bool = False
     command: tuple[str, ...] = ()
 
@@ -264,12 +267,13 @@ def _calibrate(
             "forward_s": stored.forward_s,
         }
     )
-    read = set(prompts_to_read(info.prompt_ids, info.num_tokens, request.seed))
+    most = request.read_tokens
+    read = set(prompts_to_read(info.prompt_ids, info.num_tokens, most, request.seed))
     prompts = [prompt for prompt in prompts if prompt.prompt_id in read]
     if len(read) < info.num_prompts:
         told.note(
-            f"fitted on {len(read):,} of {info.num_prompts:,} prompts, drawn at random: they hold "
-            f"about {MAX_TOKENS:,} tokens, and more say little more"
+            f"fitted on {len(read):,} of {info.num_prompts:,} prompts, drawn at random; "
+            f"--read-tokens {info.num_tokens} would read all, at 13 KB of memory a token"
         )
     trace = read_trace(paths, prompts=read)
     pilot = plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)

@@ -113,8 +113,12 @@ class GivenModels(Record):
     drop_layers: str | None = None
 
 
+READ_TOKENS = 250_000
+"""Tokens that are looked at unless told otherwise: 3 GB of memory (docs/performance.md)."""
+
+
 class RunSettings(Record):
-    """Everything that decides the tokens of a calibration."""
+    """Everything that decides the tokens of a calibration, and which of them are looked at."""
 
     pair: str
     given: GivenModels
@@ -134,6 +138,8 @@ class RunSettings(Record):
     trace: Literal["full", "minimal"]
     pilot: int = 0
     """Prompts that are decoded again on a policy's own road."""
+    read_tokens: int = READ_TOKENS
+    """Tokens that are looked at once recorded; of more, those of prompts drawn at random."""
 
     @property
     def sampling(self) -> Sampling:

@@ -25,13 +25,6 @@ HEADER_KEY = b"hlmtheory"
 SCHEMA_VERSION = 3
 FLOAT_DTYPE = np.float32
 
-MAX_TOKENS = 250_000
-"""Tokens of a trace that are looked at; of longer ones those of some prompts, drawn at random.
-
-What prompts differ by, some thousands of them tell within a percent of itself; what many more would
-add to that is memory, 13 KB a token while operating points are derived (docs/performance.md).
-"""
-
 
 def write_shard(
     path: Path,
@@ -377,21 +370,27 @@ def read_trace(
     return Trace(trace_columns, prompt_ids, axes, categories)
 
 
-def prompts_to_read(prompt_ids: Sequence[str], num_tokens: int, seed: int) -> Sequence[str]:
-    """The prompts of a trace that are looked at: all, or as many as make up to MAX_TOKENS.
+def prompts_to_read(
+    prompt_ids: Sequence[str], num_tokens: int, most: int, seed: int
+) -> Sequence[str]:
+    """The prompts of a trace that are looked at: all, or as many as make up to `most` tokens.
 
-    The number follows from the mean length of an answer; which, from the seed and the ids alone.
+    What prompts differ by, some thousands of them tell within a percent of itself; more serve
+    certificates of the smallest budgets, and take memory, 13 KB a token while operating points are
+    derived. The number follows from the mean length of an answer; which, from the seed and the ids
+    alone.
 
     Parameters
     ----------
     prompt_ids : sequence of str
     num_tokens : int
         Of all of them.
+    most : int
     seed : int
         Of the run.
     """
-    most = max(MIN_PROMPTS, MAX_TOKENS * len(prompt_ids) // max(num_tokens, 1))
-    return drawn_prompts(prompt_ids, most, seed)
+    num = max(MIN_PROMPTS, most * len(prompt_ids) // max(num_tokens, 1))
+    return drawn_prompts(prompt_ids, num, seed)
 
 
 def drawn_prompts(prompt_ids: Sequence[str], num: int, seed: int) -> Sequence[str]:

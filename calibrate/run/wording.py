@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from calibrate.run.figure import number_text, percent_text, share_text
 from calibrate.run.records import (
+    READ_TOKENS,
     CalibrationRecord,
     DerivationRecord,
     GuaranteesRecord,
@@ -121,6 +122,7 @@ def coverage_details(validation: ValidationRecord) -> list[str]:
 def plan_texts(plan: PlanRecord) -> list[str]:
     """How many prompts a certificate of each budget takes, a sentence each."""
     out = []
+    most = max((one.num_prompts for one in plan.intervals), default=0)
     for budget in dict.fromkeys(row.budget for row in plan.rows):
         rows = [row for row in plan.rows if row.budget == budget and row.guaranteed]
         known = [row for row in rows if row.num_prompts is not None]
@@ -128,12 +130,20 @@ def plan_texts(plan: PlanRecord) -> list[str]:
             out.append(f"for risk {share_text(budget)}: more than {plan.most:,} prompts")
             continue
         best = min(known, key=lambda row: row.num_prompts or 0)
+        most = max(most, best.num_prompts or 0)
         minutes = "" if best.wall_s is None else f", {number_text(best.wall_s / 60, 2)} min here"
         out.append(
             f"for risk {share_text(budget)}: {best.num_prompts:,} prompts{minutes}, certify a "
             f"threshold that skips {100 * best.goal_skip_rate:.3g} % of the tokens in "
             f"{100 * plan.power:g} of 100 calibrations ({best.rule}); this run has "
             f"{plan.num_prompts:,}"
+        )
+    tokens = round(most * plan.num_tokens / plan.num_prompts)
+    if tokens > READ_TOKENS:
+        out.append(
+            f"{most:,} prompts are {tokens:,} tokens: `hlm calibrate --read-tokens {tokens}` looks "
+            f"at all, with {13e-6 * tokens:.2g} GB of memory to derive; unless told otherwise, at "
+            f"{READ_TOKENS:,}"
         )
     return out
 

@@ -14,7 +14,6 @@ from calibrate.derive.derivation import derive_run
 from calibrate.derive.roads import read_roads
 from calibrate.fit import calibration
 from calibrate.fit.calibration import calibrate, finished, prepare
-from calibrate.run import traces
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import draw_prompts, read_prompts, text_key
@@ -122,13 +121,10 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
     assert parted > 0
 
 
-def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(
-    toy, pair, tmp_path, monkeypatch
-):
-    """The same for the fit, the pilot and whoever reads later, whatever is thought long by then."""
-    monkeypatch.setattr(traces, "MAX_TOKENS", 20 * 12)
+def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(toy, pair, tmp_path):
+    """The same for the fit, the pilot and whoever reads later."""
     run, told = tmp_path / "run", []
-    request = toy_pair.request(toy, run, limit=40, max_new_tokens=12, pilot=16)
+    request = toy_pair.request(toy, run, limit=40, max_new_tokens=12, pilot=16, read_tokens=240)
     fitted = calibrate(request, prepare(request), pair, Told(note=told.append))
     info = read_record(run, RunRecord)
     every = read_trace(shard_paths(run))
@@ -136,7 +132,6 @@ def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(
     most = 240 * 40 // every.num_tokens
     assert fitted.num_prompts == most < 40
     assert [one for one in told if f"{most} of 40 prompts, drawn at random" in one]
-    monkeypatch.setattr(traces, "MAX_TOKENS", 10**9)
     for again in (read_roads(run, fitted), read_roads(run, fitted)):
         assert again.server.num_tokens == fitted.num_tokens
         same = every.of_prompts(again.server.prompt_ids)

@@ -102,3 +102,7 @@ def test_a_plan_says_the_fewest_prompts_of_the_rules_that_promise() -> None:
     assert "(b); this run has 160" in text
     (text,) = plan_texts(plan(row("a", None, True), row("t", 10, False)))
     assert text.endswith("more than 5,000 prompts")
+    # What is more than is read unless told otherwise is told, and how.
+    _, more = plan_texts(plan(row("a", 4_480, True)))
+    assert "--read-tokens 252000` looks at all, with 3.3 GB" in more  # 4,480 x 9,000 / 160
+    assert len(plan_texts(plan(row("a", 4_440, True)))) == 1
