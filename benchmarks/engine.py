@@ -3,7 +3,7 @@
 floor: both models' forwards alone, at the same batch and lengths. assisted: transformers' assisted
 generation with sampling at the same temperature. loop: one prompt and one token at a time, the
 device model without a key-value cache, twenty multinomial draws over the vocabulary a token, as
-public replications of U-HLM decode. Interleaved repeats, medians; the two slow yardsticks run on
+public replications of U-HLM decode. Medians of interleaved repeats; the two slow yardsticks run on
 a few prompts spread over the lengths and are scaled by their own tokens.
 
 Beside the speeds: the arithmetic limit, which is the operations of every prompt and answer token
@@ -33,6 +33,7 @@ from calibrate.decode.clock import synchronise
 from calibrate.decode.engine import batches_by_length, decode
 from calibrate.decode.models import transformer_models
 from calibrate.pairs.attention import RECORDING
+from calibrate.run.prompts import template_prefix
 from hlmtheory import domain
 from hlmtheory.policies import calibration_policy
 from hlmtheory.uncertainty import exact_uncertainty, log_partitions, temperatures
@@ -207,9 +208,10 @@ class Need:
     Attributes
     ----------
     prompts, answers : float
-        Floating-point operations of every prompt and of every answer token once: two for each
-        weight of a matrix product and token, the output head for answer tokens alone. What
-        attention does between tokens is left out, under 2 % at these lengths.
+        Floating-point operations of every prompt and of every answer token once, of what prompts
+        of a template share once in all: two for each weight of a matrix product and token, the
+        output head for answer tokens alone. What attention does between tokens is left out, under
+        2 % at these lengths.
     weights : float
         Bytes that a step of both has to read.
     """
@@ -229,7 +231,10 @@ class Need:
 def needed(work: Workload) -> Need:
     """Operations and bytes of a workload."""
     answers = len(work.prompts) * work.max_new_tokens
-    prompts = sum(len(prompt.tokens) - 1 for prompt in work.prompts)
+    prefix = template_prefix(work.pair.tokenizer)
+    begun = [prompt for prompt in work.prompts if prompt.tokens[: len(prefix)] == tuple(prefix)]
+    shared = len(prefix) * max(0, len(begun) - 1)
+    prompts = sum(len(prompt.tokens) - 1 for prompt in work.prompts) - shared
     layers = heads = item = 0
     for model in (work.pair.slm, work.pair.llm):
         layers += sum(

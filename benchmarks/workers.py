@@ -1,6 +1,6 @@
 """What handing out work costs as prompts and workers grow: planning, jobs, manifests, idle workers.
 
-    python -m benchmarks.workers [--tokens 1e7,1e8,1e9] [--workers 10,100,1000]
+    python -m benchmarks.workers [--tokens 1e7,1e8] [--workers 10,100,1000]
 
 No model runs. Prompts are planned into jobs as `hlm calibrate` does, and the crew's own loop hands
 them out to workers that exist in simulated time only, each job pickled as it would travel, each
@@ -28,12 +28,11 @@ import numpy as np
 
 from calibrate.decode.engine import DecodingSettings, batches_by_length
 from calibrate.run.prompts import TokenizedPrompt
-from calibrate.run.traces import drawn_prompts
 from calibrate.work.crew import Crew, Told
 from calibrate.work.job import Job, Output, PolicySource, Written
 from hlmtheory.policies import calibration_policy
 
-BATCH, TOKENS, STEP_S, START_S = 64, 64, 0.035, 60.0
+BATCH, TOKENS, STEP_S, START_S, VOCABULARY = 64, 64, 0.035, 60.0, 151_936
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,13 @@ class Row:
     plan_s : float
         Planning all jobs.
     hand_out_us : float
-        Of the process that hands out, a job, its manifest taken in too.
+        A job, both of its pickles and both of its manifest's included.
     job_bytes : float
         That travel with a job, there and back.
     makespan_s : float
         Until the last job ends, simulated.
     idle : float
         Share of the workers' time in which they wait: for their start, for a job, for the end.
-    read_s : float
-        Drawing the prompts that are read of the whole.
     peak_gib : float
         Of the process that hands out.
     """
@@ -69,7 +66,6 @@ class Row:
     job_bytes: float
     makespan_s: float
     idle: float
-    read_s: float
     peak_gib: float
 
 
@@ -129,8 +125,10 @@ def measure(num_tokens: float, num_workers: int) -> Row:
     num = max(1, round(num_tokens / TOKENS))
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 120, num)
-    text = tuple(range(120))
-    prompts = [TokenizedPrompt(f"p{i:08d}", text[: lengths[i]]) for i in range(num)]
+    prompts = [
+        TokenizedPrompt(f"p{i:08d}", tuple(rng.integers(VOCABULARY, size=lengths[i]).tolist()))
+        for i in range(num)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         jobs = planned(prompts, Path(folder))
@@ -140,9 +138,6 @@ def measure(num_tokens: float, num_workers: int) -> Row:
     done = sum(written.num_tokens for written in crew.run(jobs, Told()))
     seconds = time.perf_counter() - begin
     assert done == num * TOKENS
-    begin = time.perf_counter()
-    drawn_prompts([prompt.prompt_id for prompt in prompts], 4_000, 0)
-    read_s = time.perf_counter() - begin
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return Row(
         num_tokens,
@@ -153,7 +148,6 @@ def measure(num_tokens: float, num_workers: int) -> Row:
         crew.bytes / len(jobs),
         crew.now,
         1.0 - crew.worked / (crew.now * num_workers),
-        read_s,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
     )
 

@@ -38,12 +38,14 @@ def count_up_to(rising: Array, values: Array) -> Array:
     xp = array_namespace(rising)
     if is_torch_array(rising):
         return xp.searchsorted(rising, values.contiguous(), side="right")
-    pairs = zip(rising, values, strict=True)
-    return np.stack([np.searchsorted(row, value, side="right") for row, value in pairs])
+    out = np.empty(values.shape, dtype=np.intp)
+    for place, (row, value) in enumerate(zip(rising, values, strict=True)):
+        out[place] = np.searchsorted(row, value, side="right")
+    return out
 
 
 def take_along_last_axis(x: Array, indices: Array) -> Array:
-    """Entries of `x` (B, V) at `indices` (B, M); numpy's own takes three times as long."""
+    """Entries of `x` (B, V) at `indices` (B, M): for one row three times as fast as numpy's own."""
     if is_torch_array(x):
         return x.gather(-1, indices)
     rows = np.arange(len(x))[:, None]

@@ -34,6 +34,7 @@ def rows(run: Path) -> list[str]:
 def hold_one(row: Fault, run: Path, right: Path, message: str) -> None:
     """Count one try of a fault against the undisturbed run."""
     row.tried += 1
+    row.tracebacks += "Traceback" in message
     row.message = message.replace(str(run), "RUN")
     hold(row, run, right)
     assert row.kept_the_promise

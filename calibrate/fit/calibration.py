@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calibrate.fit.pilot import DEFAULT_PROMPTS, plan_pilot, source_of
 from calibrate.fit.summary import summarise
-from calibrate.run.errors import UserError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import (
     LOCK_NAME,
     open_run,
@@ -155,9 +155,19 @@ def finished(request: CalibrationRequest) -> CalibrationRecord | None:
         if finished_prompts(part(request.run)) != set(wanted):
             return None
     try:
-        return read_record(request.run, CalibrationRecord)
+        fitted = read_record(request.run, CalibrationRecord)
     except UserError:  # fitted anew, which takes seconds
         return None
+    ids, num_tokens = info.prompt_ids, info.num_tokens
+    read = prompts_to_read(ids, num_tokens, request.read_tokens, request.seed)
+    if len(read) == fitted.num_prompts:
+        return fitted
+    if derived := sorted(request.run.glob("operating_points*.json")):
+        raise UsageError(
+            f"--read-tokens {request.read_tokens}: {derived[0]} rests on {fitted.num_prompts:,} "
+            f"prompts, this would read {len(read):,}; move it away, or copy the run without it"
+        )
+    return None
 
 
 def calibrate(
@@ -230,7 +240,9 @@ def _calibrate(
         forward_s=0.0,
     )
     if record_path(request.run, RunRecord).is_file():
-        _check_same_inputs(request.run, read_record(request.run, RunRecord), info, axes)
+        earlier = read_record(request.run, RunRecord)
+        _check_same_inputs(request.run, earlier, info, axes)
+        info = info.model_copy(update={"pilot": earlier.pilot})
     write_record(request.run, info)
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
 
@@ -268,15 +280,17 @@ def _calibrate(
         }
     )
     most = request.read_tokens
-    read = set(prompts_to_read(info.prompt_ids, info.num_tokens, most, request.seed))
-    prompts = [prompt for prompt in prompts if prompt.prompt_id in read]
+    read = prompts_to_read(info.prompt_ids, info.num_tokens, most, request.seed)
+    chosen = set(read)
+    prompts = [prompt for prompt in prompts if prompt.prompt_id in chosen]
     if len(read) < info.num_prompts:
         told.note(
             f"fitted on {len(read):,} of {info.num_prompts:,} prompts, drawn at random; "
-            f"--read-tokens {info.num_tokens} would read all, at 13 KB of memory a token"
+            f"--resume --read-tokens {info.num_tokens} reads all, at 13 KB of memory a token"
         )
-    trace = read_trace(paths, prompts=read)
-    pilot = plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
+    trace = read_trace(paths, prompts=read if len(read) < info.num_prompts else None)
+    # One that is decoded stays what it is, also where more or fewer tokens are read than then.
+    pilot = info.pilot or plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
     if pilot is not None:
         paths = decode_to_shards(request.run / "pilot", source_of(pilot), pilot.prompt_ids)
         spent = stored_in(paths)

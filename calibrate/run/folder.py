@@ -24,8 +24,9 @@ from calibrate.run.records import Provenance, RunRecord, RunSettings, StageRecor
 PACKAGES = ("hlmtheory", "torch", "transformers", "numpy", "scipy", "statsmodels", "pyarrow")
 DEFAULT_NAME = "default"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-# They never change a token, and a smaller batch is the way out of a full memory.
-FREE_ON_RESUME = {"batch_size", "device"}
+# They never change a token: a smaller batch is the way out of a full memory, and what was recorded
+# may be looked at again, more of it or less.
+FREE_ON_RESUME = {"batch_size", "device", "read_tokens"}
 
 LOCK_NAME = ".lock"
 _PART = ".part"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,17 @@ class Shard:
         return num
 
     def read(
-        self, columns: Sequence[str] | None = None, prompts: Collection[str] | None = None
+        self, columns: Sequence[str] | None = None, prompts: pa.Array | None = None
     ) -> pa.Table:
-        """These columns, of these prompts; all by default.
+        """These columns, of the prompts with these ids; all by default.
 
         Of a shard that holds none of the prompts no other column is unpacked.
         """
         names = self.names if columns is None else list(columns)
         if prompts is None:
             return self._file.read(names)
-        wanted = pa.array(sorted(prompts), pa.string())
         ids = self._file.read(["prompt_id"])["prompt_id"]
-        kept = pc.is_in(ids.cast(pa.string()), wanted)
+        kept = pc.is_in(ids.cast(pa.string()), prompts)
         if not pc.any(kept).as_py():
             return self._file.schema_arrow.empty_table().select(names)
         return self._file.read(names).filter(kept)
@@ -316,7 +315,7 @@ class Trace:
 
 
 def read_trace(
-    paths: list[Path], columns: list[str] | None = None, prompts: Collection[str] | None = None
+    paths: list[Path], columns: list[str] | None = None, prompts: Sequence[str] | None = None
 ) -> Trace:
     """Read shards into one trace, or the tokens of some prompts: what others hold is let go of.
 
@@ -331,6 +330,7 @@ def read_trace(
     """
     axes: Axes | None = None
     tables: list[pa.Table] = []
+    kept = None if prompts is None else pa.array(prompts, pa.string())
     for path in paths:
         shard = Shard(path)
         axes = axes or shard.axes
@@ -340,7 +340,7 @@ def read_trace(
             )
         labels = [name for name in ("prompt_id", "category") if name in shard.names]
         wanted = None if columns is None else [*labels, "step", *columns]
-        tables.append(shard.read(wanted, prompts))
+        tables.append(shard.read(wanted, kept))
     if axes is None:
         raise UserError("no finished trace shard; run `hlm calibrate` first")
     categorised = all("category" in table.column_names for table in tables)
@@ -375,10 +375,9 @@ def prompts_to_read(
 ) -> Sequence[str]:
     """The prompts of a trace that are looked at: all, or as many as make up to `most` tokens.
 
-    What prompts differ by, some thousands of them tell within a percent of itself; more serve
-    certificates of the smallest budgets, and take memory, 13 KB a token while operating points are
-    derived. The number follows from the mean length of an answer; which, from the seed and the ids
-    alone.
+    Intervals narrow with the root of the prompts and memory grows with the tokens, 13 KB each while
+    operating points are derived. The number follows from the mean length of an answer; which, from
+    the seed and the ids alone.
 
     Parameters
     ----------
@@ -394,7 +393,10 @@ def prompts_to_read(
 
 
 def drawn_prompts(prompt_ids: Sequence[str], num: int, seed: int) -> Sequence[str]:
-    """So many prompts drawn without replacement, or all if there are no more."""
+    """So many prompts drawn without replacement, or all if there are no more.
+
+    In whatever order the ids come; of one seed more prompts hold all of fewer.
+    """
     if num >= len(prompt_ids):
         return prompt_ids
     drawn = np.random.default_rng([seed, len(prompt_ids)]).permutation(len(prompt_ids))[:num]

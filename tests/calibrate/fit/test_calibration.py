@@ -11,14 +11,22 @@ import pytest
 import toy_pair
 
 from calibrate.derive.derivation import derive_run
+from calibrate.derive.plan import plan_run
 from calibrate.derive.roads import read_roads
 from calibrate.fit import calibration
 from calibrate.fit.calibration import calibrate, finished, prepare
-from calibrate.run.errors import UserError
+from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record
 from calibrate.run.prompts import draw_prompts, read_prompts, text_key
 from calibrate.run.records import DeriveRequest, RunRecord
-from calibrate.run.traces import Shard, pilot_paths, read_axes, read_trace, shard_paths
+from calibrate.run.traces import (
+    Shard,
+    drawn_prompts,
+    pilot_paths,
+    read_axes,
+    read_trace,
+    shard_paths,
+)
 from calibrate.work import worker
 from calibrate.work.crew import Told
 
@@ -121,32 +129,79 @@ def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected
     assert parted > 0
 
 
-def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(toy, pair, tmp_path):
+@pytest.fixture
+def drawn(toy, pair, tmp_path):
+    """A calibration that is longer than what is read of it: the request, the fit, what was told."""
+    told = []
+    settings = {"limit": 40, "max_new_tokens": 12, "pilot": 16, "batch_size": 10}
+    settings["read_tokens"] = 240
+    request = toy_pair.request(toy, tmp_path / "run", **settings)
+    return request, calibrate(request, prepare(request), pair, Told(note=told.append)), told
+
+
+def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(drawn):
     """The same for the fit, the pilot and whoever reads later."""
-    run, told = tmp_path / "run", []
-    request = toy_pair.request(toy, run, limit=40, max_new_tokens=12, pilot=16, read_tokens=240)
-    fitted = calibrate(request, prepare(request), pair, Told(note=told.append))
+    request, fitted, told = drawn
+    run = request.run
     info = read_record(run, RunRecord)
     every = read_trace(shard_paths(run))
     assert (info.num_prompts, info.num_tokens) == (40, every.num_tokens)
     most = 240 * 40 // every.num_tokens
     assert fitted.num_prompts == most < 40
     assert [one for one in told if f"{most} of 40 prompts, drawn at random" in one]
-    for again in (read_roads(run, fitted), read_roads(run, fitted)):
-        assert again.server.num_tokens == fitted.num_tokens
-        same = every.of_prompts(again.server.prompt_ids)
-        assert (again.server["uncertainty"] == same["uncertainty"]).all()
-        assert again.server.prompt_ids != sorted(info.prompt_ids)[:most]  # drawn, not the first
-        assert again.pilot is not None
-        assert again.info.prompt_ids == info.pilot.prompt_ids
-        assert set(info.pilot.prompt_ids) <= set(again.server.prompt_ids)
-        assert again.pilot.num_prompts == 16
+    roads = read_roads(run, fitted)
+    assert roads.server.num_tokens == fitted.num_tokens
+    same = every.of_prompts(roads.server.prompt_ids)
+    assert (roads.server["uncertainty"] == same["uncertainty"]).all()
+    assert roads.server.prompt_ids == sorted(drawn_prompts(info.prompt_ids, most, request.seed))
+    assert roads.pilot is not None
+    assert set(info.pilot.prompt_ids) <= set(roads.server.prompt_ids)
+    assert roads.pilot.num_prompts == 16
     assert finished(replace(request, resume=True)) == fitted
+    planned = plan_run(run, (0.2,))
+    assert planned.ms_per_prompt == pytest.approx(1e3 * info.wall_s / 40)
+    assert planned.num_prompts == most
     assert derive_run(run, DeriveRequest(policies=("u-hlm",))).num_tokens == fitted.num_tokens
 
 
+def test_a_drawn_prompt_that_is_lost_or_doubled_is_told(drawn):
+    request, fitted, _ = drawn
+    first, *_ = shard_paths(request.run)
+    whole = first.read_bytes()
+    first.unlink()
+    with pytest.raises(UserError, match="a shard was lost or added"):
+        read_roads(request.run, fitted)
+    first.write_bytes(whole)
+    (first.parent / "shard-00099.parquet").write_bytes(whole)
+    with pytest.raises(UserError, match="occurs twice"):
+        read_roads(request.run, fitted)
+
+
+def test_more_of_what_is_recorded_is_read_without_decoding(drawn, pair, monkeypatch):
+    request, fitted, _ = drawn
+    info = read_record(request.run, RunRecord)
+    before = {path: path.read_bytes() for path in request.run.rglob("*.parquet")}
+    more = replace(request, resume=True, read_tokens=info.num_tokens)
+    assert finished(more) is None
+    monkeypatch.setattr(worker, "write_shard", None)  # nothing may be written
+    whole = calibrate(more, prepare(more), pair)
+    assert whole.num_prompts == 40 > fitted.num_prompts
+    assert finished(more) == whole
+    assert read_record(request.run, RunRecord).pilot == info.pilot
+    assert {path: path.read_bytes() for path in request.run.rglob("*.parquet")} == before
+    assert read_roads(request.run, whole).pilot is not None
+    derive_run(request.run, DeriveRequest(policies=("u-hlm",)))
+    with pytest.raises(UsageError, match=r"^--read-tokens 240: .*rests on 40 prompts, .* read 2"):
+        finished(replace(more, read_tokens=240))
+
+
 def test_an_interrupted_pilot_goes_on(toy, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+
+    def summarised(trace, _):
+        number = {"num_prompts": trace.num_prompts}
+        return paper_records.calibration_record().model_copy(update=number)
+
+    monkeypatch.setattr(calibration, "summarise", summarised)
     settings = {"batch_size": 8, "max_new_tokens": 6, "limit": 16}
     request = toy_pair.request(toy, tmp_path / "run", **settings)
     written = []
