@@ -514,15 +514,23 @@ def report(run: str | Path, *, name: str = "default") -> Path:
 
 
 def tokens(run: str | Path) -> pd.DataFrame:
-    """Recorded tokens of a calibration, a row each: every column that holds one number.
+    """All recorded tokens of a calibration, a row each: every column that holds one number.
 
     docs/formats.md says what the columns mean.
     """
     import pandas as pd
 
-    from calibrate.run.traces import read_trace, shard_paths
+    from calibrate.run.traces import Shard, read_trace, shard_paths
+    from hlmtheory.steps import COLUMNS
 
-    trace = read_trace(shard_paths(Path(run)))
-    plain = {key: values for key, values in trace.columns.items() if values.ndim == 1}
+    shards = shard_paths(Path(run))
+    labels = {"prompt_id", "category", "step"}
+    wanted = [
+        name
+        for name in (Shard(shards[0]).names if shards else ())
+        if name not in labels and not COLUMNS[name].axis
+    ]
+    trace = read_trace(shards, wanted)
+    plain = trace.columns
     names = [trace.prompt_ids[row] for row in trace.prompt_index]
     return pd.DataFrame({"prompt_id": names, **plain})

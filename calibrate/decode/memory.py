@@ -24,7 +24,8 @@ WORKING_SET_BYTES = 5 * 2**29
 batch of MAX_ROWS short prompts over 150,000 tokens of vocabulary. The weights are read once a step,
 whatever the rows, and on a processor whose matrix units outrun its memory they are what a step
 waits for (docs/performance.md). Not measured at run time: how prompts are put together decides how
-sums round, and a second run of the same command should give the same tokens."""
+sums round, and a second run of the same command should give the same tokens. Where less than twice
+as much is free, what is free decides."""
 
 MANY_POLICIES = 2
 """Working sets that several policies may take: fewer prompts together would be slower."""

@@ -194,6 +194,7 @@ class RunRecord(StageRecord):
     num_threads: int
     """Processor threads of the models."""
     num_prompts: int
+    """Of the whole run, as is the number of tokens."""
     num_tokens: int
     wall_s: float
     """Decoding, without loading; the times of several workers are added up."""
@@ -307,7 +308,9 @@ class CalibrationRecord(StageRecord):
     pair: PairIdentity
     settings: RunSettings
     num_prompts: int
+    """Prompts that are looked at: all of the run, unless `read_tokens` are fewer than it has."""
     num_tokens: int
+    """Theirs."""
     confidence: float
     fit: LineFit
     rejection_excess: Figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from calibrate.run.figure import number_text, percent_text, share_text
@@ -141,9 +142,9 @@ def plan_texts(plan: PlanRecord) -> list[str]:
     tokens = round(most * plan.num_tokens / plan.num_prompts)
     if tokens > READ_TOKENS:
         out.append(
-            f"{most:,} prompts are {tokens:,} tokens: `hlm calibrate --read-tokens {tokens}` looks "
-            f"at all, with {13e-6 * tokens:.2g} GB of memory to derive; unless told otherwise, at "
-            f"{READ_TOKENS:,}"
+            f"{most:,} prompts are about {tokens:,} tokens: `hlm calibrate --read-tokens "
+            f"{math.ceil(1.1 * tokens)}` looks at all, with {13e-6 * tokens:.2g} GB of memory to "
+            f"derive; unless told otherwise, at {READ_TOKENS:,}"
         )
     return out
 

@@ -148,6 +148,13 @@ def _drawn(loaded: LoadedRun, num_columns: int) -> dict[str, str | tuple[tuple[s
     return found
 
 
+def _used(loaded: LoadedRun) -> str:
+    """How many prompts everything rests on, and of how many if not of all."""
+    num, info = loaded.calibration.num_prompts, loaded.info
+    of_more = info is not None and info.num_prompts > num
+    return f"{num:,} used" + (f" of {info.num_prompts:,} decoded" if info and of_more else "")
+
+
 def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:
     """What was run and under which assumptions."""
     pair, settings = loaded.calibration.pair, loaded.calibration.settings
@@ -158,7 +165,7 @@ def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:
         ("server model", pair.llm.label),
         ("vocabulary", f"{pair.vocab_size:,} tokens"),
         ("sampling", str(settings.sampling)),
-        ("prompts", f"{settings.prompts}, {loaded.calibration.num_prompts:,} used, "
+        ("prompts", f"{settings.prompts}, {_used(loaded)}, "
                     f"{'drawn at random' if settings.order == 'random' else 'in file order'}"),
         ("tokens a prompt", f"at most {settings.max_new_tokens:,}"),
         ("seed", str(settings.seed)),
