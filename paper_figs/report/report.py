@@ -151,8 +151,8 @@ def _drawn(loaded: LoadedRun, num_columns: int) -> dict[str, str | tuple[tuple[s
 def _used(loaded: LoadedRun) -> str:
     """How many prompts everything rests on, and of how many if not of all."""
     num, info = loaded.calibration.num_prompts, loaded.info
-    of_more = info is not None and info.num_prompts > num
-    return f"{num:,} used" + (f" of {info.num_prompts:,} decoded" if info and of_more else "")
+    more = "" if info is None or info.num_prompts <= num else f" of {info.num_prompts:,} decoded"
+    return f"{num:,} used{more}"
 
 
 def settings_rows(loaded: LoadedRun) -> list[tuple[str, str]]:
