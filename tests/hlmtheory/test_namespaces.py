@@ -187,6 +187,10 @@ FUNCTIONS: dict[str, Call] = {
         a["logits"], a["tokens"], THETAS
     ),
     "poisson_binomial_cdf": lambda a: F.poisson_binomial_cdf(a["p"], 7),
+    "count_up_to": lambda a: F.count_up_to(-F.largest(a["x"], VOCAB)[0], -a["x"][:, :5]),
+    "take_along_last_axis": lambda a: [
+        F.take_along_last_axis(a["x"][:rows], a["tokens"][:rows]) for rows in (1, BATCH)
+    ],
     "put_along_last_axis": lambda a: F.put_along_last_axis(
         a["x"], a["tokens"][:, :1], a["u"][:, None]
     ),
