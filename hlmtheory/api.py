@@ -521,16 +521,8 @@ def tokens(run: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     from calibrate.run.traces import Shard, read_trace, shard_paths
-    from hlmtheory.steps import COLUMNS
 
     shards = shard_paths(Path(run))
-    labels = {"prompt_id", "category", "step"}
-    wanted = [
-        name
-        for name in (Shard(shards[0]).names if shards else ())
-        if name not in labels and not COLUMNS[name].axis
-    ]
-    trace = read_trace(shards, wanted)
-    plain = trace.columns
+    trace = read_trace(shards, Shard(shards[0]).plain if shards else None)
     names = [trace.prompt_ids[row] for row in trace.prompt_index]
-    return pd.DataFrame({"prompt_id": names, **plain})
+    return pd.DataFrame({"prompt_id": names, **trace.columns})

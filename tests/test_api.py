@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 
 import cli
 from calibrate.derive.predict import SOURCES
+from calibrate.fit.pilot import DEFAULT_PROMPTS
 from calibrate.run.errors import UsageError
 from calibrate.run.folder import read_record
 from calibrate.run.records import (
+    READ_TOKENS,
     CalibrationRecord,
     DerivationRecord,
     OperatingPoint,
@@ -89,6 +92,8 @@ def test_tables_say_what_the_records_say(made: dict[str, Any]) -> None:
         cell.covered is False for cell in made["validation"].cells
     )
     frame = api.tokens(made["run"])
+    assert "uncertainty" in frame
+    assert "head_prob" not in frame
     assert len(frame) == made["calibration"].num_tokens
     assert frame["prompt_id"].nunique() == 12
 
@@ -126,6 +131,21 @@ def test_the_command_line_makes_the_same_records(
     assert theirs.prompt_ids == ours.prompt_ids
     counted = [[cell for cell in one.cells if cell.source == "counted"] for one in (theirs, ours)]
     assert counted[0] == counted[1] != []
+
+
+@pytest.mark.parametrize("name", ["calibrate", "derive", "validate"])
+def test_what_is_not_given_is_the_same_on_the_command_line_and_in_python(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(one, name)).parameters for one in (api, cli))
+    shared = [key for key in ours.keys() & theirs.keys() if key not in ("models", "run")]
+    plain = [key for key in shared if isinstance(ours[key].default, int | float | str | bool)]
+    assert plain
+    assert {key: ours[key].default for key in plain} == {key: theirs[key].default for key in plain}
+
+
+def test_defaults_that_a_run_stores_are_its_records() -> None:
+    given = inspect.signature(api.calibrate).parameters
+    assert given["read_tokens"].default == READ_TOKENS
+    assert given["pilot"].default == DEFAULT_PROMPTS
 
 
 def _counted(point: OperatingPoint) -> Any:

@@ -28,6 +28,7 @@ from calibrate.run.prompts import (
     tokenize_prompts,
 )
 from calibrate.run.records import (
+    READ_BYTES,
     READ_TOKENS,
     CalibrationRecord,
     GivenModels,
@@ -286,12 +287,14 @@ def _calibrate(
     if len(read) < info.num_prompts:
         told.note(
             f"fitted on {len(read):,} of {info.num_prompts:,} prompts, drawn at random; "
-            f"--resume --read-tokens {info.num_tokens} reads all, at 13 KB of memory a token"
+            f"--resume --read-tokens {info.num_tokens} reads all, with "
+            f"{1e-9 * READ_BYTES * info.num_tokens:.2g} GB of memory to derive"
         )
     trace = read_trace(paths, prompts=read if len(read) < info.num_prompts else None)
-    # One that is decoded stays what it is, also where more or fewer tokens are read than then.
+    # What is planned stays, also where a resumed run reads more or fewer tokens.
     pilot = info.pilot or plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
     if pilot is not None:
+        write_record(request.run, info.model_copy(update={"pilot": pilot}))
         paths = decode_to_shards(request.run / "pilot", source_of(pilot), pilot.prompt_ids)
         spent = stored_in(paths)
         pilot = pilot.model_copy(update={"num_tokens": spent.num_tokens, "wall_s": spent.wall_s})

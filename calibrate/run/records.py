@@ -114,7 +114,9 @@ class GivenModels(Record):
 
 
 READ_TOKENS = 250_000
-"""Tokens that are looked at unless told otherwise: 3 GB of memory (docs/performance.md)."""
+"""Tokens that are looked at unless told otherwise."""
+READ_BYTES = 13_000
+"""Memory that each of them takes while operating points are derived (docs/performance.md)."""
 
 
 class RunSettings(Record):

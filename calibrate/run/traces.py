@@ -149,6 +149,13 @@ class Shard:
                 )
 
     @property
+    def plain(self) -> list[str]:
+        """Columns of one number a token, apart from labels and the step."""
+        schema, labels = self._file.schema_arrow, ("prompt_id", "category", "step")
+        wide = {one.name for one in schema if pa.types.is_fixed_size_list(one.type)}
+        return [name for name in self.names if name not in labels and name not in wide]
+
+    @property
     def num_tokens(self) -> int:
         """Rows."""
         num: int = self._file.metadata.num_rows
@@ -389,10 +396,10 @@ def prompts_to_read(
         Of the run.
     """
     num = max(MIN_PROMPTS, most * len(prompt_ids) // max(num_tokens, 1))
-    return drawn_prompts(prompt_ids, num, seed)
+    return sampled_prompts(prompt_ids, num, seed)
 
 
-def drawn_prompts(prompt_ids: Sequence[str], num: int, seed: int) -> Sequence[str]:
+def sampled_prompts(prompt_ids: Sequence[str], num: int, seed: int) -> Sequence[str]:
     """So many prompts drawn without replacement, or all if there are no more.
 
     In whatever order the ids come; of one seed more prompts hold all of fewer.
@@ -415,7 +422,7 @@ def read_calibration_trace(run: Path, calibration: CalibrationRecord) -> Trace:
     info = read_record(run, RunRecord)
     num = calibration.num_prompts
     seed, all_read = info.settings.seed, num >= len(info.prompt_ids)
-    prompts = None if all_read else drawn_prompts(info.prompt_ids, num, seed)
+    prompts = None if all_read else sampled_prompts(info.prompt_ids, num, seed)
     trace = read_trace(shard_paths(run), prompts=prompts)
     found, told = ((one.num_prompts, one.num_tokens) for one in (trace, calibration))
     if found != told:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from calibrate.run.figure import number_text, percent_text, share_text
 from calibrate.run.records import (
+    READ_BYTES,
     READ_TOKENS,
     CalibrationRecord,
     DerivationRecord,
@@ -141,9 +142,10 @@ def plan_texts(plan: PlanRecord) -> list[str]:
         )
     tokens = round(most * plan.num_tokens / plan.num_prompts)
     if tokens > READ_TOKENS:
+        memory = f"{1e-9 * READ_BYTES * tokens:.2g} GB of memory"
         out.append(
             f"{most:,} prompts are about {tokens:,} tokens: `hlm calibrate --read-tokens "
-            f"{math.ceil(1.1 * tokens)}` looks at all, with {13e-6 * tokens:.2g} GB of memory to "
+            f"{math.ceil(1.1 * tokens)}` looks at all, with {memory} to "
             f"derive; unless told otherwise, at {READ_TOKENS:,}"
         )
     return out

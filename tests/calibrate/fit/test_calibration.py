@@ -21,10 +21,10 @@ from calibrate.run.prompts import draw_prompts, read_prompts, text_key
 from calibrate.run.records import DeriveRequest, RunRecord
 from calibrate.run.traces import (
     Shard,
-    drawn_prompts,
     pilot_paths,
     read_axes,
     read_trace,
+    sampled_prompts,
     shard_paths,
 )
 from calibrate.work import worker
@@ -153,7 +153,7 @@ def test_of_a_long_trace_some_prompts_are_drawn_and_read_ever_after(drawn):
     assert roads.server.num_tokens == fitted.num_tokens
     same = every.of_prompts(roads.server.prompt_ids)
     assert (roads.server["uncertainty"] == same["uncertainty"]).all()
-    assert roads.server.prompt_ids == sorted(drawn_prompts(info.prompt_ids, most, request.seed))
+    assert roads.server.prompt_ids == sorted(sampled_prompts(info.prompt_ids, most, request.seed))
     assert roads.pilot is not None
     assert set(info.pilot.prompt_ids) <= set(roads.server.prompt_ids)
     assert roads.pilot.num_prompts == 16
@@ -193,6 +193,34 @@ def test_more_of_what_is_recorded_is_read_without_decoding(drawn, pair, monkeypa
     derive_run(request.run, DeriveRequest(policies=("u-hlm",)))
     with pytest.raises(UsageError, match=r"^--read-tokens 240: .*rests on 40 prompts, .* read 2"):
         finished(replace(more, read_tokens=240))
+
+
+def test_a_pilot_in_work_stays_what_it_is_where_more_is_read(toy, pair, tmp_path, monkeypatch):
+    """Its other half would have another threshold and other prompts."""
+    settings = {"limit": 40, "max_new_tokens": 12, "pilot": 16, "batch_size": 8}
+    request = toy_pair.request(toy, tmp_path / "run", read_tokens=240, **settings)
+    write, written = worker.write_shard, []
+
+    def some_shards(*arguments) -> None:
+        if len(written) == 6:  # the five of the trace, and one of the pilot's two
+            raise Stop
+        written.append(write(*arguments))
+
+    monkeypatch.setattr(worker, "write_shard", some_shards)
+    with pytest.raises(Stop):
+        calibrate(request, prepare(request), pair)
+    monkeypatch.undo()
+    planned = read_record(request.run, RunRecord).pilot
+    assert planned is not None
+    again = replace(request, resume=True, read_tokens=10_000)
+    calibrate(again, prepare(again), pair)
+    pilot = read_record(request.run, RunRecord).pilot
+    assert (pilot.threshold, pilot.prompt_ids) == (planned.threshold, planned.prompt_ids)
+    assert read_trace(pilot_paths(request.run)).prompt_ids == sorted(pilot.prompt_ids)
+    fresh = toy_pair.request(toy, tmp_path / "fresh", read_tokens=10_000, **settings)
+    calibrate(fresh, prepare(fresh), pair)
+    other = read_record(fresh.run, RunRecord).pilot
+    assert set(other.prompt_ids) != set(pilot.prompt_ids)
 
 
 def test_an_interrupted_pilot_goes_on(toy, pair, tmp_path, monkeypatch):

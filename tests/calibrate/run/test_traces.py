@@ -19,12 +19,12 @@ from calibrate.run.prompts import MIN_PROMPTS
 from calibrate.run.traces import (
     HEADER_KEY,
     Shard,
-    drawn_prompts,
     finished_prompts,
     prompts_to_read,
     read_axes,
     read_calibration_trace,
     read_trace,
+    sampled_prompts,
     shard_paths,
     write_shard,
     write_table,
@@ -278,15 +278,15 @@ def test_tokens_that_occur_twice_or_are_lost_are_told(tmp_path, rng):
 def test_prompts_are_drawn_alike_by_seed_whatever_their_order() -> None:
     """Every prompt as often as any other, more of a seed with all of fewer, never under a floor."""
     ids = [f"p{i:03d}" for i in range(200)]
-    drawn = set(drawn_prompts(ids, 40, 3))
+    drawn = set(sampled_prompts(ids, 40, 3))
     assert len(drawn) == 40
-    assert set(drawn_prompts(ids[::-1], 40, 3)) == drawn
-    assert set(drawn_prompts(ids, 60, 3)) > drawn
-    assert set(drawn_prompts(ids, 40, 4)) != drawn
-    assert drawn_prompts(ids, 200, 3) == ids
+    assert set(sampled_prompts(ids[::-1], 40, 3)) == drawn
+    assert set(sampled_prompts(ids, 60, 3)) > drawn
+    assert set(sampled_prompts(ids, 40, 4)) != drawn
+    assert sampled_prompts(ids, 200, 3) == ids
     times = np.zeros(200)
     for seed in range(500):
-        times[[int(name[1:]) for name in drawn_prompts(ids, 40, seed)]] += 1
+        times[[int(name[1:]) for name in sampled_prompts(ids, 40, seed)]] += 1
     spread = np.sqrt(500 * 0.2 * 0.8)  # of a binomial count around 100
     assert np.abs(times - 100).max() < 5 * spread
     assert np.std(times) == pytest.approx(spread, rel=0.2)
