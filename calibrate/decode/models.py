@@ -29,6 +29,9 @@ MIN_ROWS = 4
 # More tokens at once are no faster, and the activations of these are all that a prefill needs.
 MAX_PREFILL_TOKENS = 2048
 
+# Prompts run in widths of this: half of a cache's padding, for every column of it is computed.
+PREFILL_MULTIPLE = 16
+
 
 @dataclass
 class StepOutput:
@@ -142,15 +145,17 @@ class TransformerModel:
         """
         rows = [list(context) for context in contexts]
         rows += [rows[0]] * (min_rows - len(rows))
-        widths = [_padded_width(len(row)) for row in rows]
+        widths = [_padded_width(len(row), PREFILL_MULTIPLE) for row in rows]
         cache = make_cache(self.model.config, len(rows))
         shared = len(self.prefix) if cache.can_place_rows else 0
         begins = [
             shared if len(row) > shared and row[:shared] == self.prefix else 0 for row in rows
         ]
-        mask = torch.zeros(len(rows), max(widths), dtype=torch.long)
+        columns = _padded_width(max(map(len, rows)), PADDING_MULTIPLE)
+        mask = torch.zeros(len(rows), columns, dtype=torch.long)
         for places in _prefill_groups(widths, begins, min_rows, cache.can_place_rows):
             width, begin = max(widths[i] for i in places), begins[places[0]]
+            width = width if cache.can_place_rows else columns
             ids = torch.zeros(len(places), width, dtype=torch.long)
             for i, place in enumerate(places):
                 ids[i, : len(rows[place])] = torch.tensor(rows[place])
@@ -161,7 +166,7 @@ class TransformerModel:
             if begin:
                 part.begin_with(self._prefix_cache(), width)
             self._run(ids, mask[filled, :width], begin, part)
-            cache.place_rows(part, places, mask.shape[1])
+            cache.place_rows(part, places, columns)
         return Prefill(cache, mask.to(self.device))
 
     def _prefix_cache(self) -> RowCache:
@@ -279,12 +284,12 @@ class TransformerSession:
         self._next_position = self._next_position[physical]
 
 
-def _padded_width(num_tokens: int) -> int:
-    """Columns of a context: a multiple of the padding, with one masked position at least.
+def _padded_width(num_tokens: int, multiple: int) -> int:
+    """Columns of a context: a multiple of some number, with one masked position at least.
 
     Without any masked position, attention takes another kernel.
     """
-    return -(-(num_tokens + 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    return -(-(num_tokens + 1) // multiple) * multiple
 
 
 def _prefill_groups(
