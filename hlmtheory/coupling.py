@@ -20,6 +20,7 @@ from hlmtheory.domain import (
 )
 from hlmtheory.head import Head
 from hlmtheory.order import count_up_to, put_along_last_axis, take_along_last_axis
+from hlmtheory.threads import map_rows
 
 
 def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array]:
@@ -60,10 +61,15 @@ def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array
     numpy_rows = not is_torch_array(rows_x)
     ids = token_ids.numpy() if numpy_rows and is_torch_array(token_ids) else token_ids
     xp, outer = array_namespace(rows_x), array_namespace(x)
-    # Row by row all of it stays in a processor's cache.
-    num = 1 if numpy_rows else max(1, len(rows_x))
-    parts = [slice(begin, begin + num) for begin in range(0, len(rows_x), num)]
-    pairs = [_columns(rows_x[i], rows_y[i], ids[i]) for i in parts]
+    if numpy_rows:
+        # Row by row all of it stays in a processor's cache.
+        def of_rows(part: slice) -> list[tuple[Array, Array]]:
+            ones = [slice(row, row + 1) for row in range(part.start, part.stop)]
+            return [_columns(rows_x[one], rows_y[one], ids[one]) for one in ones]
+
+        pairs = [pair for part in map_rows(of_rows, len(rows_x), x) for pair in part]
+    else:
+        pairs = [_columns(rows_x, rows_y, ids)]
     agreement, race = (xp.concat(column) for column in zip(*pairs, strict=True))
     return outer.asarray(agreement), outer.asarray(race)
 

@@ -18,6 +18,7 @@ from hlmtheory.domain import (
 )
 from hlmtheory.head import Head, check_sizes, tail_level
 from hlmtheory.order import largest, put_along_last_axis
+from hlmtheory.threads import map_rows
 
 HEAD_SIZE = 16384
 """Entries of a distribution looked at first; a row whose tail reaches further is redone whole."""
@@ -106,8 +107,15 @@ def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     check_distribution(x, "x")
     rows = Head.rows(x)
     xp = array_namespace(rows)
-    vocab = rows.shape[-1]
-    check_sizes(min(sizes), max(sizes), vocab)
+    check_sizes(min(sizes), max(sizes), rows.shape[-1])
+    parts = map_rows(lambda part: _deviation_at(rows[part], sizes), len(rows), x)
+    deviation = xp.concat(parts)
+    return Head.restore(deviation, x, (*x.shape[:-1], len(sizes)))
+
+
+def _deviation_at(rows: Array, sizes: Sequence[int]) -> Array:
+    """N(k) of rows (B, V), (B, G)."""
+    xp, vocab = array_namespace(rows), rows.shape[-1]
     shape = (rows.shape[0], len(sizes))
     grid = xp.broadcast_to(xp.asarray(sizes, dtype=xp.int64, device=device(rows)), shape)
     below_vocab = max((k for k in sizes if k < vocab), default=1)
@@ -118,7 +126,7 @@ def tail_deviation_at(x: Array, sizes: Sequence[int]) -> Array:
     deviation = xp.where(grid >= vocab, 0 * head.prefix[:, :1], head.deviation(inside))
     if bool(xp.any(short)):
         deviation[short] = Head.of(rows[short], vocab).deviation(grid[short])
-    return Head.restore(deviation, x, (*x.shape[:-1], len(sizes)))
+    return deviation
 
 
 def online_bound_denominator(draft_prob: Array, rejection_prob: Array, eta: float = 1.0) -> Array:
