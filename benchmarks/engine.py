@@ -4,7 +4,8 @@ floor: both models' forwards alone, at the same batch and lengths. assisted: tra
 generation with sampling at the same temperature. loop: one prompt and one token at a time, the
 device model without a key-value cache, twenty multinomial draws over the vocabulary a token, as
 public replications of U-HLM decode. Medians of interleaved repeats; the two slow yardsticks run on
-a few prompts spread over the lengths and are scaled by their own tokens.
+a few prompts spread over the lengths and are scaled by their own tokens, with the models as
+transformers loads them.
 
 Beside the speeds: the arithmetic limit, which is the operations of every prompt and answer token
 once at the rate of the fastest matrix product of this process; the same held also to reading every
@@ -266,8 +267,10 @@ def main() -> None:
     # The slow ways run on a spread of lengths that stands for all.
     by_length = sorted(work.prompts, key=lambda prompt: len(prompt.tokens))
     stride = len(work.prompts) / options.slow_prompts
+    plain = load_workload(options.pair, 1, 1, 1, prepack=False).pair
     few = replace(
         work,
+        pair=plain,
         prompts=[by_length[int((i + 0.5) * stride)] for i in range(options.slow_prompts)],
     )
 
@@ -283,10 +286,10 @@ def main() -> None:
         "floor": with_attention("sdpa", lambda: floor_run(work)),
         "engine, full trace": with_attention(RECORDING, lambda: engine_run(work, "full")),
         "engine, minimal trace": with_attention("sdpa", lambda: engine_run(work, "minimal")),
-        "assisted generation": with_attention("sdpa", lambda: assisted_run(few)),
-        "per-token loop": with_attention("sdpa", lambda: loop_run(few)),
+        "assisted generation": lambda: assisted_run(few),
+        "per-token loop": lambda: loop_run(few),
     }
-    weight = work.pair.llm.get_output_embeddings().weight
+    weight = plain.llm.get_output_embeddings().weight
     rate = largest_product_rate(weight.dtype, weight.device)
     read_rate = largest_read_rate(weight.device)
     # The weights are read from disk once.
@@ -296,7 +299,7 @@ def main() -> None:
         for name, run in ways.items():
             rows[name].append(run())
     exact = uncertainty_share(work)
-    num_tokens, need = len(work.prompts) * work.max_new_tokens, needed(work)
+    num_tokens, need = len(work.prompts) * work.max_new_tokens, needed(replace(work, pair=plain))
     num_steps = work.max_new_tokens * math.ceil(len(work.prompts) / work.batch_size)
     limit = num_tokens / need.seconds(rate)
     with_memory = num_tokens / need.seconds(rate, read_rate, num_steps)

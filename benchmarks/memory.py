@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory --pair smollm2
 
-Prints JSON. The peak is that of the process after the pair is loaded: weights are mapped from
-disk and counted in it once they have been read.
+Prints JSON. The peak is that of the process: weights are mapped from disk and counted in it once
+they have been read, also those that were then put into another order: the system takes these pages
+back when it needs them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from benchmarks.workload import load_workload
 from calibrate.decode.engine import decode
 from calibrate.decode.models import transformer_models
+from calibrate.pairs.prepack import PrepackedLinear
 from hlmtheory.policies import calibration_policy
 
 
@@ -32,10 +34,16 @@ def main() -> None:
     for batch in decode(slm, llm, work.prompts, calibration_policy(), work.settings("full"), ()):
         num_tokens += len(batch.columns["row"])
     # A device model made from the server model shares its tensors: they are held once.
+    models = (work.pair.slm, work.pair.llm)
     weights = {
         parameter.data_ptr(): parameter.numel() * parameter.element_size()
-        for model in (work.pair.slm, work.pair.llm)
+        for model in models
         for parameter in model.parameters()
+    } | {
+        id(layer): layer.in_features * layer.out_features * 2
+        for model in models
+        for layer in model.modules()
+        if isinstance(layer, PrepackedLinear)
     }
     unit = 2**30 if sys.platform == "darwin" else 2**20
     result = {

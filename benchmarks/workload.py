@@ -43,6 +43,7 @@ def load_workload(
     batch_size: int | None = None,
     attention: bool = False,
     dtype: str = "auto",
+    prepack: bool = True,
 ) -> Workload:
     """Load a pair of the registry and tokenise shipped calibration prompts.
 
@@ -56,9 +57,11 @@ def load_workload(
         Whether the device model can record its attention, as full traces need.
     dtype : str
         Of the weights.
+    prepack : bool
+        Whether they are held in the order of the processor's kernels, as the engine has them.
     """
     spec = resolve_pair(pair_name, None, None, None)
-    pair = load_pair(spec, dtype=dtype, attention=attention)
+    pair = load_pair(spec, dtype=dtype, attention=attention, prepack=prepack)
     prompts = tokenize_prompts(
         draw_prompts(read_prompts(None), "calibration", limit, seed=0),
         pair.tokenizer,

@@ -63,7 +63,12 @@ class LoadedPair:
 
 
 def load_pair(
-    spec: PairSpec, *, dtype: str = "auto", device: str = "auto", attention: bool = False
+    spec: PairSpec,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: bool = False,
+    prepack: bool = True,
 ) -> LoadedPair:
     """Load both models; what is not in the cache is fetched first, without a progress bar.
 
@@ -78,6 +83,9 @@ def load_pair(
         `auto` (CUDA if there is any, else cpu) or a torch device.
     attention : bool
         Whether the device model must be able to give its attention weights.
+    prepack : bool
+        Whether weights are held in the order of the processor's kernels; benchmarks of other ways
+        to decode leave them as they come.
 
     Raises
     ------
@@ -85,6 +93,7 @@ def load_pair(
         A model cannot be fetched, read or placed, or the two do not share a tokenizer.
     """
     from calibrate.pairs.attention import allow_recording
+    from calibrate.pairs.prepack import prepack_linear_layers
 
     keep_large_buffers()
     device = resolve_device(device)
@@ -111,7 +120,7 @@ def load_pair(
         allow_recording(slm)
     vocab_size = common_vocabulary(slm_tokenizer, llm_tokenizer, _num_logits(slm), _num_logits(llm))
     has_template = bool(llm_tokenizer.chat_template) or not slm_tokenizer.chat_template
-    return LoadedPair(
+    pair = LoadedPair(
         name=spec.name,
         slm=slm,
         llm=llm,
@@ -124,6 +133,9 @@ def load_pair(
         device=device,
         max_context=min(longest_text(slm), longest_text(llm)),
     )
+    if prepack:
+        prepack_linear_layers((slm, llm))
+    return pair
 
 
 @dataclass
@@ -154,6 +166,7 @@ def load_model(
         It cannot be fetched, read or placed.
     """
     from calibrate.pairs.attention import allow_recording
+    from calibrate.pairs.prepack import prepack_linear_layers
 
     keep_large_buffers()
     device = resolve_device(device)
@@ -168,6 +181,7 @@ def load_model(
         allow_recording(model)
     size = _num_logits(model)
     ends = end_token_ids((tokenizer,), (model,), size)
+    prepack_linear_layers((model,))
     return LoadedModel(model, tokenizer, size, ends, spec.label, dtype, device, longest_text(model))
 
 

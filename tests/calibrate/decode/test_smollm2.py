@@ -103,39 +103,38 @@ def test_in_float32_fast_paths_give_the_tuples_of_plain_ones() -> None:
         assert values[2:] == pytest.approx(plain[key][2:], abs=1e-4)
 
 
-def test_cached_batched_logits_are_those_of_a_plain_forward(pair) -> None:
+def test_cached_batched_logits_are_those_of_a_plain_forward() -> None:
     """Right padding, the masked gap and row dropping against one prompt without any of them."""
     import torch
 
     from calibrate.decode.models import TransformerModel
+    from calibrate.pairs.registry import REGISTRY, load_pair
 
+    pair = load_pair(REGISTRY["smollm2"], dtype="float32", device="cpu")
     prompts = tokenize_prompts(
         draw_prompts(read_prompts(None), "calibration", 6, 0), pair.tokenizer, 8, pair.max_context
     )
-    model = TransformerModel(pair.llm.float(), pair.vocab_size)
-    try:
-        with torch.inference_mode():
-            session = model.start([p.tokens[:-1] for p in prompts], False)
-            tokens = torch.tensor([p.tokens[-1] for p in prompts])
-            contexts = [list(p.tokens) for p in prompts]
-            for step in range(4):
-                logits = session.step(tokens).logits
-                for i, context in enumerate(contexts):
-                    plain = pair.llm(torch.tensor([context])).logits[0, -1, : pair.vocab_size]
-                    torch.testing.assert_close(logits[i], plain.float(), rtol=1e-3, atol=2e-3)
-                tokens = logits.argmax(-1)
+    model = TransformerModel(pair.llm, pair.vocab_size)
+    with torch.inference_mode():
+        session = model.start([p.tokens[:-1] for p in prompts], False)
+        tokens = torch.tensor([p.tokens[-1] for p in prompts])
+        contexts = [list(p.tokens) for p in prompts]
+        for step in range(4):
+            logits = session.step(tokens).logits
+            for i, context in enumerate(contexts):
+                plain = pair.llm(torch.tensor([context])).logits[0, -1, : pair.vocab_size]
+                torch.testing.assert_close(logits[i], plain.float(), rtol=1e-3, atol=2e-3)
+            tokens = logits.argmax(-1)
+            for context, token in zip(contexts, tokens.tolist(), strict=True):
+                context.append(token)
+            if step in (1, 2):  # rows dropped, moved, and one that forks beyond the first six
+                left = torch.tensor([5, 0, 3] if step == 1 else [1, 1, 2, 0, 2, 2, 1, 0])
+                session.keep(left)
+                tokens = tokens[left]
+                contexts = [list(contexts[i]) for i in left.tolist()]
+                tokens = tokens + torch.arange(len(tokens))  # the twins part
                 for context, token in zip(contexts, tokens.tolist(), strict=True):
-                    context.append(token)
-                if step in (1, 2):  # rows dropped, moved, and one that forks beyond the first six
-                    left = torch.tensor([5, 0, 3] if step == 1 else [1, 1, 2, 0, 2, 2, 1, 0])
-                    session.keep(left)
-                    tokens = tokens[left]
-                    contexts = [list(contexts[i]) for i in left.tolist()]
-                    tokens = tokens + torch.arange(len(tokens))  # the twins part
-                    for context, token in zip(contexts, tokens.tolist(), strict=True):
-                        context[-1] = token
-    finally:
-        pair.llm.bfloat16()
+                    context[-1] = token
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,8 @@ def traces() -> Mapping[str, Trace]:
     """Every policy on the same prompts with the same random numbers."""
     from calibrate.pairs.registry import load_pair, resolve_pair
 
-    pair = load_pair(resolve_pair("smollm2", None, None, None), attention=True)
-    pair.slm.float()
-    pair.llm.float()
+    spec = resolve_pair("smollm2", None, None, None)
+    pair = load_pair(spec, dtype="float32", attention=True)
     drawn = draw_prompts(read_prompts(None), "calibration", NUM_PROMPTS, 0)
     prompts = tokenize_prompts(drawn, pair.tokenizer, LENGTH, pair.max_context)
     models = (TransformerModel(one, pair.vocab_size) for one in (pair.slm, pair.llm))

@@ -31,10 +31,8 @@ def pair():
     """The pair in float32: the same weights, so that only float32 rounding blurs comparisons."""
     from calibrate.pairs.registry import load_pair, resolve_pair
 
-    loaded = load_pair(resolve_pair("smollm2", None, None, None), attention=True)
-    loaded.slm.float()
-    loaded.llm.float()
-    return loaded
+    spec = resolve_pair("smollm2", None, None, None)
+    return load_pair(spec, dtype="float32", attention=True)
 
 
 def tokenized(pair, num_prompts: int, max_new_tokens: int) -> list[TokenizedPrompt]:

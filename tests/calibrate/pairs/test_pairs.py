@@ -777,6 +777,26 @@ def test_two_folders_load_as_a_pair(folders: tuple[str, str]) -> None:
     assert str(pair.slm.dtype) == "torch.float64"
 
 
+@pytest.mark.skipif(
+    loading.default_dtype("cpu") != "bfloat16", reason="this processor does not multiply bfloat16"
+)
+@pytest.mark.parametrize("prepack", [True, False])
+def test_a_pair_is_prepacked_unless_asked_not_to_be(
+    folders: tuple[str, str], prepack: bool
+) -> None:
+    from calibrate.pairs.prepack import PrepackedLinear
+
+    pair = load_pair(resolve_pair(None, *folders, None), device="cpu", prepack=prepack)
+    kinds = {type(model.lm_head) is PrepackedLinear for model in (pair.slm, pair.llm)}
+    assert kinds == {prepack}
+    assert pair.slm_identity.num_parameters == sum(
+        parameter.numel()
+        for parameter in load_pair(
+            resolve_pair(None, *folders, None), device="cpu", prepack=False
+        ).slm.parameters()
+    )
+
+
 @pytest.mark.parametrize("drop_layers", [None, "1"])
 def test_only_the_device_model_gives_its_attention(
     folders: tuple[str, str], drop_layers: str | None

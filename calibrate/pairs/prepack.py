@@ -1,0 +1,93 @@
+"""Weights of linear layers in the order in which the processor's matrix kernels read them.
+
+oneDNN reads a weight in blocks; given one row by row it puts the blocks together anew at every
+product, which for the few rows of a decoding step takes about as long as the product itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+ROWS = 64
+"""Rows that the order is chosen for; any number may come."""
+
+TRIED_ROWS = 4
+AGREEMENT = 2**-5
+"""Most that an output may differ, of the largest: a few roundings of bfloat16."""
+
+
+class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
+    """Like the layer it is made from, whose weight it replaces."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A copy of the weight (out, in), row by row, for models that look at it."""
+        return torch.as_tensor(self._packed.to_dense())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PrepackedLinear:
+        """What `.float()` and `.to()` call."""
+        raise RuntimeError(
+            "a prepacked layer keeps its precision and its place: give load_pair another dtype, or "
+            "prepack=False"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W' + b, (..., out)."""
+        return torch.as_tensor(
+            torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        )
+
+
+def prepack_linear_layers(models: Sequence[Any]) -> None:
+    """Replace the linear layers of models that share tensors or not, where that makes them faster.
+
+    Layers in bfloat16 on a processor are; each is tried first, and stays as it was where torch
+    does not know the operation or its output is another. A weight that is tied to the embedding is
+    held twice from then on; one that two models share is held once.
+
+    Parameters
+    ----------
+    models : sequence of torch modules
+    """
+    packed: dict[tuple[Any, ...], nn.Module] = {}
+    for model in models:
+        for owner in list(model.modules()):
+            for name, layer in list(owner.named_children()):
+                if not _can_be_packed(layer):
+                    continue
+                key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
+                if key not in packed:
+                    packed[key] = _prepacked(layer)
+                setattr(owner, name, packed[key])
+
+
+def _can_be_packed(layer: Any) -> bool:
+    # A subclass may compute something else.
+    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
+        return False
+    strided = layer.weight.is_contiguous() and layer.weight.dtype == torch.bfloat16
+    return strided and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _prepacked(layer: nn.Linear) -> nn.Module:
+    """The layer to use: prepacked if it works, else the layer itself."""
+    place = torch.arange(TRIED_ROWS * layer.in_features, dtype=torch.float32)
+    tried = torch.sin(place).reshape(TRIED_ROWS, -1).to(layer.weight.dtype)
+    try:
+        with torch.inference_mode():
+            prepacked = PrepackedLinear(layer)
+            before, after = layer(tried).float(), prepacked(tried).float()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return layer
+    apart = float((after - before).abs().max())
+    return prepacked if apart <= AGREEMENT * float(before.abs().max()) else layer
