@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,11 +39,11 @@ from calibrate.run.records import (
 )
 from calibrate.run.stopping import finishing
 from calibrate.run.traces import (
+    Stored,
     finished_prompts,
     next_shards,
     pilot_paths,
     prompts_to_read,
-    read_axes,
     read_trace,
     shard_paths,
     shards_in,
@@ -240,33 +240,40 @@ def _calibrate(
         wall_s=0.0,
         forward_s=0.0,
     )
+    held = {
+        folder: stored_in(shards_in(folder))
+        for folder in (request.run / "traces", request.run / "pilot")
+    }
     if record_path(request.run, RunRecord).is_file():
         earlier = read_record(request.run, RunRecord)
-        _check_same_inputs(request.run, earlier, info, axes)
+        _check_same_inputs(request.run, earlier, info)
+        _check_same_axes(held.values(), axes)
         info = info.model_copy(update={"pilot": earlier.pilot})
     write_record(request.run, info)
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
 
-    def decode_to_shards(folder: Path, policy: PolicySource, wanted: Collection[str]) -> list[Path]:
+    def decode_to_shards(folder: Path, policy: PolicySource, wanted: Collection[str]) -> Stored:
         """Decode what a folder lacks and write one shard a batch, with the time that it took."""
-        done = finished_prompts(shards_in(folder))
-        left = [p for p in tokenized if p.prompt_id in wanted and p.prompt_id not in done]
+        done = held[folder]
+        left = [
+            p for p in tokenized if p.prompt_id in wanted and p.prompt_id not in done.prompt_ids
+        ]
         batches = batches_by_length(left, settings.batch_size)
+        paths = next_shards(folder, len(batches))
         jobs = [
             Job(tuple(batch), (Output(path.absolute(), policy, header),), settings)
-            for path, batch in zip(next_shards(folder, len(batches)), batches, strict=True)
+            for path, batch in zip(paths, batches, strict=True)
         ]
         with finishing("the shard in work" if crew.num_workers == 1 else "every shard in work"):
             for _ in crew.run(jobs, told):
                 pass
-        return shards_in(folder)
+        return done | stored_in(paths)
 
-    num = sum(len(finished_prompts(part(request.run))) for part in (shard_paths, pilot_paths))
+    num = sum(len(one.prompt_ids) for one in held.values())
     told.total((len(tokenized) + request.num_pilot(prompts) - num) * request.max_new_tokens)
-    paths = decode_to_shards(
+    stored = decode_to_shards(
         request.run / "traces", PolicySource(calibration_policy().name), info.prompt_ids
     )
-    stored = stored_in(paths)
     if stored.prompt_ids != set(info.prompt_ids):
         raise UserError(
             f"{request.run}: its shards do not hold the {len(tokenized)} prompts of this run; "
@@ -290,13 +297,14 @@ def _calibrate(
             f"--resume --read-tokens {info.num_tokens} reads all, with "
             f"{1e-9 * READ_BYTES * info.num_tokens:.2g} GB of memory to derive"
         )
-    trace = read_trace(paths, prompts=read if len(read) < info.num_prompts else None)
+    trace = read_trace(
+        shard_paths(request.run), prompts=read if len(read) < info.num_prompts else None
+    )
     # What is planned stays, also where a resumed run reads more or fewer tokens.
     pilot = info.pilot or plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
     if pilot is not None:
         write_record(request.run, info.model_copy(update={"pilot": pilot}))
-        paths = decode_to_shards(request.run / "pilot", source_of(pilot), pilot.prompt_ids)
-        spent = stored_in(paths)
+        spent = decode_to_shards(request.run / "pilot", source_of(pilot), pilot.prompt_ids)
         pilot = pilot.model_copy(update={"num_tokens": spent.num_tokens, "wall_s": spent.wall_s})
     info = info.model_copy(update={"complete": True, "pilot": pilot})
     summary = summarise(trace, info)
@@ -305,8 +313,8 @@ def _calibrate(
     return summary
 
 
-def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord, axes: Axes) -> None:
-    """Refuse to resume on other prompts, models or axes than the finished shards'."""
+def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord) -> None:
+    """Refuse to resume on other prompts or models."""
     texts, texts_now = (
         dict(zip(one.prompt_ids, one.prompt_keys, strict=True)) for one in (earlier, now)
     )
@@ -319,12 +327,16 @@ def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord, axes: Axes
                     f"--resume: {what}{key} was {before.get(key)!r} in {run}, now "
                     f"{after.get(key)!r}; name another folder"
                 )
-    for path in (*shard_paths(run), *pilot_paths(run)):
-        before = read_axes(path).to_dict()
-        for name, value in axes.to_dict().items():
-            if before[name] != value:
+
+
+def _check_same_axes(held: Iterable[Stored], axes: Axes) -> None:
+    """Refuse to resume on shards whose columns mean something else."""
+    for before, path in (pair for stored in held for pair in stored.axes.items()):
+        then, now = before.to_dict(), axes.to_dict()
+        for name, value in now.items():
+            if then[name] != value:
                 raise UserError(
-                    f"--resume: {path.name} has the axis {name} = {before[name]}, this version "
+                    f"--resume: {path.name} has the axis {name} = {then[name]}, this version "
                     f"writes {value}; name another folder"
                 )
 

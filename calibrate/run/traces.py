@@ -220,12 +220,25 @@ class Stored:
     num_tokens : int
     wall_s, forward_s : float
         That decoding them took, as their headers say.
+    axes : mapping of Axes to Path
+        What their columns mean, each with the first shard that says so: one, if all is well.
     """
 
     prompt_ids: frozenset[str]
     num_tokens: int
     wall_s: float
     forward_s: float
+    axes: Mapping[Axes, Path]
+
+    def __or__(self, more: Stored) -> Stored:
+        """What both hold together, of different prompts."""
+        return Stored(
+            self.prompt_ids | more.prompt_ids,
+            self.num_tokens + more.num_tokens,
+            self.wall_s + more.wall_s,
+            self.forward_s + more.forward_s,
+            {**more.axes, **self.axes},
+        )
 
 
 def stored_in(shards: Sequence[Path]) -> Stored:
@@ -238,13 +251,15 @@ def stored_in(shards: Sequence[Path]) -> Stored:
     """
     prompt_ids: set[str] = set()
     num_tokens, spent = 0, {"wall_s": 0.0, "forward_s": 0.0}
+    axes: dict[Axes, Path] = {}
     for path in shards:
         shard = Shard(path)
+        axes.setdefault(shard.axes, path)
         prompt_ids.update(shard.read(["prompt_id"])["prompt_id"].unique().to_pylist())
         num_tokens += shard.num_tokens
         for name in spent:
             spent[name] += shard.header.get(name, 0.0)
-    return Stored(frozenset(prompt_ids), num_tokens, **spent)
+    return Stored(frozenset(prompt_ids), num_tokens, **spent, axes=axes)
 
 
 def finished_prompts(shards: Sequence[Path]) -> frozenset[str]:

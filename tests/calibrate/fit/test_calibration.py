@@ -26,6 +26,7 @@ from calibrate.run.traces import (
     read_trace,
     sampled_prompts,
     shard_paths,
+    stored_in,
 )
 from calibrate.work import worker
 from calibrate.work.crew import Told
@@ -265,9 +266,13 @@ def test_shards_of_other_axes_are_not_mixed_with_new_ones(toy, pair, tmp_path, m
     (shard,) = shard_paths(tmp_path / "run")
     sizes = read_axes(shard).attention_sizes
     before = shard.read_bytes()
-    monkeypatch.setattr(
-        calibration, "read_axes", lambda path: replace(read_axes(path), attention_sizes=(1, 3))
-    )
+
+    def of_another_version(shards):
+        found = stored_in(shards)
+        axes = {replace(axes, attention_sizes=(1, 3)): path for axes, path in found.axes.items()}
+        return replace(found, axes=axes)
+
+    monkeypatch.setattr(calibration, "stored_in", of_another_version)
     again = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2, resume=True)
     with pytest.raises(UserError, match=r"attention_sizes = \(1, 3\), this version") as caught:
         calibrate(again, prepare(again), pair)
@@ -275,6 +280,25 @@ def test_shards_of_other_axes_are_not_mixed_with_new_ones(toy, pair, tmp_path, m
     assert "\n" not in str(caught.value)
     assert shard.read_bytes() == before
     assert shard_paths(tmp_path / "run") == [shard]
+
+
+def test_a_resumed_run_reads_what_it_holds_twice(toy, pair, tmp_path, monkeypatch):
+    """Once to know what is left, once to fit: at a hundred million tokens it is minutes each."""
+    request = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2)
+    interrupted(monkeypatch, request, pair)
+    (shard,) = shard_paths(tmp_path / "run")
+    opened = []
+    plain = Shard.__init__
+
+    def counting(self, path):
+        opened.append(path)
+        plain(self, path)
+
+    monkeypatch.setattr(Shard, "__init__", counting)
+    again = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2, resume=True)
+    calibrate(again, prepare(again), pair)
+    assert opened.count(shard) == 2
+    assert len(set(opened)) > 1
 
 
 def test_a_finished_run_says_so_and_a_lost_shard_is_made_again(
