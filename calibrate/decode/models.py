@@ -14,7 +14,7 @@ from calibrate.decode.clock import ForwardClock, synchronise
 from calibrate.decode.kv_cache import RowCache, make_cache
 from calibrate.decode.memory import release_freed_buffers
 from calibrate.decode.static_step import StaticSession, StaticSteps
-from calibrate.pairs.attention import recording, records
+from calibrate.pairs.attention import recording, records, takes_masks
 from calibrate.pairs.loading import PADDING_MULTIPLE
 from calibrate.run.errors import UserError
 from calibrate.run.prompts import template_prefix
@@ -130,8 +130,7 @@ class TransformerModel:
         release_freed_buffers()
         synchronise(self.device)
         seconds = time.perf_counter() - begin
-        recorded = not attention or records(self.model)
-        if self.static and prefill.cache.can_place_rows and recorded:
+        if self.static and prefill.cache.can_place_rows and takes_masks(self.model, attention):
             size = self.vocab_size
             return StaticSession(
                 self._steps, prefill, len(contexts), size, attention, fill, seconds

@@ -59,6 +59,14 @@ def records(model: Any) -> bool:
     return bool(model.config._attn_implementation == RECORDING)
 
 
+def takes_masks(model: Any, attention: bool) -> bool:
+    """Whether a boolean mask may be given as it is, and attention recorded if it is wanted.
+
+    To eager attention a mask is numbers to add, to other kernels something else again.
+    """
+    return records(model) or (model.config._attn_implementation == "sdpa" and not attention)
+
+
 @contextmanager
 def recording() -> Iterator[list[torch.Tensor]]:
     """Collect, of every layer that runs inside, the newest token's attention (B, n), float32."""

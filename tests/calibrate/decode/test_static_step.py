@@ -78,6 +78,20 @@ def test_static_steps_are_the_growing_ones(model, attention, monkeypatch):
             )
 
 
+def test_eager_attention_takes_steps_that_grow(model):
+    """It adds its mask: a boolean one would hide nothing."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        plan = [None, [2, 0, 3], None]
+        found = follow(TransformerModel(model, VOCAB, static=True), False, plan)
+        growing = follow(TransformerModel(model, VOCAB, static=False), False, plan)
+    finally:
+        model.set_attn_implementation(before)
+    for mine, theirs in zip(found, growing, strict=True):
+        torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_step_is_used_again_by_the_next_session_and_never_by_two_at_once(model):
     static = TransformerModel(model, VOCAB, static=True)
     with torch.inference_mode():
