@@ -22,6 +22,7 @@ from calibrate.run.errors import UserError
 # Prompts are padded to a multiple of this, so that every context keeps the alignment it has
 # alone: vectorised reductions then add the same numbers in the same order.
 PADDING_MULTIPLE = 32
+_PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -254,6 +255,7 @@ def _load_model(folder: Path, label: str, dtype: str, device: str) -> Any:
         ) from error
     refuse_missing_weights(info, label)
     refuse_counted_positions(model, label)
+    refuse_states(model, label)
     return model.eval().requires_grad_(False)
 
 
@@ -308,6 +310,19 @@ def refuse_counted_positions(model: Any, label: str) -> None:
         raise UserError(
             f"{label}: a {type(model).__name__} counts its positions itself (ALiBi), which padded "
             "batches would get wrong; models with rotary or learned positions are supported"
+        )
+
+
+def refuse_states(model: Any, label: str) -> None:
+    """What a layer keeps must be keys and values: a state has run through the padding as well."""
+    from transformers import DynamicCache
+
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    if not kinds <= _PLAIN_LAYERS:
+        raise UserError(
+            f"{label}: a {type(model).__name__} keeps a state beside keys and values (recurrent, "
+            "convolutional or indexed layers), which padded batches would get wrong; models whose "
+            "layers all attend to their context are supported"
         )
 
 

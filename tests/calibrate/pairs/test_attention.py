@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
 
 from calibrate.decode.models import TransformerModel
 from calibrate.pairs.attention import allow_recording, newest_attention, records
-from calibrate.pairs.loading import longest_text, refuse_counted_positions
+from calibrate.pairs.loading import longest_text, refuse_counted_positions, refuse_states
 from calibrate.run.errors import UserError
 
 
@@ -152,3 +153,22 @@ def test_models_that_count_positions_themselves_are_refused() -> None:
         refuse_counted_positions(model, "toy")
     rotary = MistralForCausalLM(MistralConfig(vocab_size=97, hidden_size=48, num_hidden_layers=1))
     refuse_counted_positions(rotary, "toy")
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Next", "FalconH1", "Jamba"])
+def test_models_that_keep_a_state_are_refused(kind: str) -> None:
+    """What runs through a padded prompt runs through the padding."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=48, num_hidden_layers=4
+    )
+    model = type(f"{kind}ForCausalLM", (), {"config": config})()
+    with pytest.raises(UserError, match=f"{kind}ForCausalLM keeps a state beside keys and values"):
+        refuse_states(model, "toy")
+
+
+def test_windows_are_no_states() -> None:
+    for config in (
+        MistralConfig(num_hidden_layers=2, sliding_window=64),
+        transformers.Gemma2Config(),
+    ):
+        refuse_states(type("Plain", (), {"config": config})(), "toy")
