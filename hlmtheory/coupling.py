@@ -61,7 +61,7 @@ def coupling_columns(x: Array, y: Array, token_ids: Array) -> tuple[Array, Array
     numpy_rows = not is_torch_array(rows_x)
     ids = token_ids.numpy() if numpy_rows and is_torch_array(token_ids) else token_ids
     xp, outer = array_namespace(rows_x), array_namespace(x)
-    if numpy_rows:
+    if numpy_rows and len(rows_x):
         # Row by row all of it stays in a processor's cache.
         def of_rows(part: slice) -> list[tuple[Array, Array]]:
             ones = [slice(row, row + 1) for row in range(part.start, part.stop)]

@@ -34,12 +34,19 @@ class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
         """A copy of the weight (out, in), row by row, for models that look at it."""
         return torch.as_tensor(self._packed.to_dense())
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
     def _apply(self, fn: Any, recurse: bool = True) -> PrepackedLinear:
-        """What `.float()` and `.to()` call."""
-        raise RuntimeError(
-            "a prepacked layer keeps its precision and its place: give load_pair another dtype, or "
-            "prepack=False"
-        )
+        """What `.float()`, `.to()` and the like call with what they do to a tensor."""
+        changed = fn(torch.empty(0, dtype=self._packed.dtype))
+        if changed.dtype != self._packed.dtype or changed.device.type != "cpu":
+            raise RuntimeError(
+                "a prepacked layer keeps its precision and its place: give load_pair another "
+                "dtype, or prepack=False"
+            )
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W' + b, (..., out)."""
@@ -59,16 +66,18 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
     ----------
     models : sequence of torch modules
     """
-    packed: dict[tuple[Any, ...], nn.Module] = {}
+    places: dict[tuple[Any, ...], list[tuple[nn.Module, str]]] = {}
     for model in models:
-        for owner in list(model.modules()):
-            for name, layer in list(owner.named_children()):
-                if not _can_be_packed(layer):
-                    continue
-                key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
-                if key not in packed:
-                    packed[key] = _prepacked(layer)
-                setattr(owner, name, packed[key])
+        for owner in model.modules():
+            for name, layer in owner.named_children():
+                if _can_be_packed(layer):
+                    key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
+                    places.setdefault(key, []).append((owner, name))
+    for holders in places.values():  # one by one, so that one weight at a time is there twice
+        owner, name = holders[0]
+        packed = _prepacked(getattr(owner, name))
+        for owner, name in holders:
+            setattr(owner, name, packed)
 
 
 def _can_be_packed(layer: Any) -> bool:

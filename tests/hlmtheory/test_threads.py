@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hlmtheory.coupling import coupling_columns
+from hlmtheory.domain import unchecked
 from hlmtheory.threads import MOST, map_rows, num_threads
 from hlmtheory.truncation import tail_deviation, tail_deviation_at
 
@@ -60,3 +61,11 @@ def test_columns_are_the_same_bits_on_any_number_of_threads(three_threads, rng) 
             assert torch.equal(one, other)
     exact = tail_deviation(x)[:, [k - 1 for k in sizes]]
     torch.testing.assert_close(tail_deviation_at(x, sizes), exact, rtol=0, atol=1e-12)
+
+
+def test_no_rows_have_no_columns() -> None:
+    nothing, tokens = np.ones((0, 50)), np.zeros((0, 4), dtype=int)
+    with unchecked():
+        for x, ids in ((nothing, tokens), (torch.from_numpy(nothing), torch.from_numpy(tokens))):
+            assert [tuple(one.shape) for one in coupling_columns(x, x, ids)] == [(0, 4)] * 2
+            assert tuple(tail_deviation_at(x, (1, 50)).shape) == (0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +112,18 @@ def test_a_packed_model_is_not_made_another_precision() -> None:
     prepack_linear_layers([model])
     with pytest.raises(RuntimeError, match="give load_pair another dtype, or prepack=False"):
         model.float()
+
+
+def test_a_packed_model_is_saved_whole(tmp_path: Path) -> None:
+    for tied in (False, True):
+        model, ids = tiny_model(tie_word_embeddings=tied), torch.arange(12)[None]
+        prepack_linear_layers([model])
+        model.cpu().to(torch.bfloat16).save_pretrained(tmp_path / str(tied))
+        again = LlamaForCausalLM.from_pretrained(tmp_path / str(tied), dtype=torch.bfloat16).eval()
+        assert {name: value.shape for name, value in again.state_dict().items()} == {
+            name: value.shape
+            for name, value in tiny_model(tie_word_embeddings=tied).state_dict().items()
+        }
+        torch.testing.assert_close(
+            again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0.05, atol=0.05
+        )
