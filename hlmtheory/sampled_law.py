@@ -131,7 +131,7 @@ def sampled_law(logits: Array, sampling: Sampling) -> Array:
     if sampling.temperature == 0:
         best = xp.argmax(logits, axis=-1, keepdims=True)  # the first of equals
         return put_along_last_axis(xp.zeros_like(logits), best, xp.ones_like(logits[..., :1]))
-    law = _softmax(logits / sampling.temperature)
+    law = _softmax(logits if sampling.temperature == 1 else logits / sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         law = _down_to(law, Head.of(Head.rows(law), sampling.top_k).values[:, -1:])
     if sampling.top_p < 1:

@@ -23,7 +23,7 @@ from array_api_compat import array_namespace
 from hlmtheory.acceptance import rejection_probability, total_variation
 from hlmtheory.coupling import coupling_columns
 from hlmtheory.domain import Array
-from hlmtheory.order import largest, put_along_last_axis
+from hlmtheory.order import largest, on_accelerator, put_along_last_axis
 from hlmtheory.sampled_law import PLAIN, Sampling
 from hlmtheory.truncation import tail_deviation_at
 from hlmtheory.truncation_bias import ENTRIES, truncation_table
@@ -567,6 +567,8 @@ class Skip:
         tokens = step["candidate_token"][:, : self.width]
         values = xp.astype(self.candidates, step.x.dtype)
         sigma = put_along_last_axis(xp.zeros_like(step.x), tokens, values)
+        if not on_accelerator(sigma) and not bool(xp.any(self.whole)):
+            return sigma
         return xp.where(self.whole[:, None], xp.ones_like(sigma), sigma)
 
     @property

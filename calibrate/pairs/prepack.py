@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 ROWS = 64
 """Rows that the order is chosen for; any number may come."""
+
+SPARE_BYTES = 2**30
+"""Memory that must be left."""
 
 TRIED_ROWS = 4
 AGREEMENT = 2**-5
@@ -60,7 +64,9 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
 
     Layers in bfloat16 on a processor are; each is tried first, and stays as it was where torch
     does not know the operation or its output is another. A weight that is tied to the embedding is
-    held twice from then on; one that two models share is held once.
+    held twice from then on; one that two models share is held once. Weights as they come are mapped
+    from their file, and the system may drop what it can read again; these it must keep, so layers
+    stay as they are where the memory would not hold them.
 
     Parameters
     ----------
@@ -75,7 +81,10 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
                     places.setdefault(key, []).append((owner, name))
     for holders in places.values():  # one by one, so that one weight at a time is there twice
         owner, name = holders[0]
-        packed = _prepacked(getattr(owner, name))
+        layer = getattr(owner, name)
+        if psutil.virtual_memory().available < SPARE_BYTES + layer.weight.nbytes:
+            return
+        packed = _prepacked(layer)
         for owner, name in holders:
             setattr(owner, name, packed)
 

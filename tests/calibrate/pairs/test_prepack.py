@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_pairs import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from calibrate.pairs import prepack
 from calibrate.pairs.layers import share_without_layers
 from calibrate.pairs.loading import default_dtype
 from calibrate.pairs.prepack import PrepackedLinear, prepack_linear_layers
@@ -105,6 +107,20 @@ def test_a_layer_that_would_not_work_stays(fault: str, monkeypatch: pytest.Monke
     model = tiny_model()
     prepack_linear_layers([model])
     assert not layers_of(model, PrepackedLinear)
+
+
+def test_layers_stay_where_the_memory_would_not_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    free = iter([2**31, 2**31, 2**30])
+    monkeypatch.setattr(
+        prepack.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free))
+    )
+    prepack_linear_layers([model])
+    assert len(layers_of(model, PrepackedLinear)) == 2
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits, rtol=0.05, atol=0.05
+    )
 
 
 def test_a_packed_model_is_not_made_another_precision() -> None:
