@@ -293,7 +293,8 @@ def main() -> None:
     rate = largest_product_rate(weight.dtype, weight.device)
     read_rate = largest_read_rate(weight.device)
     # The weights are read from disk once.
-    floor_run(replace(work, prompts=work.prompts[:4]))
+    for pair in (work.pair, plain):
+        floor_run(replace(work, pair=pair, prompts=work.prompts[:4]))
     rows: dict[str, list[tuple[int, float, float | None]]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, run in ways.items():

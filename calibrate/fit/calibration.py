@@ -240,15 +240,15 @@ def _calibrate(
         wall_s=0.0,
         forward_s=0.0,
     )
+    if record_path(request.run, RunRecord).is_file():
+        earlier = read_record(request.run, RunRecord)
+        _check_same_inputs(request.run, earlier, info)
+        info = info.model_copy(update={"pilot": earlier.pilot})
     held = {
         folder: stored_in(shards_in(folder))
         for folder in (request.run / "traces", request.run / "pilot")
     }
-    if record_path(request.run, RunRecord).is_file():
-        earlier = read_record(request.run, RunRecord)
-        _check_same_inputs(request.run, earlier, info)
-        _check_same_axes(held.values(), axes)
-        info = info.model_copy(update={"pilot": earlier.pilot})
+    _check_same_axes(held.values(), axes)
     write_record(request.run, info)
     header = info.model_dump(mode="json", include={"pair", "settings", "provenance"})
 
@@ -267,7 +267,7 @@ def _calibrate(
         with finishing("the shard in work" if crew.num_workers == 1 else "every shard in work"):
             for _ in crew.run(jobs, told):
                 pass
-        return done | stored_in(paths)
+        return done | stored_in([path for path in paths if path.is_file()])
 
     num = sum(len(one.prompt_ids) for one in held.values())
     told.total((len(tokenized) + request.num_pilot(prompts) - num) * request.max_new_tokens)

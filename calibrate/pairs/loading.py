@@ -19,8 +19,8 @@ from calibrate.pairs.store import ensure_folder, source_sha256
 from calibrate.pairs.tokenizers import common_vocabulary, end_token_ids
 from calibrate.run.errors import UserError
 
-# Prompts are padded to a multiple of this, so that every context keeps the alignment it has
-# alone: vectorised reductions then add the same numbers in the same order.
+# Answers begin at a multiple of this in the cache, so that every context keeps the alignment it
+# has alone: vectorised reductions then add the same numbers in the same order.
 PADDING_MULTIPLE = 32
 _PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -16,8 +16,8 @@ from torch import nn
 ROWS = 64
 """Rows that the order is chosen for; any number may come."""
 
-SPARE_BYTES = 2**30
-"""Memory that must be left."""
+SPARE_BYTES = 5 * 2**30
+"""Memory that must be left: half of it is what a full batch takes."""
 
 TRIED_ROWS = 4
 AGREEMENT = 2**-5
@@ -47,8 +47,8 @@ class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
         changed = fn(torch.empty(0, dtype=self._packed.dtype))
         if changed.dtype != self._packed.dtype or changed.device.type != "cpu":
             raise RuntimeError(
-                "a prepacked layer keeps its precision and its place: give load_pair another "
-                "dtype, or prepack=False"
+                "a prepacked layer keeps its precision and its place: load the pair with another "
+                "dtype, or with prepack=False"
             )
         return self
 
@@ -65,8 +65,8 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
     Layers in bfloat16 on a processor are; each is tried first, and stays as it was where torch
     does not know the operation or its output is another. A weight that is tied to the embedding is
     held twice from then on; one that two models share is held once. Weights as they come are mapped
-    from their file, and the system may drop what it can read again; these it must keep, so layers
-    stay as they are where the memory would not hold them.
+    from their file, and the system may drop what it can read again; these it must keep, so all
+    layers stay as they are where the memory would not hold them.
 
     Parameters
     ----------
@@ -79,12 +79,11 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
                 if _can_be_packed(layer):
                     key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
                     places.setdefault(key, []).append((owner, name))
+    size = sum(getattr(*holders[0]).weight.nbytes for holders in places.values())
+    if psutil.virtual_memory().available < size + SPARE_BYTES:
+        return
     for holders in places.values():  # one by one, so that one weight at a time is there twice
-        owner, name = holders[0]
-        layer = getattr(owner, name)
-        if psutil.virtual_memory().available < SPARE_BYTES + layer.weight.nbytes:
-            return
-        packed = _prepacked(layer)
+        packed = _prepacked(getattr(*holders[0]))
         for owner, name in holders:
             setattr(owner, name, packed)
 
@@ -105,7 +104,7 @@ def _prepacked(layer: nn.Linear) -> nn.Module:
         with torch.inference_mode():
             prepacked = PrepackedLinear(layer)
             before, after = layer(tried).float(), prepacked(tried).float()
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, AttributeError, TypeError):
         return layer
     apart = float((after - before).abs().max())
     return prepacked if apart <= AGREEMENT * float(before.abs().max()) else layer

@@ -218,6 +218,11 @@ def test_a_pilot_in_work_stays_what_it_is_where_more_is_read(toy, pair, tmp_path
     pilot = read_record(request.run, RunRecord).pilot
     assert (pilot.threshold, pilot.prompt_ids) == (planned.threshold, planned.prompt_ids)
     assert read_trace(pilot_paths(request.run)).prompt_ids == sorted(pilot.prompt_ids)
+    info = read_record(request.run, RunRecord)
+    for told, paths in ((info, shard_paths), (pilot, pilot_paths)):  # what both tries decoded
+        shards = [Shard(path) for path in paths(request.run)]
+        assert told.num_tokens == sum(shard.num_tokens for shard in shards)
+        assert told.wall_s == pytest.approx(sum(shard.header["wall_s"] for shard in shards))
     fresh = toy_pair.request(toy, tmp_path / "fresh", read_tokens=10_000, **settings)
     calibrate(fresh, prepare(fresh), pair)
     other = read_record(fresh.run, RunRecord).pilot
@@ -299,6 +304,14 @@ def test_a_resumed_run_reads_what_it_holds_twice(toy, pair, tmp_path, monkeypatc
     calibrate(again, prepare(again), pair)
     assert opened.count(shard) == 2
     assert len(set(opened)) > 1
+
+
+def test_a_shard_that_does_not_arrive_is_told(toy, pair, tmp_path, monkeypatch):
+    """As from another machine whose disk is not the one that was said to be shared."""
+    monkeypatch.setattr(worker, "write_shard", lambda *_: None)
+    request = toy_pair.request(toy, tmp_path / "run", batch_size=4, max_new_tokens=2)
+    with pytest.raises(UserError, match="its shards do not hold the 12 prompts of this run"):
+        calibrate(request, prepare(request), pair)
 
 
 def test_a_finished_run_says_so_and_a_lost_shard_is_made_again(

@@ -782,10 +782,12 @@ def test_two_folders_load_as_a_pair(folders: tuple[str, str]) -> None:
 )
 @pytest.mark.parametrize("prepack", [True, False])
 def test_a_pair_is_prepacked_unless_asked_not_to_be(
-    folders: tuple[str, str], prepack: bool
+    folders: tuple[str, str], prepack: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from calibrate.pairs import prepack as packing
     from calibrate.pairs.prepack import PrepackedLinear
 
+    monkeypatch.setattr(packing, "SPARE_BYTES", 0)
     pair = load_pair(resolve_pair(None, *folders, None), device="cpu", prepack=prepack)
     kinds = {type(model.lm_head) is PrepackedLinear for model in (pair.slm, pair.llm)}
     assert kinds == {prepack}
