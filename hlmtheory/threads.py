@@ -15,7 +15,7 @@ from hlmtheory.order import on_accelerator
 Result = TypeVar("Result")
 
 MOST = 8
-"""Threads: more would wait for the interpreter."""
+"""Threads; more are assumed to wait for the interpreter (two were measured)."""
 
 
 def num_threads(like: Array) -> int:

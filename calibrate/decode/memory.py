@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from calibrate.pairs.buffers import glibc
+from calibrate.pairs.buffers import WORKING_SET_BYTES, glibc
 from calibrate.pairs.loading import PADDING_MULTIPLE
 
 if TYPE_CHECKING:
@@ -19,13 +19,6 @@ MAX_ROWS = 64
 """Larger batches gain little on a processor, and a shard, one a batch, is what a stop can lose."""
 
 MAX_ROWS_ACCELERATOR = 256
-WORKING_SET_BYTES = 5 * 2**29
-"""Room for everything but the weights, 2.5 GiB, where the machine has twice that to spare: a whole
-batch of MAX_ROWS short prompts over 150,000 tokens of vocabulary. The weights are read once a step,
-whatever the rows, and on a processor whose matrix units outrun its memory they are what a step
-waits for (docs/performance.md). Not measured at run time: how prompts are put together decides how
-sums round, and a second run of the same command should give the same tokens. Where less than twice
-as much is free, what is free decides."""
 
 MANY_POLICIES = 2
 """Working sets that several policies may take: fewer prompts together would be slower."""

@@ -29,7 +29,7 @@ MIN_ROWS = 4
 # More tokens at once are no faster, and the activations of these are all that a prefill needs.
 MAX_PREFILL_TOKENS = 2048
 
-# Prompts run in widths of this: half of a cache's padding, for every column of it is computed.
+# Prompts that run apart do so in widths of this, half of a cache's padding: all of it is computed.
 PREFILL_MULTIPLE = 16
 
 
@@ -144,8 +144,9 @@ class TransformerModel:
         """
         rows = [list(context) for context in contexts]
         rows += [rows[0]] * (min_rows - len(rows))
-        widths = [_padded_width(len(row), PREFILL_MULTIPLE) for row in rows]
         cache = make_cache(self.model.config, len(rows))
+        multiple = PREFILL_MULTIPLE if cache.can_place_rows else PADDING_MULTIPLE
+        widths = [_padded_width(len(row), multiple) for row in rows]
         shared = len(self.prefix) if cache.can_place_rows else 0
         begins = [
             shared if len(row) > shared and row[:shared] == self.prefix else 0 for row in rows
@@ -154,7 +155,6 @@ class TransformerModel:
         mask = torch.zeros(len(rows), columns, dtype=torch.long)
         for places in _prefill_groups(widths, begins, min_rows, cache.can_place_rows):
             width, begin = max(widths[i] for i in places), begins[places[0]]
-            width = width if cache.can_place_rows else columns
             ids = torch.zeros(len(places), width, dtype=torch.long)
             for i, place in enumerate(places):
                 ids[i, : len(rows[place])] = torch.tensor(rows[place])

@@ -1,4 +1,4 @@
-"""How the process keeps its large buffers; without glibc nothing is done."""
+"""What a process keeps beside its weights: how much, and how; without glibc nothing is done."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _KEPT_BYTES = 2**30
+
+WORKING_SET_BYTES = 5 * 2**29
+"""Room for everything but the weights, 2.5 GiB, where the machine has twice that to spare: a whole
+batch of 64 short prompts over 150,000 tokens of vocabulary. The weights are read once a step,
+whatever the rows, and on a processor whose matrix units outrun its memory they are what a step
+waits for (docs/performance.md). Not measured at run time: how prompts are put together decides how
+sums round, and a second run of the same command should give the same tokens. Where less than twice
+as much is free, what is free decides."""
 
 
 def keep_large_buffers() -> None:

@@ -13,15 +13,15 @@ import psutil
 import torch
 from torch import nn
 
+from calibrate.pairs.buffers import WORKING_SET_BYTES
+
 ROWS = 64
 """Rows that the order is chosen for; any number may come."""
 
-SPARE_BYTES = 5 * 2**30
-"""Memory that must be left: half of it is what a full batch takes."""
-
 TRIED_ROWS = 4
-AGREEMENT = 2**-5
-"""Most that an output may differ, of the largest: a few roundings of bfloat16."""
+AGREEMENT = 2**-7
+"""Most that an output may differ, of the largest: sums are in float32 and rounded once, to the 8 bits
+of bfloat16, so two orders of one sum are neighbours at most."""
 
 
 class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
@@ -60,10 +60,11 @@ class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
 
 
 def prepack_linear_layers(models: Sequence[Any]) -> None:
-    """Replace the linear layers of models that share tensors or not, where that makes them faster.
+    """Replace the linear layers in bfloat16 on a processor, of models that may share tensors.
 
-    Layers in bfloat16 on a processor are; each is tried first, and stays as it was where torch
-    does not know the operation or its output is another. A weight that is tied to the embedding is
+    Each is tried first, and stays as it was where torch does not know the operation or its output
+    is another. That products are faster so is measured on a Xeon with AMX (docs/performance.md) and
+    assumed of other processors. A weight that is tied to the embedding is
     held twice from then on; one that two models share is held once. Weights as they come are mapped
     from their file, and the system may drop what it can read again; these it must keep, so all
     layers stay as they are where the memory would not hold them.
@@ -80,7 +81,7 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
                     key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
                     places.setdefault(key, []).append((owner, name))
     size = sum(getattr(*holders[0]).weight.nbytes for holders in places.values())
-    if psutil.virtual_memory().available < size + SPARE_BYTES:
+    if psutil.virtual_memory().available < size + 2 * WORKING_SET_BYTES:
         return
     for holders in places.values():  # one by one, so that one weight at a time is there twice
         packed = _prepacked(getattr(*holders[0]))
@@ -92,8 +93,7 @@ def _can_be_packed(layer: Any) -> bool:
     # A subclass may compute something else.
     if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
         return False
-    strided = layer.weight.is_contiguous() and layer.weight.dtype == torch.bfloat16
-    return strided and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(layer.weight.is_contiguous()) and layer.weight.dtype == torch.bfloat16
 
 
 def _prepacked(layer: nn.Linear) -> nn.Module:

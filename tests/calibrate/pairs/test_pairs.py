@@ -787,7 +787,7 @@ def test_a_pair_is_prepacked_unless_asked_not_to_be(
     from calibrate.pairs import prepack as packing
     from calibrate.pairs.prepack import PrepackedLinear
 
-    monkeypatch.setattr(packing, "SPARE_BYTES", 0)
+    monkeypatch.setattr(packing, "WORKING_SET_BYTES", 0)
     pair = load_pair(resolve_pair(None, *folders, None), device="cpu", prepack=prepack)
     kinds = {type(model.lm_head) is PrepackedLinear for model in (pair.slm, pair.llm)}
     assert kinds == {prepack}

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from calibrate.pairs import prepack
+from calibrate.pairs.buffers import WORKING_SET_BYTES
 from calibrate.pairs.layers import share_without_layers
 from calibrate.pairs.loading import default_dtype
 from calibrate.pairs.prepack import PrepackedLinear, prepack_linear_layers
@@ -49,8 +50,9 @@ def test_a_layer_gives_the_sums_of_its_weight(rows: int, bias: bool) -> None:
     packed = PrepackedLinear(layer)
     x = torch.randn(2, rows, 200).bfloat16()
     exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-    # A bfloat16 has 8 bits; sums are in float32.
-    torch.testing.assert_close(packed(x).double(), exact, rtol=2**-8, atol=2**-14)
+    # One rounding to 8 bits, of a sum in float32 that is off by its terms' roundings at most.
+    terms = x.double().abs() @ layer.weight.double().abs().T + 1
+    assert ((packed(x).double() - exact).abs() <= 2**-8 * exact.abs() + 202 * 2**-24 * terms).all()
     assert torch.equal(packed.weight, layer.weight)
 
 
@@ -63,8 +65,10 @@ def test_a_model_says_the_same_before_and_after(tied: bool) -> None:
     prepack_linear_layers([model])
     assert layers_of(model, PrepackedLinear) == names
     assert not layers_of(model, nn.Linear)
-    # A few roundings of bfloat16, layer after layer.
-    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0.05, atol=0.05)
+    # Both are off the exact ones by roundings alone, and one is no further off than the other.
+    exact = tiny_model(tie_word_embeddings=tied).double()(input_ids=ids).logits
+    off, off_before = ((one - exact).abs().max() for one in (model(input_ids=ids).logits, before))
+    assert off <= 2 * off_before
     # The embedding is looked up row by row and stays.
     assert model.get_input_embeddings().weight.shape == (300, 16)
 
@@ -122,7 +126,7 @@ def test_layers_stay_where_the_memory_would_not_hold_all(
 ) -> None:
     model = tiny_model()
     size = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear))
-    free = SimpleNamespace(available=prepack.SPARE_BYTES + size - (not packed))
+    free = SimpleNamespace(available=2 * WORKING_SET_BYTES + size - (not packed))
     monkeypatch.setattr(prepack.psutil, "virtual_memory", lambda: free)
     prepack_linear_layers([model])
     assert bool(layers_of(model, PrepackedLinear)) == packed
@@ -151,16 +155,12 @@ def test_a_packed_model_is_not_made_another_precision() -> None:
         model.float()
 
 
-def test_a_packed_model_is_saved_whole(tmp_path: Path) -> None:
-    for tied in (False, True):
-        model, ids = tiny_model(tie_word_embeddings=tied), torch.arange(12)[None]
-        prepack_linear_layers([model])
-        model.cpu().to(torch.bfloat16).save_pretrained(tmp_path / str(tied))
-        again = LlamaForCausalLM.from_pretrained(tmp_path / str(tied), dtype=torch.bfloat16).eval()
-        assert {name: value.shape for name, value in again.state_dict().items()} == {
-            name: value.shape
-            for name, value in tiny_model(tie_word_embeddings=tied).state_dict().items()
-        }
-        torch.testing.assert_close(
-            again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0.05, atol=0.05
-        )
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_is_saved_whole(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    prepack_linear_layers([model])
+    model.cpu().to(torch.bfloat16).save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    plain = tiny_model(tie_word_embeddings=tied).state_dict()
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
