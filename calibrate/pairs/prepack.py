@@ -20,8 +20,8 @@ ROWS = 64
 
 TRIED_ROWS = 4
 AGREEMENT = 2**-7
-"""Most that an output may differ, of the largest: sums are in float32 and rounded once, to the 8 bits
-of bfloat16, so two orders of one sum are neighbours at most."""
+"""Most that an output may differ, of the largest: sums are in float32 and rounded once, to the 8
+bits of bfloat16, so two orders of one sum are neighbours at most."""
 
 
 class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
