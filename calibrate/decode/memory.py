@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from calibrate.pairs.buffers import WORKING_SET_BYTES, glibc
 from calibrate.pairs.loading import PADDING_MULTIPLE
+from calibrate.run.machine import available_memory
 
 if TYPE_CHECKING:
     from calibrate.pairs.loading import LoadedPair
@@ -74,7 +73,7 @@ def automatic_batch_size(
         budget, most = torch.cuda.mem_get_info(pair.device)[0] // 2, MAX_ROWS_ACCELERATOR
     else:
         room = WORKING_SET_BYTES * (1 if num_policies == 1 else MANY_POLICIES)
-        budget, most = min(room, psutil.virtual_memory().available // 2), MAX_ROWS
+        budget, most = min(room, available_memory() // 2), MAX_ROWS
     rows = max(1, min(most, (budget - fixed) // row))
     return even_batch_size(len(prompts), rows)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrate.pairs.registry import REGISTRY, PairSpec, cached, load_pair, pull, resolve_pair
+from calibrate.run.machine import num_cores
 from calibrate.run.options import check_decoding
 from calibrate.run.records import GivenModels
 from calibrate.run.watch import Watch
@@ -105,11 +107,17 @@ class Models:
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Let models use so many processor threads; torch's own choice stands if not given."""
-    if num_threads is not None:
-        import torch
+    """Let models use so many processor threads.
 
+    If not given, torch's own choice stands, or what the system was told (OMP_NUM_THREADS), but not
+    more than the cores that this process may keep busy: more threads than those wait in turn.
+    """
+    import torch
+
+    if num_threads is not None:
         torch.set_num_threads(num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ and num_cores() < torch.get_num_threads():
+        torch.set_num_threads(num_cores())
 
 
 def absolute(model: str | None) -> str | None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from calibrate.pairs.buffers import WORKING_SET_BYTES
+from calibrate.run.machine import available_memory
 
 ROWS = 64
 """Rows that the order is chosen for; any number may come."""
@@ -81,7 +81,7 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
                     key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
                     places.setdefault(key, []).append((owner, name))
     size = sum(getattr(*holders[0]).weight.nbytes for holders in places.values())
-    if psutil.virtual_memory().available < size + 2 * WORKING_SET_BYTES:
+    if available_memory() < size + 2 * WORKING_SET_BYTES:
         return
     for holders in places.values():  # one by one, so that one weight at a time is there twice
         packed = _prepacked(getattr(*holders[0]))

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from calibrate.run.machine import available_memory, num_cores
+
 PACKAGES = (
     *("torch", "transformers", "accelerate", "gguf", "numpy", "scipy", "pyarrow", "pydantic"),
     *("statsmodels", "scikit-learn", "matplotlib", "typer"),
@@ -64,10 +66,11 @@ def _device_checks() -> list[Check]:
     except ImportError as error:
         return [Check("device", str(error), False, "pip install torch")]
     device = resolve_device("auto")
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{num_cores()} cores"
     return [
         Check("device", f"{device} ({name}), {torch.get_num_threads()} threads", True),
         Check("dtype", default_dtype(device), True),
+        Check("memory", f"{available_memory() / 1e9:.1f} GB free", True),
     ]
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from calibrate.run.errors import UserError
 from calibrate.run.folder import clear_unfinished_file
+from calibrate.run.machine import num_cores
 from calibrate.work.crew import MAX_TRIES, Crew, Told, given_up
 from calibrate.work.job import Job, PairSource, Written
-from calibrate.work.processes import num_cores
 from calibrate.work.worker import Worker, load_worker
 
 KNOCK_S = 10.0

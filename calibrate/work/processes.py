@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from calibrate.run.errors import UserError
 from calibrate.run.folder import clear_unfinished_file
+from calibrate.run.machine import num_cores
 from calibrate.work.crew import MAX_TRIES, Crew, Told, given_up
 from calibrate.work.job import Job, PairSource, Written
 from calibrate.work.worker import load_worker
@@ -172,13 +173,6 @@ class Processes(Crew):
             raise given_up(job, reason)
         told.note(f"a worker died ({reason}): its batch is decoded again by another")
         self._start(member.place).take(job, tries + 1)
-
-
-def num_cores() -> int:
-    """Processor cores that this process may use: a scheduler may give it fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def device_of(device: str, place: int) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import psutil
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibrate.decode import memory
 from calibrate.decode.memory import MAX_ROWS, automatic_batch_size, even_batch_size
 from calibrate.run.prompts import TokenizedPrompt
 
@@ -43,9 +43,7 @@ def prompts(num: int, length: int) -> list[TokenizedPrompt]:
 
 def test_longer_prompts_and_less_memory_make_smaller_batches(monkeypatch) -> None:
     def free(num_bytes: float) -> None:
-        monkeypatch.setattr(
-            psutil, "virtual_memory", lambda: SimpleNamespace(available=int(num_bytes))
-        )
+        monkeypatch.setattr(memory, "available_memory", lambda: int(num_bytes))
 
     free(2**34)
     pair = a_pair()

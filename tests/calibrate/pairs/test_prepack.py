@@ -26,8 +26,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for any layer, whatever else runs here."""
-    free = SimpleNamespace(available=2**40)
-    monkeypatch.setattr(prepack.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(prepack, "available_memory", lambda: 2**40)
 
 
 def tiny_model(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
@@ -126,8 +125,8 @@ def test_layers_stay_where_the_memory_would_not_hold_all(
 ) -> None:
     model = tiny_model()
     size = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear))
-    free = SimpleNamespace(available=2 * WORKING_SET_BYTES + size - (not packed))
-    monkeypatch.setattr(prepack.psutil, "virtual_memory", lambda: free)
+    free = 2 * WORKING_SET_BYTES + size - (not packed)
+    monkeypatch.setattr(prepack, "available_memory", lambda: free)
     prepack_linear_layers([model])
     assert bool(layers_of(model, PrepackedLinear)) == packed
     assert bool(layers_of(model, nn.Linear)) != packed

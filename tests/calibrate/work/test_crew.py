@@ -14,12 +14,13 @@ import toy_pair
 from calibrate.decode.engine import DecodingSettings
 from calibrate.pairs.models import Models
 from calibrate.run.errors import UsageError, UserError
+from calibrate.run.machine import num_cores
 from calibrate.run.prompts import read_prompts, tokenize_prompts
 from calibrate.run.traces import Shard
 from calibrate.work.actors import threads_that_fit
 from calibrate.work.crew import Crew, OwnProcess, Staff, Told
 from calibrate.work.job import Job, Output, PairSource, PolicySource
-from calibrate.work.processes import Processes, device_of, num_cores
+from calibrate.work.processes import Processes, device_of
 from calibrate.work.worker import Worker, load_worker
 
 pytestmark = pytest.mark.filterwarnings("default")
