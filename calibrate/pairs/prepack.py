@@ -81,12 +81,24 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
                     key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
                     places.setdefault(key, []).append((owner, name))
     size = sum(getattr(*holders[0]).weight.nbytes for holders in places.values())
-    if available_memory() < size + 2 * WORKING_SET_BYTES:
+    if not room_for(size):
         return
     for holders in places.values():  # one by one, so that one weight at a time is there twice
         packed = _prepacked(getattr(*holders[0]))
         for owner, name in holders:
             setattr(owner, name, packed)
+
+
+def prepacked_bytes(models: Sequence[Any]) -> int:
+    """Memory that the prepacked layers of models take."""
+    layers = {layer for model in models for layer in model.modules()}
+    found = (layer for layer in layers if isinstance(layer, PrepackedLinear))
+    return sum(2 * layer.in_features * layer.out_features for layer in found)
+
+
+def room_for(num_bytes: int, num_processes: int = 1) -> bool:
+    """Whether so many processes can each hold so much in prepacked layers and decode beside it."""
+    return available_memory() >= num_processes * (num_bytes + 2 * WORKING_SET_BYTES)
 
 
 def _can_be_packed(layer: Any) -> bool:

@@ -80,6 +80,8 @@ class RayActors(Crew):
         except UserError:
             self.close()
             raise
+        num_machines = sum(bool(node["Alive"]) for node in ray.nodes())
+        self._source = self._source.for_workers(-(-num_workers // num_machines))
         self._actor = ray.remote(
             num_cpus=self._num_threads,
             num_gpus=int(self._source.device == "cuda"),

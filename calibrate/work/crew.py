@@ -188,6 +188,7 @@ class Staff:
         """
         if self.engine == "process" and self.num_workers == 1:
             return OwnProcess(pair)
+        from calibrate.pairs.prepack import prepacked_bytes
         from calibrate.work.job import PairSource
 
         source = PairSource(
@@ -196,6 +197,7 @@ class Staff:
             device=pair.device,
             attention=attention,
             hashes=(pair.slm_identity.sha256, pair.llm_identity.sha256),
+            prepacked_bytes=prepacked_bytes((pair.slm, pair.llm)),
         )
         if self.engine == "ray":
             from calibrate.work.actors import RayActors

@@ -6,7 +6,7 @@ Traces never travel. A job says what to decode and into which files; what comes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class PairSource:
         Whether the device model must be able to give its attention weights.
     hashes : tuple of str
         Of the device's and the server's weights, which must be the same everywhere.
+    prepacked_bytes : int
+        Memory that its prepacked layers take; 0 to leave the layers as they come.
     """
 
     spec: PairSpec
@@ -64,6 +66,18 @@ class PairSource:
     device: str
     attention: bool
     hashes: tuple[str, str]
+    prepacked_bytes: int = 0
+
+    def for_workers(self, num_on_a_machine: int) -> PairSource:
+        """The same for workers that share a machine: prepacked layers each has for itself.
+
+        Decided once for all, before they take memory from each other: layers of either kind round
+        otherwise. Assumption: machines are alike.
+        """
+        from calibrate.pairs.prepack import room_for
+
+        fits = room_for(self.prepacked_bytes, num_on_a_machine)
+        return self if fits else replace(self, prepacked_bytes=0)
 
 
 @dataclass(frozen=True)

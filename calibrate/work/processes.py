@@ -112,7 +112,7 @@ class Processes(Crew):
 
     def __init__(self, source: PairSource, num_workers: int, num_threads: int | None) -> None:
         super().__init__(num_workers)
-        self._source = source
+        self._source = source.for_workers(num_workers)
         self._num_threads = num_threads or max(1, num_cores() // num_workers)
         self._members: list[_Member] = []
 

@@ -79,7 +79,11 @@ def load_worker(source: PairSource, num_threads: int) -> Worker:
 
     use_threads(num_threads)
     pair = load_pair(
-        source.spec, dtype=source.dtype, device=source.device, attention=source.attention
+        source.spec,
+        dtype=source.dtype,
+        device=source.device,
+        attention=source.attention,
+        prepack=source.prepacked_bytes > 0,
     )
     for wanted, found in zip(source.hashes, (pair.slm_identity, pair.llm_identity), strict=True):
         if found.sha256 != wanted:

@@ -12,7 +12,10 @@ import pytest
 import toy_pair
 
 from calibrate.decode.engine import DecodingSettings
+from calibrate.pairs.buffers import WORKING_SET_BYTES
+from calibrate.pairs.loading import default_dtype
 from calibrate.pairs.models import Models
+from calibrate.pairs.prepack import prepacked_bytes
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.machine import num_cores
 from calibrate.run.prompts import read_prompts, tokenize_prompts
@@ -73,6 +76,30 @@ def test_a_worker_refuses_other_weights_than_the_run_has(toy: Path, pair: Any) -
     assert isinstance(load_worker(source, 1), Worker)
     with pytest.raises(UserError, match=r"other weights of device than the run \(hash .* instead"):
         load_worker(replace(source, hashes=("0" * 64, hashes[1])), 1)
+
+
+@pytest.mark.skipif(default_dtype("cpu") != "bfloat16", reason="nothing is prepacked here")
+def test_workers_hold_prepacked_layers_where_all_of_them_can(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided for all at once: one that finds the memory taken by others would round otherwise."""
+    free = [2**40]
+    monkeypatch.setattr("calibrate.pairs.prepack.available_memory", lambda: free[0])
+    models = Models(slm=str(toy / "device"), llm=str(toy / "server"), dtype="bfloat16")
+    pair = models.load(False)
+    size = prepacked_bytes((pair.slm, pair.llm))
+    assert size > 0
+    for room, wanted in ((3 * (size + 2 * WORKING_SET_BYTES), size), (0, 0)):
+        free[0] = room
+        crew = Staff(num_workers=3).hire(models, pair, False)
+        assert isinstance(crew, Processes)
+        assert crew._source.prepacked_bytes == wanted
+        free[0] = room - 1
+        assert Processes(crew._source, 3, 1)._source.prepacked_bytes == 0
+    for told in (size, 0):
+        free[0] = 2**40
+        worker = load_worker(replace(crew._source, prepacked_bytes=told), 1)
+        assert prepacked_bytes([model.model for model in worker._models]) == told
 
 
 class Slow(Crew):
