@@ -55,6 +55,7 @@ from hlmtheory.policies import calibration_policy
 
 if TYPE_CHECKING:
     from calibrate.pairs.registry import LoadedPair, PairSpec
+    from calibrate.run.prompts import TokenizedPrompt
     from hlmtheory.sampled_law import Sampling
     from hlmtheory.steps import Axes
 
@@ -211,16 +212,16 @@ def _calibrate(
     import torch
 
     from calibrate.decode.engine import DecodingSettings, batches_by_length
-    from calibrate.decode.memory import automatic_batch_size
     from calibrate.decode.models import transformer_models
     from calibrate.decode.timing import measure_timings
 
     tokenized = tokenize_prompts(prompts, pair.tokenizer, request.max_new_tokens, pair.max_context)
+    begun = record_path(request.run, RunRecord).is_file()
+    earlier = read_record(request.run, RunRecord) if begun else None
     settings = DecodingSettings(
         sampling=request.sampling,
         max_new_tokens=request.max_new_tokens,
-        batch_size=request.batch_size
-        or automatic_batch_size(pair, tokenized, request.max_new_tokens),
+        batch_size=request.batch_size or _batch_size(request, pair, tokenized, earlier),
         seed=request.seed,
         trace=request.trace,
     )
@@ -235,13 +236,13 @@ def _calibrate(
         provenance=provenance(request.command),
         timings=measure_timings(slm, llm, tokenized[0].tokens, settings.thetas),
         num_threads=torch.get_num_threads(),
+        num_together=settings.batch_size,
         num_prompts=0,
         num_tokens=0,
         wall_s=0.0,
         forward_s=0.0,
     )
-    if record_path(request.run, RunRecord).is_file():
-        earlier = read_record(request.run, RunRecord)
+    if earlier is not None:
         _check_same_inputs(request.run, earlier, info)
         info = info.model_copy(update={"pilot": earlier.pilot})
     held = {
@@ -311,6 +312,21 @@ def _calibrate(
     write_record(request.run, summary)
     write_record(request.run, info)
     return summary
+
+
+def _batch_size(
+    request: CalibrationRequest,
+    pair: LoadedPair,
+    prompts: Sequence[TokenizedPrompt],
+    earlier: RunRecord | None,
+) -> int:
+    """What the memory holds, but no more than before: other batches would round otherwise."""
+    from calibrate.decode.memory import automatic_batch_size
+
+    fits = automatic_batch_size(pair, prompts, request.max_new_tokens)
+    return (
+        fits if earlier is None or earlier.num_together is None else min(fits, earlier.num_together)
+    )
 
 
 def _check_same_inputs(run: Path, earlier: RunRecord, now: RunRecord) -> None:

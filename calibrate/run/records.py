@@ -195,6 +195,8 @@ class RunRecord(StageRecord):
     timings: Timings
     num_threads: int
     """Processor threads of the models."""
+    num_together: int | None = None
+    """Prompts decoded together, and no more of them when the run is resumed; null in older runs."""
     num_prompts: int
     """Of the whole run, as is the number of tokens."""
     num_tokens: int

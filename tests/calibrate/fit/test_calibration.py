@@ -10,6 +10,7 @@ import paper_records
 import pytest
 import toy_pair
 
+from calibrate.decode import memory
 from calibrate.derive.derivation import derive_run
 from calibrate.derive.plan import plan_run
 from calibrate.derive.roads import read_roads
@@ -96,6 +97,24 @@ def test_a_resumed_run_has_the_tokens_of_one_that_was_not(toy, pair, tmp_path, m
     first, second = (read_trace(shard_paths(tmp_path / name)) for name in ("run", "whole"))
     assert first.prompt_ids == second.prompt_ids
     assert (first["output_token"] == second["output_token"]).all()
+
+
+@pytest.mark.parametrize(("now", "then"), [(9, [4, 4, 4]), (3, [3, 3, 2, 4])])
+def test_a_resumed_run_decodes_no_more_together_than_before(
+    toy, pair, tmp_path, monkeypatch, now, then
+):
+    """More may be free by then; in bfloat16 other batches are other rounding."""
+    run = tmp_path / "run"
+    request = toy_pair.request(toy, run, max_new_tokens=2)
+    monkeypatch.setattr(memory, "automatic_batch_size", lambda *_: 4)
+    interrupted(monkeypatch, request, pair)
+    monkeypatch.setattr(memory, "automatic_batch_size", lambda *_: now)
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    again = replace(request, resume=True)
+    calibrate(again, prepare(again), pair)
+    sizes = [len(stored_in([path]).prompt_ids) for path in shard_paths(run)]
+    assert sorted(sizes) == sorted(then)
+    assert read_record(run, RunRecord).num_together == min(now, 4)
 
 
 def test_the_pilot_leaves_the_servers_road_where_it_skips_what_would_be_rejected(
