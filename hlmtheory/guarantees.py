@@ -35,7 +35,7 @@ budget, the first threshold of the grid with a risk above alpha was rejected: ag
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -272,6 +272,19 @@ class GridLosses:
         return prompt_losses(
             sums.rejected, sums.num_tokens, alpha, self.certified, most, self.cap
         )  # fmt: skip
+
+    def in_order(self, prompts: np.ndarray) -> GridLosses:
+        """The same with its prompts in another order, which one test looks at; (51)."""
+        sums = self.sums
+        return replace(
+            self,
+            sums=replace(
+                sums,
+                skipped=sums.skipped[prompts],
+                rejected=sums.rejected[prompts],
+                num_tokens=sums.num_tokens[prompts],
+            ),
+        )
 
     def risks(self) -> np.ndarray:
         """What the budget is about at each threshold, (G,): no filler, no cap in it; (52)."""

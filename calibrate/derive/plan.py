@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from calibrate.derive.certify import CAPPED_TESTS, TESTS, grid_losses
+from calibrate.derive.certify import CAPPED_TESTS, TESTS, grid_losses, holds
 from calibrate.derive.operating_points import plain_gate
 from calibrate.run.errors import UserError
 from calibrate.run.folder import read_record
@@ -96,6 +96,7 @@ def plan_run(
     plain, risks, filler = grid(None).sums, grid(None).risks(), grid(None).filler
     rates = plain.skipped.sum(axis=0) / plain.num_tokens.sum()
     ms_per_prompt = 1e3 * info.wall_s / info.num_prompts
+    one_law = len(set(trace.categories)) < 2
     rows, intervals = [], []
     delta = 1 - confidence
     for alpha in budgets:
@@ -113,7 +114,7 @@ def plan_run(
                     budget=alpha,
                     rule=name,
                     test=test,
-                    guaranteed=test not in ("t", None),
+                    guaranteed=test is not None and holds(test, one_law),
                     cap=cap,
                     goal_skip_rate=goal,
                     without_loss=_without_loss(alpha, delta, test, capped, filler),

@@ -433,7 +433,8 @@ class Certificate(Record):
     certified: Certified
     """What the budget is about."""
     guaranteed: bool
-    """Whether the test holds at any number of prompts; if not, it is asymptotic."""
+    """Whether the test promises its confidence: not the asymptotic t, nor wsr for prompts drawn by
+    category."""
     cap: float | None
     """Largest share of an answer's drafts that is skipped."""
     budget: float
@@ -1008,8 +1009,8 @@ class PlanRow(Record):
     test: TestMethod | None
     """Null for the conformal rule."""
     guaranteed: bool
-    """Whether the rule promises its confidence: not the asymptotic t, and not conformal, which
-    promises a mean."""
+    """Whether the rule promises its confidence: not the asymptotic t, nor conformal, which
+    promises a mean, nor wsr for prompts drawn by category."""
     cap: float | None
     """Answer cap at that number of prompts."""
     goal_skip_rate: float

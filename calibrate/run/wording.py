@@ -194,6 +194,12 @@ PROMISES = {
     "answers": "answers: the share of answers that differ at all from lossless decoding with the "
     "same random numbers, on the policy's own road; no score in [0, 1] of an answer moves by more",
 }
+WEAKER = {
+    "t": "asymptotic, no guarantee",
+    "wsr": "no guarantee for prompts by category",
+    None: "a promise on average",
+}
+"""Why a test that is compared promises less than its confidence."""
 COMMON_PROMISES = (
     "all: about the risk that the gate takes, which is the bias of full and, token by token, of "
     "residual verification; what truncation, shared or asked draws add to it is not certified",

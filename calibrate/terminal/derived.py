@@ -18,7 +18,7 @@ from calibrate.derive.recommend import (
 from calibrate.run.figure import NO_VALUE, number_text, percent_text, share_text
 from calibrate.run.folder import DEFAULT_NAME
 from calibrate.run.records import Certificate, DerivationRecord, Figure, OperatingPoint
-from calibrate.run.wording import UNKNOWN_ANSWERS, pilot_text, promise_texts, rule_text
+from calibrate.run.wording import UNKNOWN_ANSWERS, WEAKER, pilot_text, promise_texts, rule_text
 from calibrate.terminal.page import Page
 
 SHORT = (">k", ">skips %", ">risk %", ">TV bias %", ">bit/token", ">token/s", ">J/token")
@@ -274,7 +274,7 @@ def print_certificates(page: Page, certificates: Sequence[Certificate]) -> None:
     page.table(
         ("test", "about", ">budget", ">confidence", ">threshold", ">skip rate", ">bound"),
         (
-            (one.rule + ("" if one.guaranteed else ": asymptotic, no guarantee"), one.certified,
+            (one.rule + ("" if one.guaranteed else f": {WEAKER[one.test]}"), one.certified,
              one.budget, f"{one.confidence:.3g}", one.threshold, one.skip_rate, one.bound)
             for one in certificates
         ),

@@ -22,6 +22,7 @@ from calibrate.run.records import (
 )
 from calibrate.run.wording import (
     SHOWN_RISKS,
+    WEAKER,
     coverage_details,
     coverage_text,
     guarantees_text,
@@ -46,7 +47,6 @@ FIT = {
     "mean_rejection": "mean rejection probability = mean TV(x, y)",
     "delta": "share of drafts that can be rejected at all, P(y_d < x_d)",
 }
-WEAKER = {"t": "asymptotic, no guarantee", "conformal": "a promise on average"}
 
 
 def _size(num_bytes: int | None) -> str:
@@ -268,7 +268,7 @@ def print_plan(result: PlanRecord) -> None:
         (">budget", "~rule", ">answer cap", ">skip rate", ">without any loss", ">prompts",
          ">minutes"),
         (
-            (one.budget, one.rule + ("" if one.guaranteed else ": " + WEAKER[one.rule]), one.cap,
+            (one.budget, one.rule + ("" if one.guaranteed else f": {WEAKER[one.test]}"), one.cap,
              one.goal_skip_rate, str(one.without_loss),
              f"over {result.most:,}" if one.num_prompts is None else f"{one.num_prompts:,}",
              None if one.wall_s is None else one.wall_s / 60)

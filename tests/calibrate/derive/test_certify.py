@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from toy_models import TableModel
 
 from calibrate.decode.engine import DecodingSettings, decode_together
+from calibrate.derive import certify
 from calibrate.derive.certify import caps_at, certificates, certified_thresholds, grid_losses
 from calibrate.derive.plan import NUM_DRAWS, passing_share
 from calibrate.derive.predict import drawn_tokens, policy_atoms, predicted_tokens
@@ -16,7 +18,9 @@ from calibrate.run.errors import UsageError
 from calibrate.run.prompts import TokenizedPrompt
 from calibrate.run.traces import read_trace, write_shard
 from hlmtheory.clusters import sum_by_prompt
+from hlmtheory.guarantees import GridLosses, fixed_sequence_threshold
 from hlmtheory.policies import GatedPolicy, policy_from_settings
+from hlmtheory.risk import SkipRiskSums
 from hlmtheory.risk_tests import p_value
 from hlmtheory.scores import score_named
 
@@ -148,3 +152,29 @@ def test_the_power_of_a_plan_is_that_of_the_test(rng, test, above):
     error = np.sqrt(0.25 / NUM_DRAWS + 0.25 / 400)
     assert 0.2 < again < 0.8
     assert abs(share - again) < 4.5 * error
+
+
+def test_wsr_does_not_learn_from_the_order_of_ids(monkeypatch):
+    """Topics in blocks, all but the last without loss, and a risk above the budget."""
+    num, alpha, delta, draws = 160, 0.05, 0.1, 100
+    grid, rng = np.array([0.5]), np.random.default_rng(2)
+    certified = {"by id": 0, "as it is": 0}
+    for draw in range(draws):
+        topics = np.sort(rng.integers(8, size=num))  # draws of one law, sorted as ids are
+        losses = np.where(topics == 7, 0.41, 0.0)[:, None]
+        sums = SkipRiskSums(grid, np.ones((num, 1)), losses, np.ones(num))
+        made = GridLosses(sums)
+        certified["by id"] += fixed_sequence_threshold(made, alpha, delta, "wsr").feasible
+        monkeypatch.setattr(certify, "grid_losses", lambda *_, made=made: made)
+        for categories in ([], [str(topic) for topic in topics]):
+            ids = [f"topic-{topic}-{draw:03d}-{i:03d}" for i, topic in enumerate(topics)]
+            trace = SimpleNamespace(prompt_ids=ids, categories=categories, num_prompts=num)
+            gate = GatedPolicy(threshold=0.0)
+            found = certificates(trace, gate, (alpha,), 1 - delta, "prompts", (), 9)
+            by_test = {one.test: one for one in found}
+            assert by_test["betting"].guaranteed
+            assert not by_test["t"].guaranteed
+            assert by_test["wsr"].guaranteed == (not categories)
+        certified["as it is"] += by_test["wsr"].feasible
+    assert certified["by id"] == draws
+    assert certified["as it is"] <= draws * delta + 3 * np.sqrt(draws * delta * (1 - delta))
