@@ -30,6 +30,7 @@ from calibrate.derive.predict import (
     path_means,
     point_policy,
     predicted_tokens,
+    prompt_lengths,
 )
 from calibrate.derive.roads import Prediction, parted_share
 from calibrate.fit.pilot import DEFAULT_PROMPTS
@@ -139,7 +140,7 @@ def judge(run: Path, folder: Path, num_splits: int, num_pilot: int, seed: int) -
             predicted_tokens(server, policy),
             predicted_tokens(pilot, policy),
             drawn_tokens(server, policy),
-            measured_tokens(trace(key), policy),
+            measured_tokens(trace(key), policy, prompt_lengths(server)),
         )
         for key, policy in policies.items()
         if key != SERVER

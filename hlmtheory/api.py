@@ -433,7 +433,9 @@ def _rerun(
     watch: Watch,
 ) -> ValidationRecord:
     """Decode what was not rerun before, and compare all."""
+    from calibrate.pairs.loading import pair_tokenizer
     from calibrate.pairs.models import Models
+    from calibrate.run.prompts import prompt_sizes
     from calibrate.run.stopping import Interrupted, StoppedError, finishing
     from calibrate.run.watch import TokenCount
     from calibrate.validate.validation import compare_reruns, decode_missing
@@ -451,7 +453,8 @@ def _rerun(
             in_work = "the batch in work" if staff.num_workers == 1 else "every batch in work"
             with staff.hire(models, pair, attention) as crew, finishing(in_work):
                 decode_missing(plan, pair, told, crew)
-        return compare_reruns(plan)
+        tokenizer = pair_tokenizer(Models.of_run(plan.calibration).spec)
+        return compare_reruns(plan, prompt_sizes(plan.prompts, tokenizer))
     except Interrupted as error:
         raise StoppedError(
             f"interrupted: the finished batches stay in {plan.run}/reruns; the same command "

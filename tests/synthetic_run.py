@@ -224,4 +224,4 @@ def add_validation(run: Path, name: str = DEFAULT_NAME) -> ValidationRecord:
         if not path.is_dir():
             policy = point_policy(derivation, point, calibration.learned)
             write_shard(next_shard(path), synthetic_columns(1, policy), ids, {}, AXES, categories)
-    return compare_reruns(plan)
+    return compare_reruns(plan, dict.fromkeys(ids, 20))

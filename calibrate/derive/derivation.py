@@ -29,7 +29,6 @@ from calibrate.run.records import (
 
 if TYPE_CHECKING:
     from calibrate.derive.operating_points import Study
-    from calibrate.run.traces import Trace
 
 JUDGES: tuple[type[StageRecord], ...] = (ValidationRecord, WireRecord, QualityRecord)
 """What is held against a derivation, and so loses its meaning with it."""
@@ -130,6 +129,7 @@ def _derived(
     from calibrate.derive.importance_plane import importance_plane
     from calibrate.derive.operating_points import operating_points, policy_infos
     from calibrate.derive.optimum import optima, policy_paths
+    from calibrate.derive.predict import prompt_lengths
     from calibrate.derive.presets import link_to_dict, profile_to_dict
 
     infos = policy_infos(request.policies)
@@ -149,7 +149,7 @@ def _derived(
         link={"name": request.link, **link_to_dict(economics.link)},
         profile={"name": request.profile, **profile_to_dict(economics.profile)},
         accounting=request.accounting,
-        num_prompt_tokens=economics.num_prompt_tokens,
+        num_prompt_tokens=float(prompt_lengths(study.trace).mean()),
         policies=infos,
         operating_points=tuple(point for point, _ in points),
         optima=tuple(optima(study, paths + resized)),
@@ -197,17 +197,9 @@ def _study(run: Path, request: DeriveRequest) -> Study:
             profile,
             calibration.pair.vocab_size,
             request.accounting,
-            _num_prompt_tokens(trace),
         ),
         DeriveOptions(request.thetas, request.eta, importances, request.draft_from_sent),
     )
-
-
-def _num_prompt_tokens(trace: Trace) -> float:
-    """Mean number of tokens of a prompt: what the first draft of each answer attended to."""
-    if "num_attended" not in trace:
-        return 0.0
-    return float(trace["num_attended"][trace["step"] == 0].mean())
 
 
 def parse_importance(text: str) -> dict[str, Any]:

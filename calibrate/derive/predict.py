@@ -92,6 +92,8 @@ class PolicyTokens:
         server's at the output, and the other way round where the outputs are the policy's own.
     prompt_index : int array (N,)
     num_prompts : int
+    num_prompt_tokens : float array (P,)
+        Of each prompt, which the server must read before it can say anything.
     """
 
     policy: Policy
@@ -103,6 +105,7 @@ class PolicyTokens:
     log_ratio: np.ndarray
     prompt_index: np.ndarray
     num_prompts: int
+    num_prompt_tokens: np.ndarray
 
     def mean(self, means: Means) -> dict[str, RatioEstimate]:
         """Means over these tokens."""
@@ -116,7 +119,10 @@ class PolicyTokens:
         }
         index = np.searchsorted(place, self.prompt_index[kept])
         ratio = self.log_ratio[:, kept]
-        return replace(self, **columns, log_ratio=ratio, prompt_index=index, num_prompts=len(place))
+        return replace(
+            self, **columns, log_ratio=ratio, prompt_index=index, num_prompts=len(place),
+            num_prompt_tokens=self.num_prompt_tokens[place],
+        )  # fmt: skip
 
 
 Means: TypeAlias = Callable[[PolicyTokens], dict[str, RatioEstimate]]
@@ -139,8 +145,8 @@ class Economics:
     profile: DeviceProfile
     vocab_size: int
     accounting: str = "full"
-    num_prompt_tokens: float = 0.0
-    """Of a prompt, in the mean: what the server must read before it can say anything."""
+    prompts_sent: bool = True
+    """Whether an answer's first contact with the server brings the prompt too."""
 
 
 def economics_of(derivation: DerivationRecord) -> Economics:
@@ -150,7 +156,6 @@ def economics_of(derivation: DerivationRecord) -> Economics:
         profile_from_dict(derivation.profile),
         derivation.pair.vocab_size,
         derivation.accounting,
-        derivation.num_prompt_tokens,
     )
 
 
@@ -248,9 +253,16 @@ def _tokens(trace: Trace, policy: Policy, look: Callable[[Step], Outcome]) -> Po
         np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in found])
         for name in ("skip", "risk", "bias", "entries", "rho")
     )
-    prompts = (trace.prompt_index, trace.num_prompts)
+    prompts = (trace.prompt_index, trace.num_prompts, prompt_lengths(trace))
     log_ratio: np.ndarray = np.concatenate(ratios, axis=1)
     return PolicyTokens(policy, skip, risk, bias, entries, rho, log_ratio, *prompts)
+
+
+def prompt_lengths(trace: Trace) -> np.ndarray:
+    """Tokens of each prompt, (P,): what its first draft attended to; 0 if that is not recorded."""
+    if "num_attended" not in trace:
+        return np.zeros(trace.num_prompts)
+    return np.asarray(trace["num_attended"][trace["step"] == 0], dtype=np.float64)
 
 
 def predicted_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
@@ -267,8 +279,8 @@ def drawn_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
     return _tokens(trace, policy, policy.drawn)
 
 
-def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
-    """What a rerun under the policy did."""
+def measured_tokens(trace: Trace, policy: Policy, num_prompt_tokens: np.ndarray) -> PolicyTokens:
+    """What a rerun under the policy did, on prompts of so many tokens (P,), which no rerun says."""
     skipped = trace["skipped"].astype(np.float64)
     ratio = trace["policy_log_ratio"]
     return PolicyTokens(
@@ -281,6 +293,7 @@ def measured_tokens(trace: Trace, policy: Policy) -> PolicyTokens:
         np.stack([-ratio, -ratio]),
         trace.prompt_index,
         trace.num_prompts,
+        num_prompt_tokens,
     )
 
 
@@ -299,17 +312,19 @@ def policy_atoms(trace: Trace, policy: GatedPolicy) -> SkipAtoms:
 
 
 def unsent_before(
-    skip: np.ndarray, prompt_index: np.ndarray, num_prompt_tokens: float = 0.0
+    skip: np.ndarray, prompt_index: np.ndarray, num_prompt_tokens: np.ndarray
 ) -> np.ndarray:
     r"""Expected number of tokens that the server has not seen yet, (N,).
 
     .. math:: n_t = p_{t-1} (1 + n_{t-1}), \qquad n_0 = L
 
-    along each answer, with p the probability of a skip and L the prompt's tokens; a count where p
-    is 0 or 1. Valid for p in between if drafts are drawn independently along the recorded contexts.
+    along each answer, with p the probability of a skip and L (P,) the prompt's tokens; a count
+    where p is 0 or 1. Valid for p in between if drafts are drawn independently along the recorded
+    contexts.
     """
     out = np.zeros(len(skip))
-    out[answer_rows(prompt_index)[0]] = num_prompt_tokens
+    first = answer_rows(prompt_index)[0]
+    out[first] = num_prompt_tokens[prompt_index[first]]
     for rows in along_answers(prompt_index):
         out[rows] = skip[rows - 1] * (1.0 + out[rows - 1])
     return out
@@ -326,12 +341,13 @@ def uplink_bits(tokens: PolicyTokens, economics: Economics) -> np.ndarray:
         return np.zeros_like(tokens.skip)
     sent = 1.0 - tokens.skip
     if_sent = _if_sent(tokens.entries, sent)
+    lengths = tokens.num_prompt_tokens * economics.prompts_sent
     bits = payload_bits(
         if_sent,
         economics.vocab_size,
         accounting=economics.accounting,
         draft_sent=tokens.policy.draft_sent,
-        num_unsent=unsent_before(tokens.skip, tokens.prompt_index, economics.num_prompt_tokens),
+        num_unsent=unsent_before(tokens.skip, tokens.prompt_index, lengths),
     )
     return np.asarray(sent * bits)
 

@@ -105,9 +105,8 @@ def load_pair(
 
     llm_folder, slm_folder = ensure_folder(spec.llm), ensure_folder(spec.slm)
     shared = slm_folder == llm_folder
-    llm_tokenizer = slm_tokenizer = load_tokenizer(llm_folder, spec.llm.label)
+    slm_tokenizer, llm_tokenizer = _tokenizers(spec)
     if not shared:  # before two large models are read for nothing
-        slm_tokenizer = load_tokenizer(slm_folder, spec.slm.label)
         common_vocabulary(
             slm_tokenizer, llm_tokenizer, _declared_size(slm_folder), _declared_size(llm_folder)
         )
@@ -120,12 +119,11 @@ def load_pair(
     if attention:
         allow_recording(slm)
     vocab_size = common_vocabulary(slm_tokenizer, llm_tokenizer, _num_logits(slm), _num_logits(llm))
-    has_template = bool(llm_tokenizer.chat_template) or not slm_tokenizer.chat_template
     pair = LoadedPair(
         name=spec.name,
         slm=slm,
         llm=llm,
-        tokenizer=llm_tokenizer if has_template else slm_tokenizer,
+        tokenizer=_with_template(slm_tokenizer, llm_tokenizer),
         vocab_size=vocab_size,
         slm_identity=_identity(spec.slm, slm_folder, slm),
         llm_identity=_identity(spec.llm, llm_folder, llm),
@@ -271,6 +269,29 @@ def load_tokenizer(folder: Path, label: str) -> Any:
             f"cannot load the tokenizer of {label} from {folder}: {first_line(error)}; "
             "give a folder that holds tokenizer.json"
         ) from error
+
+
+def pair_tokenizer(spec: PairSpec) -> Any:
+    """What turns a pair's prompts into tokens, without its models.
+
+    Raises
+    ------
+    UserError
+        As :func:`load_pair`.
+    """
+    return _with_template(*_tokenizers(spec))
+
+
+def _tokenizers(spec: PairSpec) -> tuple[Any, Any]:
+    """Of device model and server model."""
+    llm_folder, slm_folder = ensure_folder(spec.llm), ensure_folder(spec.slm)
+    llm = load_tokenizer(llm_folder, spec.llm.label)
+    return llm if slm_folder == llm_folder else load_tokenizer(slm_folder, spec.slm.label), llm
+
+
+def _with_template(slm: Any, llm: Any) -> Any:
+    """The server's tokenizer, unless the device's alone has a chat template."""
+    return llm if llm.chat_template or not slm.chat_template else slm
 
 
 def _declared_size(folder: Path) -> int:

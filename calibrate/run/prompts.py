@@ -260,6 +260,11 @@ def tokenize_prompts(
     return out
 
 
+def prompt_sizes(prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, int]:
+    """Tokens of each prompt, by its id."""
+    return {prompt.prompt_id: len(_tokens_of(prompt.text, tokenizer)) for prompt in prompts}
+
+
 def _tokens_of(text: str, tokenizer: Any) -> list[int]:
     """Tokens of a prompt, in the chat template where the tokenizer has one."""
     if not getattr(tokenizer, "chat_template", None):

@@ -125,6 +125,7 @@ def compare(
     policy: Policy,
     roads: Roads,
     rerun: Trace,
+    num_prompt_tokens: np.ndarray,
     economics: Economics,
     confidence: float,
 ) -> list[Comparison]:
@@ -141,6 +142,8 @@ def compare(
         of the drafts that the calibration drew the rerun's.
     rerun : Trace
         Of the rerun under that point.
+    num_prompt_tokens : float array (P,)
+        Of each of its prompts, which the server must read.
     economics : Economics
         The one the predictions were made with.
     confidence : float
@@ -148,7 +151,7 @@ def compare(
     seen: tuple[Averaged, ...] = (
         roads.prediction(policy),
         drawn_tokens(roads.server, policy),
-        measured_tokens(rerun, policy),
+        measured_tokens(rerun, policy, num_prompt_tokens),
     )
     averaged, drawn, measured = (metrics(one, economics) for one in seen)
     strata = common_strata(roads.server.categories, rerun.categories)

@@ -7,7 +7,7 @@ times are those of the predictions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -336,10 +336,16 @@ def decode_missing(
     decode_reruns(crew or OwnProcess(pair), prompts, reruns, settings, told or Told())
 
 
-def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
+def compare_reruns(plan: ValidationPlan, num_prompt_tokens: Mapping[str, int]) -> ValidationRecord:
     """Hold the plan's reruns on disk against the predictions; write the validation.
 
     Decodes nothing.
+
+    Parameters
+    ----------
+    plan : ValidationPlan
+    num_prompt_tokens : mapping of str to int
+        Tokens of each prompt, by its id: whoever asks the server sends it the prompt once.
     """
     from calibrate.derive.predict import economics_of, measured_tokens
     from calibrate.derive.roads import read_roads
@@ -358,14 +364,15 @@ def compare_reruns(plan: ValidationPlan) -> ValidationRecord:
     for point in plan.points:
         policy = plan.policies[point.key]
         trace = plan.trace(point)
-        compared = compare(point, policy, roads, trace, economics, confidence)
+        lengths = np.array([num_prompt_tokens[one] for one in trace.prompt_ids], dtype=float)
+        compared = compare(point, policy, roads, trace, lengths, economics, confidence)
         cells += [one.cell for one in compared]
         shift = context_shift(point, policy, roads, trace, references, confidence)
         if plan.paths[point.key] not in judged:
             judged.add(plan.paths[point.key])
             counted += compared
             shifts += [] if shift is None else [shift]
-        tokens = measured_tokens(trace, policy)
+        tokens = measured_tokens(trace, policy, lengths)
         reruns.append(_rerun_info(point, plan.paths[point.key].name, tokens, economics, derivation))
     strata = common_strata(calibration.categories, [prompt.category for prompt in plan.prompts])
     result = ValidationRecord(

@@ -450,7 +450,9 @@ class WireTimes:
                 vocab_size,
                 prob_bits,
                 draft_sent=tokens.policy.draft_sent,
-                num_unsent=unsent_before(tokens.skip, tokens.prompt_index),
+                num_unsent=unsent_before(
+                    tokens.skip, tokens.prompt_index, np.zeros(tokens.num_prompts)
+                ),
             )
         )
         frames = np.array([8.0 * ask_bytes(int(one)) for one in np.round(bits)])
@@ -569,7 +571,7 @@ def _judge(
     predicted, drawn = prediction.mean(means), means(ran)
     # The prompt has crossed the link when the tokens that the clock is read of begin.
     economics = replace(
-        economics_of(derived.derivation), link=link, accounting="full", num_prompt_tokens=0.0
+        economics_of(derived.derivation), link=link, accounting="full", prompts_sent=False
     )
     cells = tuple(
         _cell(point.policy, point.rule, name, predicted[name], drawn[name], measured[name],

@@ -662,7 +662,10 @@ def test_a_lossless_trace_predicts_a_capped_policy(laws, tmp_path, name):
         full_trace(tmp_path, one, asked, (), models, seed)
         for seed, one in enumerate((policy, make("hlm")))
     )
-    found, averaged = measured_tokens(rerun, policy), predicted_tokens(lossless, policy)
+    found, averaged = (
+        measured_tokens(rerun, policy, np.zeros(rerun.num_prompts)),
+        predicted_tokens(lossless, policy),
+    )
     assert found.skip.mean() < measured_share(lossless, 0.7), "the cap binds"
     for part in ("skip", "risk", "rho"):
         estimates = [

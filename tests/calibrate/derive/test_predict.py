@@ -22,7 +22,7 @@ from calibrate.derive.predict import (
     unsent_before,
 )
 from calibrate.run.traces import Trace
-from hlmtheory.clusters import mean_over_tokens
+from hlmtheory.clusters import RatioEstimate, mean_over_tokens
 from hlmtheory.cost import DeviceProfile, index_bits
 from hlmtheory.link import AwgnLink
 from hlmtheory.policies import policy_from_settings, policy_names
@@ -48,7 +48,9 @@ def economics(accounting: str = "full") -> Economics:
     return Economics(LINK, PROFILE, VOCAB, accounting)
 
 
-def tokens_of(name: str, skip, entries, lengths, beta=0.3, bias=0.1) -> PolicyTokens:
+def tokens_of(
+    name: str, skip, entries, lengths, beta=0.3, bias=0.1, prompt_tokens=0.0
+) -> PolicyTokens:
     skip = np.asarray(skip, dtype=float)
     index = np.repeat(np.arange(len(lengths)), lengths)
     risk = skip * beta
@@ -63,6 +65,7 @@ def tokens_of(name: str, skip, entries, lengths, beta=0.3, bias=0.1) -> PolicyTo
         np.zeros((2, len(skip))),
         index,
         len(lengths),
+        np.full(len(lengths), prompt_tokens),
     )
 
 
@@ -134,26 +137,27 @@ def test_baselines_cost_what_they_are():
 
 @pytest.mark.parametrize("name", ["llm", "hlm", "u-hlm"])
 def test_full_accounting_bills_prompt_once_an_answer_to_whoever_asks(name: str) -> None:
-    lengths = (2, 6)
+    """Each prompt with its own length, of whichever prompts the answers are."""
+    lengths, prompts = (2, 6), np.array([10.0, 50.0])
     entries = 0 if name == "llm" else 60
-    tokens = tokens_of(name, [0] * 8, [entries] * 8, lengths)
-    with_prompt = replace(economics("full"), num_prompt_tokens=30.0)
-    without, bits = (
-        metrics(tokens, one)["uplink_bits_per_token"].value
-        for one in (economics("full"), with_prompt)
-    )
-    assert bits - without == pytest.approx(30 * index_bits(VOCAB) * 2 / 8)
-    assert (
-        metrics(tokens_of("slm", [1] * 8, [0] * 8, lengths), with_prompt)[
-            "uplink_bits_per_token"
-        ].value
-        == 0
-    )
+
+    def bits(name: str, skip: float, entries: float, **changes: bool) -> RatioEstimate:
+        tokens = tokens_of(name, [skip] * 8, [entries] * 8, lengths, prompt_tokens=prompts)
+        return metrics(tokens, replace(economics("full"), **changes))["uplink_bits_per_token"]
+
+    found, without = bits(name, 0, entries), bits(name, 0, entries, prompts_sent=False)
+    assert found.value - without.value == pytest.approx(60 * index_bits(VOCAB) / 8)
+    # Its error knows that prompts differ: the ratio of sums over two prompts, by hand.
+    own = index_bits(VOCAB) * prompts
+    mean = own.sum() / 8
+    influence = (own - mean * np.array(lengths)) / 8
+    np.testing.assert_allclose(found.influence - without.influence, influence, atol=1e-9)
+    assert bits("slm", 1, 0).value == 0
 
 
 def test_the_server_alone_pays_its_replies_and_a_round_trip_an_answer() -> None:
-    rich = replace(economics("full"), num_prompt_tokens=30.0)
-    found = metrics(tokens_of("llm", [0] * 8, [0] * 8, (2, 6)), rich)
+    rich = economics("full")
+    found = metrics(tokens_of("llm", [0] * 8, [0] * 8, (2, 6), prompt_tokens=30.0), rich)
     bits = index_bits(VOCAB) * 2 * 30 / 8  # two prompts
     assert found["uplink_bits_per_token"].value == pytest.approx(bits)
     assert found["downlink_bits_per_token"].value == index_bits(VOCAB)
@@ -185,7 +189,7 @@ def test_tokens_not_yet_told_are_a_count_for_certain_skips(rng):
         run = run if t and index[t] == index[t - 1] else 0
         counts.append(run)
         run = run + 1 if skipped[t] else 0
-    np.testing.assert_array_equal(unsent_before(skipped, index), counts)
+    np.testing.assert_array_equal(unsent_before(skipped, index, np.zeros(12)), counts)
 
 
 def test_tokens_not_yet_told_are_the_mean_of_simulated_answers(rng):
@@ -198,10 +202,12 @@ def test_tokens_not_yet_told_are_the_mean_of_simulated_answers(rng):
         if index[t] == index[t - 1]:
             counts[:, t] = np.where(drawn[:, t - 1], counts[:, t - 1] + 1, 0)
     error = counts.std(0) / num**0.5
-    assert (np.abs(counts.mean(0) - unsent_before(p, index)) <= 4.5 * error).all()
-    assert unsent_before(np.ones(4), np.zeros(4, dtype=int)).tolist() == [0, 1, 2, 3]
+    assert (np.abs(counts.mean(0) - unsent_before(p, index, np.zeros(3))) <= 4.5 * error).all()
+    assert unsent_before(np.ones(4), np.zeros(4, dtype=int), np.zeros(1)).tolist() == [0, 1, 2, 3]
     skipped = np.array([1.0, 1.0, 0.0, 1.0])
-    assert unsent_before(skipped, np.zeros(4, dtype=int), 5.0).tolist() == [5, 6, 7, 0]
+    assert unsent_before(
+        np.tile(skipped, 2), np.repeat([0, 1], 4), np.array([5.0, 9.0])
+    ).tolist() == [5, 6, 7, 0, 9, 10, 11, 0]
 
 
 # --- expected, drawn and measured ----------------------------------------------------------------
@@ -268,7 +274,9 @@ def test_a_rerun_of_the_same_drafts_measures_what_was_drawn(many, name):
         "policy_risk": drawn.rho,
         "policy_log_ratio": -drawn.log_ratio[0],
     }
-    measured = measured_tokens(Trace(columns, many.prompt_ids, many.axes), policy)
+    measured = measured_tokens(
+        Trace(columns, many.prompt_ids, many.axes), policy, drawn.num_prompt_tokens
+    )
     one, other = (metrics(tokens, economics("full")) for tokens in (drawn, measured))
     for metric in METRICS:
         if name == "coupled" and metric == "tokens_in_agreement":

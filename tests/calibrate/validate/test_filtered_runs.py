@@ -11,6 +11,7 @@ from calibrate.fit.calibration import calibrate, prepare
 from calibrate.pairs.registry import load_pair, resolve_pair
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
+from calibrate.run.prompts import prompt_sizes
 from calibrate.run.records import DeriveRequest, GivenModels, RunRecord
 from calibrate.run.traces import read_trace, shard_paths, shards_in
 from calibrate.validate.attenuation import prepare_attenuation, write_attenuation
@@ -42,7 +43,7 @@ def test_all_four_verbs_under(toy, tmp_path, sampling):
     assert 0 < gated["rejection_risk"].value <= 0.15
     plan = prepare_validation(run, rules=("risk-0.15",), limit=10)
     decode_missing(plan, pair)
-    record = compare_reruns(plan)
+    record = compare_reruns(plan, prompt_sizes(plan.prompts, pair.tokenizer))
     cells = [cell for cell in record.cells if cell.metric == "tv_bias"]
     assert len(cells) == len(POLICIES)
     assert all(cell.measured.value is not None for cell in cells)

@@ -16,6 +16,7 @@ from calibrate.fit.calibration import calibrate, prepare
 from calibrate.pairs.models import Models
 from calibrate.run.errors import UsageError, UserError
 from calibrate.run.folder import read_record, write_record
+from calibrate.run.prompts import prompt_sizes
 from calibrate.run.records import DerivationRecord, DeriveRequest, ValidationRecord
 from calibrate.run.stopping import Interrupted, StoppedError, listen
 from calibrate.run.traces import Shard, shards_in
@@ -66,7 +67,11 @@ def plan(run: Path, *policies: str, **options) -> ValidationPlan:
 
 def validate(planned: ValidationPlan, pair) -> ValidationRecord:
     decode_missing(planned, pair)
-    return compare_reruns(planned)
+    return compared(planned, pair)
+
+
+def compared(planned: ValidationPlan, pair) -> ValidationRecord:
+    return compare_reruns(planned, prompt_sizes(planned.prompts, pair.tokenizer))
 
 
 def rows(record: ValidationRecord) -> list[tuple[str, str]]:
@@ -99,7 +104,22 @@ def test_another_policy_adds_to_what_was_validated(run, pair, monkeypatch) -> No
     # Both again: nothing is left to decode, and the result is the same.
     third = plan(run, "hlm", "u-hlm")
     assert (third.missing, third.num_kept) == ({}, 2)
-    assert compare_reruns(third).cells == second.cells
+    assert compared(third, pair).cells == second.cells
+
+
+def test_fresh_prompts_are_billed_at_their_own_length(run, pair) -> None:
+    planned = plan(run, "hlm", rules=None)
+    decode_missing(planned, pair)
+    sizes = prompt_sizes(planned.prompts, pair.tokenizer)
+
+    def uplink(sizes: dict[str, int]) -> tuple[float, int]:
+        record = compare_reruns(planned, sizes)
+        (found,) = (one for one in record.cells if one.metric == "uplink_bits_per_token")
+        return found.measured.value, record.num_tokens
+
+    index = np.ceil(np.log2(pair.vocab_size))
+    (bits, num), (more, _) = uplink(sizes), uplink({name: n + 100 for name, n in sizes.items()})
+    assert more - bits == pytest.approx(100 * index * len(sizes) / num)
 
 
 def test_a_rerun_says_what_it_ran(run, pair) -> None:
@@ -159,7 +179,7 @@ def test_validations_of_two_names_share_their_reruns(run, pair) -> None:
     derive_run(run, DeriveRequest(policies=("u-hlm",), risks=(0.05,)), name="full-payload")
     other = plan(run, "u-hlm", name="full-payload")
     assert other.missing == {}
-    record = compare_reruns(other)
+    record = compared(other, pair)
     assert record.derivation == "full-payload"
     assert (run / "validation.full-payload.json").is_file()
     assert (run / "validation.json").is_file()

@@ -152,7 +152,7 @@ def test_predicted_times_are_those_of_the_obvious_loop(rng):
     policy = policy_from_settings("r-hlm", {}, 0.3)
     nothing = np.zeros(num)
     tokens = PolicyTokens(
-        policy, skip, nothing, nothing, entries, nothing, np.zeros((2, num)), prompt, 6
+        policy, skip, nothing, nothing, entries, nothing, np.zeros((2, num)), prompt, 6, np.zeros(6)
     )
     link, costs = RateLink(1e6, 4e6, 40.0), WireCosts(50.0, 70.0)
     found = wire_means(tokens, link, costs, vocab, 8)
