@@ -69,11 +69,17 @@ def system_reason(error: OSError) -> str:
     return f"{reason}; make room there, or mend its permissions, or name another folder"
 
 
+def unfinished(run: Path) -> list[Path]:
+    """What killed writers of records and shards left in the folders where these lie."""
+    folders = (run, run / "traces", run / "pilot", *(run / "reruns").glob("*"))
+    kinds = ("json", "parquet")
+    return [left for one in folders for kind in kinds for left in one.glob(f".*.{kind}.*{_PART}")]
+
+
 def clear_unfinished(run: Path) -> None:
-    """Remove what killed writers of records and shards left; the run must be locked."""
-    for kind in ("json", "parquet"):
-        for left in run.rglob(f".*.{kind}.*{_PART}"):
-            left.unlink(missing_ok=True)
+    """Remove it; the run must be locked."""
+    for left in unfinished(run):
+        left.unlink(missing_ok=True)
 
 
 def clear_unfinished_file(path: Path) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calibrate.run.errors import UsageError, UserError
-from calibrate.run.folder import LOCK_NAME, clear_unfinished, system_reason
+from calibrate.run.folder import LOCK_NAME, clear_unfinished, system_reason, unfinished
+from calibrate.run.records import RunRecord
 
 
 @contextlib.contextmanager
@@ -32,14 +33,16 @@ def locked(run: Path, make: bool = False) -> Iterator[None]:
     ------
     UsageError
         If there is no such folder and none is to be made.
-    UserError
-        If another process holds it, or it cannot be written: found before any work is done.
+        If another process holds it, it cannot be written, or it is no run's: found before any work
+        is done, and without touching what is there.
     """
     from filelock import FileLock, Timeout
 
     made = not run.is_dir()
     if made and not make:
         raise UsageError(f"RUN {run}: no such folder; `hlm calibrate` makes one")
+    if not made and not _is_ours(run):
+        raise UsageError(f"RUN {run}: not empty, and not a run; name the folder of one")
     path = run / LOCK_NAME
     lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
@@ -66,6 +69,16 @@ def locked(run: Path, make: bool = False) -> Iterator[None]:
                 run.rmdir()
 
 
+def _is_ours(run: Path) -> bool:
+    """Whether a folder is a run, or holds no more than one that was killed at its start."""
+    if (run / RunRecord.file_name).is_file():
+        return True
+    lock = run / LOCK_NAME
+    if lock.exists() and lock.stat().st_size > 0 and _signature(lock) is None:
+        return False
+    return set(run.iterdir()) <= {lock, *unfinished(run)}
+
+
 def _sign(path: Path) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -76,8 +89,13 @@ def _sign(path: Path) -> None:
 
 
 def _holder(path: Path) -> str:
+    return _signature(path) or "another process"
+
+
+def _signature(path: Path) -> str | None:
+    """Who signed a lock; None if nobody did as :func:`_sign` does."""
     try:
         who = json.loads(path.read_text(encoding="utf-8"))
         return f"process {who['pid']} on {who['host']} since {who['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return None

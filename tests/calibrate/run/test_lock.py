@@ -53,6 +53,7 @@ def test_another_process_is_kept_out_and_told_who_is_in(tmp_path: Path, holder) 
 def test_a_killed_holder_leaves_no_lock_and_no_half_files(tmp_path: Path, holder) -> None:
     run = tmp_path / "run"
     (run / "traces").mkdir()
+    (run / "run.json").write_text("{}")
     for left in (".run.json.a1b2.part", "traces/.shard-00000.parquet.x_9.part"):
         (run / left).write_text("{")
     kept = run / "traces" / "shard-00000.parquet"
@@ -65,7 +66,8 @@ def test_a_killed_holder_leaves_no_lock_and_no_half_files(tmp_path: Path, holder
         with locked(run):  # the same process again
             pass
         assert (run / LOCK_NAME).exists()
-    assert sorted(path.name for path in run.rglob("*")) == ["shard-00000.parquet", "traces"]
+    left = sorted(path.name for path in run.rglob("*"))
+    assert left == ["run.json", "shard-00000.parquet", "traces"]
 
 
 def test_a_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
@@ -86,3 +88,35 @@ def test_a_folder_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     told = pytest.raises(UserError, match="cannot be written: Not a directory")
     with told, locked(tmp_path / "file" / "run", make=True):
         pytest.fail("nothing can be written there")
+
+
+@pytest.mark.parametrize("make", [False, True])
+@pytest.mark.parametrize("there", ["data.txt", ".lock", "deep/.a.json.b.part", ".mine.part"])
+def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path: Path, there: str, make: bool) -> None:
+    """A parent of runs, say, in one of which somebody is at work."""
+    folder = tmp_path / "folder"
+    files = [folder / there, folder / "run" / "traces" / ".shard-00000.parquet.x.part"]
+    for path in files[: 1 if there == ".lock" else 2]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious: 42")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UsageError, match="not empty, and not a run"), locked(folder, make=make):
+        pytest.fail("somebody else's folder")
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / there).read_text() == "precious: 42"
+
+
+def test_what_is_left_behind_a_link_is_cleared_and_only_ours(tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for path in (run / "reruns" / "u-hlm-0", run / "mine", disk):
+        path.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "traces").symlink_to(disk, target_is_directory=True)
+    kept = run / "mine" / ".table.json.x.part"
+    left = [disk / ".shard-00003.parquet.a.part", run / "reruns" / "u-hlm-0" / ".a.parquet.b.part"]
+    for path in (kept, *left):
+        path.write_text("")
+    with locked(run):
+        pass
+    assert kept.exists()
+    assert not any(path.exists() for path in left)
