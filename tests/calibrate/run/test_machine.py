@@ -21,11 +21,21 @@ FREE, CORES = 64 * GIB, 48
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 free GiB and 48 cores, without groups as yet."""
-    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
     monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(machine, "MOUNTS", tmp_path / "mounts")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=FREE))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(CORES)), raising=False)
+    mounts(tmp_path / "groups", "/ {} cgroup2 rw")
     return tmp_path / "groups"
+
+
+def mounts(groups: Path, *lines: str) -> None:
+    """ROOT FOLDER TYPE OPTIONS each, as the kernel lists them."""
+    text = "22 1 0:20 / /proc rw - proc proc rw\n"
+    for line in lines:
+        root, folder, kind, options = line.format(groups).split(" ")
+        text += f"31 23 0:28 {root} {folder} rw,relatime shared:9 - {kind} {kind} {options}\n"
+    (groups.parent / "mounts").write_text(text)
 
 
 def write(group: Path, **files: str) -> None:
@@ -67,19 +77,58 @@ def test_the_narrowest_of_nested_groups_counts(groups: Path) -> None:
     assert num_cores() == 1
 
 
-def test_version_1_with_the_path_of_the_host(groups: Path) -> None:
-    """A container without a namespace of its own is told a path that it cannot see."""
-    member(groups, "4:memory:/docker/abc", "3:cpu,cpuacct:/docker/abc", "2:pids:/x", "0::/")
+V1 = ("{} {{}}/memory cgroup rw,memory", "{} {{}}/cpu cgroup rw,cpuacct,cpu")
+
+
+@pytest.mark.parametrize(
+    ("root", "path"),
+    [("/docker/abc", "/docker/abc"), ("/", "/"), ("/docker/abc", "/"), ("/a/b", "/c")],
+)
+def test_a_container_sees_its_own_group_as_root(groups: Path, root: str, path: str) -> None:
+    """Version 1, with a namespace of its own or the path of the host."""
+    member(groups, f"4:memory:{path}", f"3:cpuacct,cpu:{path}", "2:pids,cpuset:/x", "0::/")
+    mounts(groups, *(line.format(root) for line in V1), "/ {}/cpuset cgroup rw,cpuset")
     write(
         groups / "memory", memory__limit_in_bytes=str(3 * GIB), memory__usage_in_bytes=str(2 * GIB),
         memory__stat=stat(inactive_file=9, total_inactive_file=GIB // 2, total_active_file=0),
     )  # fmt: skip
-    write(groups / "cpu,cpuacct", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
-    write(groups / "pids", memory__max="1", memory__current="1", memory__stat="")
+    write(groups / "cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
+    write(groups / "cpuset", cpu__cfs_quota_us="100000", cpu__cfs_period_us="100000")
     assert (available_memory(), num_cores()) == (3 * GIB // 2, 3)
-    write(groups / "cpu,cpuacct", cpu__cfs_quota_us="-1")
+    write(groups / "cpu", cpu__cfs_quota_us="-1")
     write(groups / "memory", memory__limit_in_bytes="9223372036854771712")
     assert (available_memory(), num_cores()) == (FREE, CORES)
+    # Of a group around the container it is told the limit alone.
+    write(groups / "memory", memory__stat=stat(hierarchical_memory_limit=3 * GIB))
+    assert available_memory() == GIB
+
+
+def test_a_group_inside_a_container_is_found_below_its_root(groups: Path) -> None:
+    member(groups, "4:memory:/pod/one/inner")
+    mounts(groups, "/pod/one {}/memory cgroup rw,memory")
+    write(
+        groups / "memory" / "inner", memory__limit_in_bytes=str(GIB), memory__usage_in_bytes="0",
+    )  # fmt: skip
+    assert available_memory() == GIB
+
+
+def test_both_versions_beside_each_other(groups: Path) -> None:
+    member(groups, "4:cpu:/", "0::/user")
+    mounts(groups, "/ {}/unified cgroup2 rw", "/ {}/cpu cgroup rw,cpu")
+    write(groups / "unified" / "user", memory__high=str(2 * GIB), memory__max="max",
+          memory__current=str(GIB))  # fmt: skip
+    assert available_memory() == GIB  # and without memory.stat
+
+
+def test_names_may_be_any_bytes(groups: Path) -> None:
+    name = b"/job \xff\x0b:1"
+    (groups.parent / "membership").write_bytes(b"0::" + name + b"\n")
+    group = Path(os.fsdecode(os.fsencode(groups) + name))
+    write(group, memory__max=str(GIB), memory__current="0")
+    assert available_memory() == GIB
+    mounts(groups, "/ {}/a\\040b cgroup2 rw")
+    write(groups / "a b", memory__max=str(GIB // 2), memory__current="0")
+    assert available_memory() == GIB // 2
 
 
 def test_a_group_that_is_overdrawn_has_nothing_left(groups: Path) -> None:
