@@ -43,7 +43,7 @@ def load_workload(
     batch_size: int | None = None,
     attention: bool = False,
     dtype: str = "auto",
-    prepack: bool = True,
+    prepack: bool | None = None,
 ) -> Workload:
     """Load a pair of the registry and tokenise shipped calibration prompts.
 
@@ -57,8 +57,8 @@ def load_workload(
         Whether the device model can record its attention, as full traces need.
     dtype : str
         Of the weights.
-    prepack : bool
-        Whether they are held in the order of the processor's kernels, as the engine has them.
+    prepack : bool or None
+        Whether they are held in the order of the processor's kernels, as in `load_pair`.
     """
     spec = resolve_pair(pair_name, None, None, None)
     pair = load_pair(spec, dtype=dtype, attention=attention, prepack=prepack)

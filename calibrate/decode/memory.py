@@ -41,6 +41,8 @@ def automatic_batch_size(
     prompts: Sequence[TokenizedPrompt],
     max_new_tokens: int,
     num_policies: int = 1,
+    num_beside: int = 1,
+    worker_bytes: int = 0,
 ) -> int:
     """Prompts to decode together: as many as the memory and the longest prompt allow, evenly split.
 
@@ -55,6 +57,10 @@ def automatic_batch_size(
     max_new_tokens : int
     num_policies : int
         Policies decoded together.
+    num_beside : int
+        Workers that share this machine's memory.
+    worker_bytes : int
+        That each of them will take before it decodes.
 
     Returns
     -------
@@ -73,7 +79,8 @@ def automatic_batch_size(
         budget, most = torch.cuda.mem_get_info(pair.device)[0] // 2, MAX_ROWS_ACCELERATOR
     else:
         room = WORKING_SET_BYTES * (1 if num_policies == 1 else MANY_POLICIES)
-        budget, most = min(room, available_memory() // 2), MAX_ROWS
+        free = available_memory() - num_beside * worker_bytes
+        budget, most = min(room, free // (2 * num_beside)), MAX_ROWS
     rows = max(1, min(most, (budget - fixed) // row))
     return even_batch_size(len(prompts), rows)
 

@@ -221,7 +221,7 @@ def _calibrate(
     settings = DecodingSettings(
         sampling=request.sampling,
         max_new_tokens=request.max_new_tokens,
-        batch_size=request.batch_size or _batch_size(request, pair, tokenized, earlier),
+        batch_size=request.batch_size or _batch_size(request, pair, tokenized, earlier, crew),
         seed=request.seed,
         trace=request.trace,
     )
@@ -301,6 +301,11 @@ def _calibrate(
     trace = read_trace(
         shard_paths(request.run), prompts=read if len(read) < info.num_prompts else None
     )
+    if set(trace.prompt_ids) != chosen:
+        raise UserError(
+            f"{request.run}/traces holds {trace.num_prompts} of the {len(chosen)} prompts that "
+            "were just there: a shard went; bring it back, or decode its prompts with --resume"
+        )
     # What is planned stays, also where a resumed run reads more or fewer tokens.
     pilot = info.pilot or plan_pilot(trace, prompts, request.num_pilot(prompts), request.seed)
     if pilot is not None:
@@ -319,11 +324,14 @@ def _batch_size(
     pair: LoadedPair,
     prompts: Sequence[TokenizedPrompt],
     earlier: RunRecord | None,
+    crew: Crew,
 ) -> int:
     """What the memory holds, but no more than before: other batches would round otherwise."""
     from calibrate.decode.memory import automatic_batch_size
 
-    fits = automatic_batch_size(pair, prompts, request.max_new_tokens)
+    fits = automatic_batch_size(
+        pair, prompts, request.max_new_tokens, 1, crew.num_beside, crew.worker_bytes
+    )
     return (
         fits if earlier is None or earlier.num_together is None else min(fits, earlier.num_together)
     )

@@ -69,7 +69,7 @@ def load_pair(
     dtype: str = "auto",
     device: str = "auto",
     attention: bool = False,
-    prepack: bool = True,
+    prepack: bool | None = None,
 ) -> LoadedPair:
     """Load both models; what is not in the cache is fetched first, without a progress bar.
 
@@ -84,9 +84,9 @@ def load_pair(
         `auto` (CUDA if there is any, else cpu) or a torch device.
     attention : bool
         Whether the device model must be able to give its attention weights.
-    prepack : bool
-        Whether weights are held in the order of the processor's kernels; benchmarks of other ways
-        to decode leave them as they come.
+    prepack : bool or None
+        Whether weights are held in the order of the processor's kernels; if None, where the memory
+        has room for them.
 
     Raises
     ------
@@ -132,8 +132,8 @@ def load_pair(
         device=device,
         max_context=min(longest_text(slm), longest_text(llm)),
     )
-    if prepack:
-        prepack_linear_layers((slm, llm))
+    if prepack is not False:
+        prepack_linear_layers((slm, llm), always=prepack is True)
     return pair
 
 

@@ -59,7 +59,7 @@ class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
         )
 
 
-def prepack_linear_layers(models: Sequence[Any]) -> None:
+def prepack_linear_layers(models: Sequence[Any], always: bool = False) -> None:
     """Replace the linear layers in bfloat16 on a processor, of models that may share tensors.
 
     Each is tried first, and stays as it was where torch does not know the operation or its output
@@ -72,6 +72,8 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
     Parameters
     ----------
     models : sequence of torch modules
+    always : bool
+        Whatever memory there is: it was looked at before.
     """
     places: dict[tuple[Any, ...], list[tuple[nn.Module, str]]] = {}
     for model in models:
@@ -81,7 +83,7 @@ def prepack_linear_layers(models: Sequence[Any]) -> None:
                     key = (layer.weight.data_ptr(), layer.weight.shape, id(layer.bias))
                     places.setdefault(key, []).append((owner, name))
     size = sum(getattr(*holders[0]).weight.nbytes for holders in places.values())
-    if not room_for(size):
+    if not (always or room_for(size)):
         return
     for holders in places.values():  # one by one, so that one weight at a time is there twice
         packed = _prepacked(getattr(*holders[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from hlmtheory.steps import COLUMNS, Axes, Step
 
 HEADER_KEY = b"hlmtheory"
 SCHEMA_VERSION = 3
+SHARD_NAME = re.compile(r"shard-\d+\.parquet")
 FLOAT_DTYPE = np.float32
 
 
@@ -194,8 +196,18 @@ def pilot_paths(run: Path) -> list[Path]:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """Finished shards of a folder, in order."""
-    return sorted(folder.glob("*.parquet"))
+    """Finished shards of a folder, in order.
+
+    Raises
+    ------
+    UserError
+        If a file has another name, as copies get: its tokens would count twice.
+    """
+    found = sorted(folder.glob("*.parquet"))
+    for path in found:
+        if SHARD_NAME.fullmatch(path.name) is None:
+            raise UserError(f"{path}: no name of a shard (shard-00000.parquet); move it away")
+    return found
 
 
 def next_shard(folder: Path) -> Path:
@@ -205,7 +217,7 @@ def next_shard(folder: Path) -> Path:
 
 def next_shards(folder: Path, num: int) -> list[Path]:
     """Where the next shards of a folder go, in order."""
-    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("shard-*.parquet")]
+    numbers = [int(path.stem.rpartition("-")[2]) for path in shards_in(folder)]
     begin = max(numbers, default=-1) + 1
     return [folder / f"shard-{number:05d}.parquet" for number in range(begin, begin + num)]
 

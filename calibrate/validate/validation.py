@@ -317,13 +317,16 @@ def decode_missing(
     from calibrate.decode.memory import automatic_batch_size
 
     check_pair(plan.calibration, pair)
+    crew = crew or OwnProcess(pair)
     max_new_tokens, missing = plan.calibration.settings.max_new_tokens, plan.missing
     prompts = tokenize_prompts(plan.prompts, pair.tokenizer, max_new_tokens, pair.max_context)
     settings = DecodingSettings(
         sampling=plan.calibration.settings.sampling,
         max_new_tokens=max_new_tokens,
         batch_size=plan.batch_size
-        or automatic_batch_size(pair, prompts, max_new_tokens, len(missing)),
+        or automatic_batch_size(
+            pair, prompts, max_new_tokens, len(missing), crew.num_beside, crew.worker_bytes
+        ),
         seed=plan.seed,
         thetas=Temperatures(plan.thetas),
         trace="minimal",
@@ -333,7 +336,7 @@ def decode_missing(
         path: Rerun(plan.sources[point.key], {**plan.identity(point), "provenance": made})
         for path, point in missing.items()
     }
-    decode_reruns(crew or OwnProcess(pair), prompts, reruns, settings, told or Told())
+    decode_reruns(crew, prompts, reruns, settings, told or Told())
 
 
 def compare_reruns(plan: ValidationPlan, num_prompt_tokens: Mapping[str, int]) -> ValidationRecord:

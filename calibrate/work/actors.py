@@ -80,8 +80,10 @@ class RayActors(Crew):
         except UserError:
             self.close()
             raise
-        num_machines = sum(bool(node["Alive"]) for node in ray.nodes())
-        self._source = self._source.for_workers(-(-num_workers // num_machines))
+        most = max(one // self._num_threads for one in self._there("CPU"))
+        self.num_beside = min(num_workers, most)
+        self._source = self._source.for_workers(self.num_beside)
+        self.worker_bytes = self._source.worker_bytes
         self._actor = ray.remote(
             num_cpus=self._num_threads,
             num_gpus=int(self._source.device == "cuda"),
@@ -91,14 +93,17 @@ class RayActors(Crew):
 
     def _threads(self, num_threads: int | None) -> int:
         """Threads of each worker, on a cluster that has room for all of them."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        cores, gpus = ([int(node.get(what, 0)) for node in nodes] for what in ("CPU", "GPU"))
-        if self._source.device == "cuda" and sum(gpus) < self.num_workers:
+        gpus = sum(self._there("GPU"))
+        if self._source.device == "cuda" and gpus < self.num_workers:
             raise UserError(
-                f"--num-workers {self.num_workers}: Ray has {sum(gpus)} GPUs, and each worker "
-                "takes one"
+                f"--num-workers {self.num_workers}: Ray has {gpus} GPUs, and each worker takes one"
             )
-        return threads_that_fit(cores, self.num_workers, num_threads)
+        return threads_that_fit(self._there("CPU"), self.num_workers, num_threads)
+
+    def _there(self, what: str) -> list[int]:
+        """So many of it each living machine has."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return [int(node.get(what, 0)) for node in nodes]
 
     @property
     def num_busy(self) -> int:

@@ -60,10 +60,16 @@ class Crew(ABC):
     Attributes
     ----------
     num_workers : int
+    num_beside : int
+        Of them on one machine, whose memory they share.
+    worker_bytes : int
+        Memory that each takes before it decodes.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, num_beside: int = 1, worker_bytes: int = 0) -> None:
         self.num_workers = num_workers
+        self.num_beside = num_beside
+        self.worker_bytes = worker_bytes
 
     def __enter__(self) -> Crew:
         return self

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from calibrate.pairs.sources import PairSpec
 
 
+LIBRARY_BYTES = 2**29
+
+
 @dataclass(frozen=True)
 class PolicySource:
     """How a policy is built, here and in any other process.
@@ -67,6 +70,11 @@ class PairSource:
     attention: bool
     hashes: tuple[str, str]
     prepacked_bytes: int = 0
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory that a process takes with it: libraries, and weights that it cannot share."""
+        return LIBRARY_BYTES + self.prepacked_bytes
 
     def for_workers(self, num_on_a_machine: int) -> PairSource:
         """The same for workers that share a machine: prepacked layers each has for itself.

@@ -12,7 +12,8 @@ import pickle
 import signal
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 TELL_EVERY_S = 0.25
+HANDED_OUT = (signal.SIGINT, signal.SIGTERM)
+"""Signals that the process answers which hands out the jobs."""
 GRACE_S = 5.0
 """For a process whose pipe has ended to end too."""
 
@@ -73,7 +76,8 @@ class _Member:
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(theirs, source, num_threads), daemon=True
         )
-        self.process.start()
+        with _signals_held():  # from its first moment: later it would die in its imports
+            self.process.start()
         theirs.close()  # so that the pipe ends with the process
         self.job: Job | None = None
         self.tries = 0
@@ -111,8 +115,8 @@ class Processes(Crew):
     """
 
     def __init__(self, source: PairSource, num_workers: int, num_threads: int | None) -> None:
-        super().__init__(num_workers)
         self._source = source.for_workers(num_workers)
+        super().__init__(num_workers, num_workers, self._source.worker_bytes)
         self._num_threads = num_threads or max(1, num_cores() // num_workers)
         self._members: list[_Member] = []
 
@@ -184,9 +188,25 @@ def device_of(device: str, place: int) -> str:
     return f"cuda:{place % torch.cuda.device_count()}"
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A process started inside never gets them; this one does, at the end of the block at last."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # else the first start starts it, and lets signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_OUT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, source: PairSource, num_threads: int) -> None:
     """A worker process, from its start to its end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in HANDED_OUT:
         signal.signal(number, signal.SIG_IGN)
     jobs: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_listen, args=(connection, jobs), daemon=True).start()

@@ -58,3 +58,14 @@ def test_longer_prompts_and_less_memory_make_smaller_batches(monkeypatch) -> Non
     free(2**34)
     assert automatic_batch_size(a_pair(num_layers=48), prompts(1000, 400), 32) < longer
     assert automatic_batch_size(pair, [], 32) == 1
+
+
+def test_workers_that_share_a_machine_share_its_memory(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**33)
+    pair, asked = a_pair(), prompts(1000, 400)
+    alone = automatic_batch_size(pair, asked, 32)
+    shared = automatic_batch_size(pair, asked, 32, 1, 4, 2**28)
+    monkeypatch.setattr(memory, "available_memory", lambda: (2**33 - 2**30) // 4)
+    assert shared == automatic_batch_size(pair, asked, 32) < alone
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**36)
+    assert automatic_batch_size(pair, asked, 32, 1, 4, 2**28) == alone  # there is enough for all

@@ -99,6 +99,22 @@ def test_a_resumed_run_has_the_tokens_of_one_that_was_not(toy, pair, tmp_path, m
     assert (first["output_token"] == second["output_token"]).all()
 
 
+def test_shards_that_go_while_it_runs_are_told(toy, pair, tmp_path, monkeypatch):
+    """Seen at the start of a resumed run, and not there any more when it is fitted."""
+    run = tmp_path / "run"
+    request = toy_pair.request(toy, run, batch_size=4, max_new_tokens=2)
+    interrupted(monkeypatch, request, pair)
+    again = replace(request, resume=True)
+    first = shard_paths(run)[0]
+    told = Told(job=lambda number, of: first.unlink() if number == of else None)
+    with pytest.raises(UserError, match="holds 8 of the 12 prompts that were just there"):
+        calibrate(again, prepare(again), pair, told)
+    assert not read_record(run, RunRecord).complete
+    monkeypatch.setattr(calibration, "summarise", lambda *_: paper_records.calibration_record())
+    calibrate(again, prepare(again), pair)
+    assert read_record(run, RunRecord).complete
+
+
 @pytest.mark.parametrize(("now", "then"), [(9, [4, 4, 4]), (3, [3, 3, 2, 4])])
 def test_a_resumed_run_decodes_no_more_together_than_before(
     toy, pair, tmp_path, monkeypatch, now, then

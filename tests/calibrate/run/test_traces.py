@@ -20,12 +20,15 @@ from calibrate.run.traces import (
     HEADER_KEY,
     Shard,
     finished_prompts,
+    next_shard,
+    next_shards,
     prompts_to_read,
     read_axes,
     read_calibration_trace,
     read_trace,
     sampled_prompts,
     shard_paths,
+    shards_in,
     write_shard,
     write_table,
 )
@@ -107,10 +110,10 @@ def test_what_is_written_is_read_in_order_of_prompt_and_step(tmp_path, rng):
 def test_shards_add_up_and_say_which_prompts_are_done(tmp_path, rng):
     folder = tmp_path / "traces"
     folder.mkdir()
-    write(folder / "000.parquet", rng, ids=tuple("hgfe"))
-    write(folder / "001.parquet", rng)
+    write(folder / "shard-00000.parquet", rng, ids=tuple("hgfe"))
+    write(folder / "shard-00001.parquet", rng)
     paths = shard_paths(tmp_path)
-    assert [path.name for path in paths] == ["000.parquet", "001.parquet"]
+    assert [path.name for path in paths] == ["shard-00000.parquet", "shard-00001.parquet"]
     assert finished_prompts(shard_paths(tmp_path)) == set("abcdefgh")
     trace = read_trace(paths)
     assert trace.prompt_ids == list("abcdefgh")
@@ -262,8 +265,8 @@ def test_one_changed_byte_is_told_wherever_it_is(tmp_path, rng):
 
 def test_tokens_that_occur_twice_or_are_lost_are_told(tmp_path, rng):
     folder = tmp_path / "traces"
-    first = write(folder / "000.parquet", rng)
-    second = write(folder / "001.parquet", rng, ids=tuple("bfgh"))
+    first = write(folder / "shard-00000.parquet", rng)
+    second = write(folder / "shard-00001.parquet", rng, ids=tuple("bfgh"))
     with pytest.raises(UserError, match="step 0 of prompt 'b' occurs twice"):
         read_trace([first, second])
     second.unlink()
@@ -293,3 +296,17 @@ def test_prompts_are_drawn_alike_by_seed_whatever_their_order() -> None:
     assert len(prompts_to_read(ids, 20_000, 5_050, 0)) == 50
     assert len(prompts_to_read(ids, 20_000, 1, 0)) == MIN_PROMPTS
     assert prompts_to_read(ids, 20_000, 20_000, 0) == ids
+
+
+@pytest.mark.parametrize("name", ["shard-00001 (1).parquet", "copy of shard-00000.parquet"])
+def test_a_copied_shard_is_told_by_its_name(tmp_path: Path, name: str) -> None:
+    for one in ("shard-00000.parquet", "shard-00001.parquet"):
+        (tmp_path / one).write_text("")
+    assert [path.name for path in next_shards(tmp_path, 2)] == [
+        "shard-00002.parquet",
+        "shard-00003.parquet",
+    ]
+    (tmp_path / name).write_text("")
+    for look in (shards_in, next_shard):
+        with pytest.raises(UserError, match="no name of a shard"):
+            look(tmp_path)

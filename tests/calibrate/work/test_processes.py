@@ -26,7 +26,7 @@ from calibrate.run.traces import Shard
 from calibrate.validate.validation import decode_missing, prepare_validation
 from calibrate.work.crew import MAX_TRIES, Told
 from calibrate.work.job import PairSource
-from calibrate.work.processes import Processes
+from calibrate.work.processes import HANDED_OUT, Processes, _signals_held
 
 pytestmark = pytest.mark.filterwarnings("default")
 ROOT = Path(__file__).resolve().parents[3]
@@ -267,3 +267,20 @@ def test_workers_end_with_their_driver_and_the_run_goes_on(
     row = fault(f"{number.name} of the process that hands out to 2 workers, then --resume")
     last = said.strip().rpartition("\n")[-1] if number == signal.SIGTERM else "none: it goes on"
     hold_one(row, again.run, whole.run, last)
+
+
+def test_a_worker_never_gets_the_signals_of_its_terminal_and_none_is_lost() -> None:
+    """From its first moment: before, it died of Ctrl-C within its imports, with a traceback."""
+    got: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: got.append(number))
+    say = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    try:
+        with _signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            started = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True)
+        assert got == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert all(repr(one) in started.stdout for one in HANDED_OUT)
+    after = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True)
+    assert after.stdout == "[]\n"
