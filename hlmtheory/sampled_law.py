@@ -117,7 +117,8 @@ def sampled_law(logits: Array, sampling: Sampling) -> Array:
     where logits tie.
 
     Top-p needs no sort of the vocabulary: tokens below (1 - p)/V add up to less than 1 - p, so the
-    last one kept is among the others. The penalty is applied beforehand: `logits` are z.
+    last one kept is among the others; the likeliest always is. The penalty is applied beforehand:
+    `logits` are z.
 
     Raises
     ------
@@ -165,7 +166,8 @@ def _nucleus_edge(rows: Array, top_p: float) -> Array:
     floor = (1.0 - top_p) / rows.shape[-1]
     edges = []
     for row in rows:
-        falling = xp.sort(row[row > floor], descending=True)
+        # Of a uniform law no token need be above the floor, once either is rounded.
+        falling = xp.sort(row[(row > floor) | (row == xp.max(row))], descending=True)
         mass = xp.astype(falling, xp.float64)
         num_kept = xp.sum(xp.astype(xp.cumulative_sum(mass) - mass < top_p, xp.int64))
         edges.append(falling[num_kept - 1])

@@ -91,6 +91,23 @@ def test_equal_logits_are_kept_or_dropped_together(to):
     np.testing.assert_allclose(first, [[0, 1, 0, 0, 0]])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("to", [np.asarray, torch.tensor])
+@pytest.mark.parametrize(
+    ("vocab", "top_p"),
+    [(50, 5e-8), (3, 1e-9), (1000, 1e-9), (32_000, 1e-9), (49_152, 1e-9), (1, 1e-9), (50, 1e-300)],
+)
+def test_the_likeliest_stay_however_small_top_p_is(to, dtype, vocab, top_p):
+    """Of a uniform law that is all of it: one tie. Else it is the largest, or the two that tie."""
+    logits = np.zeros((3, vocab), dtype)
+    logits[1, vocab // 2] = 1e-3
+    logits[2, [0, -1]] = 2.0
+    law = np.asarray(sampled_law(to(logits), Sampling(1.0, 0, top_p)))
+    for row, size in zip(law, (vocab, 1, min(2, vocab)), strict=True):
+        assert np.count_nonzero(row) == size
+        np.testing.assert_allclose(row[row > 0], 1 / size, rtol=1e-5)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     st.integers(0, 2**32 - 1),
