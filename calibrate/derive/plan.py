@@ -31,6 +31,7 @@ from hlmtheory.clusters import ratio_of_sums
 from hlmtheory.guarantees import GridLosses
 from hlmtheory.kinds import Certified, TestMethod
 from hlmtheory.risk_tests import (
+    MONOTONE,
     conformal_bound,
     conformal_prompts_needed,
     p_value_of_counts,
@@ -107,7 +108,7 @@ def plan_run(
             *((f"{one}@cap", one, True) for one in CAPPED_TESTS if certified != "answers"),
             ("conformal", None, False),
         ):
-            found = _least(grid, alpha, delta, power, test, capped, goal, seed)
+            found = least_size(grid, alpha, delta, power, test, capped, goal, seed)
             num, cap = found or (None, None)
             rows.append(
                 PlanRow(
@@ -153,7 +154,7 @@ def plan_run(
     )
 
 
-def _least(
+def least_size(
     grid: Callable[[float | None], GridLosses],
     alpha: float,
     delta: float,
@@ -163,7 +164,12 @@ def _least(
     goal: float,
     seed: int,
 ) -> tuple[int, float | None] | None:
-    """The least of SIZES that certifies the goal with this power, and its cap; None beyond MOST."""
+    """The least of SIZES that certifies the goal with this power, and its cap; None beyond MOST.
+
+    Certified is the last of the thresholds that pass in a row, so all up to the first with this
+    skip rate have to. Skip rates rise with the threshold, under a cap too; losses under one need
+    not.
+    """
     for num in SIZES.tolist():
         cap = suggested_cap(alpha, delta, num) if capped else None
         held = grid(cap if cap is None or cap > alpha else None)
@@ -172,7 +178,7 @@ def _least(
         reach = np.flatnonzero(rates >= goal)
         if (
             len(reach)
-            and passing_share(losses[:, reach[0]], level, delta, test, num, seed) >= power
+            and passing_share(losses[:, : reach[0] + 1], level, delta, test, num, seed) >= power
         ):
             return num, held.cap
     return None
@@ -186,21 +192,43 @@ def passing_share(
     num_prompts: int,
     seed: int = 0,
 ) -> float:
-    """Share of calibrations of so many prompts, drawn from these losses (P,), that pass.
+    """Share of calibrations of so many prompts at which every threshold passes.
 
-    `test` None is the conformal rule, whose alpha is the level.
+    Drawn from the losses (P, G) of these prompts at all thresholds of a grid up to one: tested in
+    order until the first that fails, that one is certified only if none before it fails. `test`
+    None is the conformal rule, whose alpha is the level.
     """
     rng = np.random.default_rng(seed)
     if level >= 1:
         return 1.0
     if test == "wsr":
-        drawn = losses[rng.integers(len(losses), size=(NUM_DRAWS, num_prompts))]
-        return float(np.mean(wsr_p_value(drawn, level, delta) <= delta))
+        rows = rng.integers(len(losses), size=(NUM_DRAWS, num_prompts))
+        for place in np.argsort(-losses.mean(axis=0), kind="stable"):  # the likeliest to fail first
+            if not len(rows):
+                break
+            rows = rows[wsr_p_value(losses[rows, place], level, delta) <= delta]
+        return len(rows) / NUM_DRAWS
+    if test is None or test in MONOTONE:
+        losses = losses[:, thresholds_that_decide(losses)]
     counts = rng.multinomial(num_prompts, np.full(len(losses), 1 / len(losses)), size=NUM_DRAWS)
     if test is None:
-        return float(np.mean(conformal_bound(counts @ losses / num_prompts, num_prompts) <= level))
-    found = p_value_of_counts(losses[:, None], counts, level, test)
-    return float(np.mean(found <= delta))
+        passed = conformal_bound(counts @ losses / num_prompts, num_prompts) <= level
+    else:
+        passed = p_value_of_counts(losses, counts, level, test) <= delta
+    return float(np.mean(passed.all(axis=1)))
+
+
+def thresholds_that_decide(losses: np.ndarray) -> list[int]:
+    """Thresholds without those at which no prompt loses more than at another, of losses (P, G).
+
+    A test that rises with every loss passes there wherever it passes at the other. Without an
+    answer cap the last one is left alone.
+    """
+    kept: list[int] = []
+    for place in reversed(range(losses.shape[1])):
+        if not np.all(losses[:, [place]] <= losses[:, kept], axis=0).any():
+            kept.append(place)
+    return kept
 
 
 def _without_loss(

@@ -11,12 +11,24 @@ from toy_models import TableModel
 
 from calibrate.decode.engine import DecodingSettings, decode_together
 from calibrate.derive import certify
-from calibrate.derive.certify import caps_at, certificates, certified_thresholds, grid_losses
-from calibrate.derive.plan import NUM_DRAWS, passing_share
+from calibrate.derive.certify import (
+    CAPPED_TESTS,
+    caps_at,
+    certificates,
+    certified_thresholds,
+    grid_losses,
+)
+from calibrate.derive.plan import (
+    NUM_DRAWS,
+    least_size,
+    passing_share,
+    thresholds_that_decide,
+)
 from calibrate.derive.predict import drawn_tokens, policy_atoms, predicted_tokens
 from calibrate.run.errors import UsageError
 from calibrate.run.prompts import TokenizedPrompt
 from calibrate.run.traces import read_trace, write_shard
+from hlmtheory.answer_cap import capped_skips
 from hlmtheory.clusters import sum_by_prompt
 from hlmtheory.guarantees import GridLosses, fixed_sequence_threshold
 from hlmtheory.policies import GatedPolicy, policy_from_settings
@@ -146,7 +158,7 @@ def test_the_power_of_a_plan_is_that_of_the_test(rng, test, above):
     """Redrawn here, prompt by prompt: within 4.5 binomial errors of both."""
     losses = rng.beta(0.4, 8, size=120)
     level = above * losses.mean()  # where power is neither 0 nor 1
-    share = passing_share(losses, level, 0.1, test, 150)
+    share = passing_share(losses[:, None], level, 0.1, test, 150)
     drawn = losses[rng.integers(120, size=(400, 150))]
     again = float(np.mean(p_value(drawn, level, 0.1, test) <= 0.1))
     error = np.sqrt(0.25 / NUM_DRAWS + 0.25 / 400)
@@ -178,3 +190,61 @@ def test_wsr_does_not_learn_from_the_order_of_ids(monkeypatch):
         certified["as it is"] += by_test["wsr"].feasible
     assert certified["by id"] == draws
     assert certified["as it is"] <= draws * delta + 3 * np.sqrt(draws * delta * (1 - delta))
+
+
+@pytest.mark.parametrize(
+    ("test", "above"), [("betting", 1.5), ("wsr", 1.5), ("hoeffding-bentkus", 2.1), ("t", 1.15)]
+)
+def test_the_power_of_a_plan_is_that_of_all_thresholds_up_to_the_goal(rng, test, above):
+    """Redrawn here: losses of one mean that cross, so that either threshold may fail."""
+    losses = rng.beta(0.4, 8, size=(120, 3))
+    losses *= losses.mean() / losses.mean(axis=0) * [0.5, 1, 1]
+    level = above * losses[:, 1].mean()
+    share = passing_share(losses, level, 0.1, test, 150)
+    drawn = losses[rng.integers(120, size=(400, 150))]
+    passed = [p_value(drawn[:, :, place], level, 0.1, test) <= 0.1 for place in range(3)]
+    again = float(np.mean(np.all(passed, axis=0)))
+    error = np.sqrt(0.25 / NUM_DRAWS + 0.25 / 400)
+    assert 0.05 < again < np.mean(passed, axis=1).min() - 0.05
+    assert abs(share - again) < 4.5 * error
+    alone = [passing_share(losses[:, [place]], level, 0.1, test, 150) for place in range(3)]
+    assert share < min(alone)
+
+
+def capped_grid(cap: float | None) -> GridLosses:
+    """Of 40 equal answers: below a threshold that loses 0.3 of a token lies the goal, lossless.
+
+    What a cap of one half lets a higher threshold skip first are drafts without a loss.
+    """
+    thresholds, num = np.array([0.05, 0.1, 0.2, 0.3]), 40
+    scores = np.tile([0.9, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.9, 0.2], num)
+    losses = np.tile([0, 0, 1.0, 0, 1, 0, 1, 0, 0, 0], num)
+    answer = np.repeat(np.arange(num), 10)
+    skips = scores[:, None] <= thresholds
+    if cap is not None:
+        skips = capped_skips(skips, answer, cap)
+    sums = (sum_by_prompt(part, answer, num) for part in (1.0 * skips, skips * losses[:, None]))
+    return GridLosses(SkipRiskSums(thresholds, *sums, np.full(num, 10.0)), "prompts", None, cap)
+
+
+def test_a_plan_under_a_cap_passes_no_threshold_that_the_rule_stops_at():
+    """The goal is lossless, but the rule never reaches it: the threshold before it loses 0.3."""
+    held = capped_grid(0.5)
+    np.testing.assert_allclose(held.sums.rejected[0] / 10, [0, 0.3, 0, 0])
+    np.testing.assert_allclose(held.sums.skipped[0] / 10, [0, 0.3, 0.5, 0.5])
+    assert fixed_sequence_threshold(held, 0.1, 0.05).value == 0.05
+    losses, level = held.losses(0.1)
+    for test in CAPPED_TESTS:
+        assert passing_share(losses[:, [2]], level, 0.05, test, 40) == 1
+        assert passing_share(losses[:, :3], level, 0.05, test, 40) == 0
+        assert least_size(capped_grid, 0.1, 0.05, 0.8, test, True, 0.45, 0) is None
+        # Within its budget the threshold before is in nobody's way.
+        assert least_size(capped_grid, 0.35, 0.05, 0.8, test, True, 0.25, 0) is not None
+
+
+def test_of_losses_that_rise_the_last_threshold_decides(rng):
+    rising = np.cumsum(rng.random((30, 6)), axis=1)
+    assert thresholds_that_decide(rising) == [5]
+    crossing = rising.copy()
+    crossing[3, 2] = 99.0
+    assert thresholds_that_decide(crossing) == [5, 2]
