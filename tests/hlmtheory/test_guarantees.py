@@ -380,6 +380,21 @@ def test_prompts_needed():
     assert prompts_needed(0.01, 0.05, "hoeffding-bentkus") == 299
 
 
+@pytest.mark.parametrize("filler", [0.1, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("alpha", [0.001, 0.01, 0.05])
+def test_what_a_filled_share_costs_each_test(alpha: float, filler: float) -> None:
+    """The bet 1/(1 - f); Hoeffding-Bentkus more than its square, near twice it; theory, (53)."""
+    share = 1 / (1 - filler)
+    bets = [prompts_needed(alpha, 0.05, "betting", f) for f in (0.0, filler)]
+    assert bets[1] == pytest.approx(share * bets[0], rel=0.05)
+    least, most = (prompts_needed(alpha, 0.05, "hoeffding-bentkus", f) for f in (0.0, filler))
+    factor = 1 / (1 - filler + filler * np.log(filler))
+    assert share**2 * least < most <= np.ceil(factor * least)
+    assert most > 0.74 * factor * least
+    if filler <= 0.25:  # Hoeffding's alone
+        assert most == pytest.approx(factor * least, rel=0.03)
+
+
 @pytest.mark.parametrize(("length", "least"), [(40, 1), (10, 4)])
 def test_a_prompt_without_loss_gains_what_it_is_not_filled_with(length: int, least: int) -> None:
     """About tokens a loss-free prompt gains alpha T/T_max: too few is told as what does pass."""
