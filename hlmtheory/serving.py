@@ -77,8 +77,11 @@ def users_from_which_asking_is_faster(
     return 1 if with_fewer < alone_ms else least
 
 
-RESTART = 1e-9
-"""Probability that the chain of a shared server's queue begins anew after a pass."""
+RESTART = 1e-30
+"""Probability that the chain of a shared server's queue begins anew after a pass.
+
+It only has to be there: no difference is taken, so that the law is exact to rounding beside it.
+"""
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,15 @@ def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> 
     .. math:: m' = m - b + \mathrm{Bin}(n - m,\; 1 - e^{-s_b/Z}), \qquad b = \min(m, B)
 
     where nobody waits, the first comes after Z/n in the mean and is served alone. It begins with
-    all of them waiting. Its stationary law gives all means; the wait follows by Little's law,
-    n/X - Z. docs/theory.md, (64).
+    all of them waiting. Its stationary law pi gives all means. The wait is n/X - Z by Little's law;
+    where the server is hardly busy that is a small difference of large numbers, so it is taken as
+    users present, over time, by users answered. In a pass these are the a = max(m, 1) who are there
+    at its begin, and of each other what is left of it when they come:
+
+    .. math:: w = \sum_m \pi_m \big(a s_b + (n - a)(s_b - Z(1 - e^{-s_b/Z}))\big)
+              \Big/ \sum_m \pi_m b, \qquad b = \min(a, B)
+
+    docs/theory.md, (64).
 
     Parameters
     ----------
@@ -148,11 +158,30 @@ def shared_server(num_users: int, think_ms: float, pass_ms: Sequence[float]) -> 
     chain = stats.binom.pmf(arrivals, (num_users - at_begin)[:, None], comes[:, None])
     # Where nearly nobody thinks the chain falls apart into cycles. The one is meant that is reached
     # when all users begin by asking: the law of a chain that hardly ever begins anew.
-    start = np.append(np.zeros(num_users), 1.0)
-    visits = np.linalg.solve(np.eye(num_users + 1) - (1.0 - RESTART) * chain.T, start)
-    stationary = visits / visits.sum()
+    chain[:, -1] += RESTART
+    stationary = _stationary_law(chain, len(times))
     idle = stationary[0] * think_ms / num_users
     busy = float(stationary @ pass_time)
     per_pass = float(stationary @ served)
     per_ms = per_pass / (busy + idle)
-    return SharedServer(1e3 * per_ms, busy / (busy + idle), num_users / per_ms - think_ms, per_pass)
+    rest = np.maximum(pass_time - think_ms * comes, 0.0)  # of a pass, for one who thought at first
+    present = float(stationary @ (at_begin * pass_time + (num_users - at_begin) * rest))
+    return SharedServer(1e3 * per_ms, busy / (busy + idle), present / per_pass, per_pass)
+
+
+def _stationary_law(chain: np.ndarray, most_down: int) -> np.ndarray:
+    """Stationary law (N,) of a chain (N, N) that falls by at most so many states; overwritten.
+
+    The last state is reached from every other. Elimination after Grassmann, Taksar and Heyman
+    1985: sums and products of positive numbers alone, so every entry is right to rounding.
+    """
+    num = len(chain) - 1
+    above = [slice(state + 1, min(state + most_down, num) + 1) for state in range(num)]
+    for state, rows in enumerate(above):
+        onward = chain[state, state + 1 :]
+        chain[rows, state] /= onward.sum()
+        chain[rows, state + 1 :] += np.outer(chain[rows, state], onward)
+    visits = np.append(np.zeros(num), 1.0)
+    for state, rows in reversed(list(enumerate(above))):
+        visits[state] = visits[rows] @ chain[rows, state]
+    return np.asarray(visits / visits.sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -120,6 +121,70 @@ def test_the_queue_of_a_shared_server_against_one_that_is_simulated(num_users, t
     expected = (found.asks_per_s, found.busy_share, found.wait_ms)
     for mean, one, value in zip(runs.mean(axis=0), error, expected, strict=True):
         assert abs(mean - value) < 5 * one + 1e-3 * value
+
+
+def ashcroft_wait_ms(num_users: int, think_ms: float, pass_ms: float) -> float:
+    """Mean wait where the server answers one by one, from Ashcroft's asks per busy period (1950).
+
+    In 80 digits, of which n/X - Z may lose what it likes.
+    """
+    with mpmath.workdps(80):
+        think, took = mpmath.mpf(think_ms), mpmath.mpf(pass_ms)
+        term = asks = mpmath.mpf(1)
+        for num in range(1, num_users):
+            term *= mpmath.expm1(num * took / think) * (num_users - num) / num
+            asks += term
+        per_ms = asks / (asks * took + think / num_users)
+        return float(num_users / per_ms - think)
+
+
+def solved_wait_ms(num_users: int, think_ms: float, pass_ms: list[float]) -> float:
+    """n/X - Z from the chain's linear equations, in 80 digits."""
+    with mpmath.workdps(80):
+        think, states = mpmath.mpf(think_ms), range(num_users + 1)
+        served = [min(max(m, 1), len(pass_ms)) for m in states]
+        took = [mpmath.mpf(pass_ms[b - 1]) for b in served]
+        system = mpmath.zeros(num_users + 1)
+        for m in states:
+            others, comes = num_users - max(m, 1), -mpmath.expm1(-took[m] / think)
+            for k in range(others + 1):
+                chance = mpmath.binomial(others, k) * comes**k * (1 - comes) ** (others - k)
+                system[max(m, 1) - served[m] + k, m] += chance
+            system[m, m] -= 1
+        for m in states:  # one balance follows from the others
+            system[num_users, m] = 1
+        law = mpmath.lu_solve(system, mpmath.matrix([0] * num_users + [1]))
+        cycle = sum(law[m] * took[m] for m in states) + law[0] * think / num_users
+        return float(num_users * cycle / sum(law[m] * served[m] for m in states) - think)
+
+
+@pytest.mark.parametrize(
+    ("num_users", "think_ms", "pass_ms"),
+    [(1, 1e10, 5.0), (1, 80.0, 30.0), (4, 1e6, 5.0), (40, 100.0, 10.0), (40, 1e3, 10.0),
+     (200, 1e5, 1.0), (1000, 1e5, 1.0), (1000, 6e4, 5.0), (1000, 1e3, 1.0)],
+)  # fmt: skip
+def test_the_wait_of_users_who_are_served_one_by_one_is_ashcrofts(num_users, think_ms, pass_ms):
+    found = shared_server(num_users, think_ms, [pass_ms])
+    expected = ashcroft_wait_ms(num_users, think_ms, pass_ms)
+    assert found.wait_ms == pytest.approx(expected, rel=1e-9)
+    assert found.asks_per_s == pytest.approx(1e3 * num_users / (think_ms + expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("think_ms", [3.0, 80.0, 1e4, 1e9])
+@pytest.mark.parametrize(
+    ("num_users", "pass_ms"), [(2, [5.0, 6.0]), (7, [20.0, 24.0, 28.0]), (12, [3.0, 9.0])]
+)
+def test_the_wait_of_users_who_are_served_together_is_the_solved_one(num_users, think_ms, pass_ms):
+    found = shared_server(num_users, think_ms, pass_ms)
+    assert found.wait_ms == pytest.approx(solved_wait_ms(num_users, think_ms, pass_ms), rel=1e-10)
+
+
+def test_users_who_never_think_go_round_in_the_cycle_that_they_begin_in():
+    """Three at once, one alone, then two and one by turns, for ever: 25 ms for three asks."""
+    found = shared_server(3, 1e-6, [10.0, 15.0, 18.0])
+    assert found.asks_per_pass == pytest.approx(1.5, rel=1e-12)
+    assert found.asks_per_s == pytest.approx(120, rel=1e-6)
+    assert found.wait_ms == pytest.approx(25, rel=1e-6)
 
 
 def test_what_the_queue_of_a_shared_server_must_be():
