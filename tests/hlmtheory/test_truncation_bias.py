@@ -161,3 +161,20 @@ def test_a_bad_size_is_named():
     x = np.full((1, 3), 1 / 3)
     with pytest.raises(ValueError, match="size = 0"):
         truncation_table(x, x, largest(x, 2)[1], (0,))
+
+
+def test_a_sharp_gate_keeps_truncation_from_less_bias_than_the_risk_and_a_fractional_one_does_not(
+    rng,
+):
+    """docs/theory.md, (30): the budget for R is necessary under sharp gates alone."""
+    x, y = laws(rng, "apart", 300, 6)
+    sharp = (rng.random(x.shape) < 0.5).astype(float)
+    for size in (1, 2, 4):
+        bias = output_bias(TruncatedDistribution(), x, y, sharp, size)
+        assert np.min(bias - np.sum(sharp * np.maximum(x - y, 0), -1)) > -1e-12
+    x, y = np.array([[0.16, 0.35, 0.30, 0.19]]), np.array([[0.08, 0.07, 0.73, 0.12]])
+    gate = np.array([[0.34, 0.93, 0.06, 0.32]])
+    risk = np.sum(gate * np.maximum(x - y, 0))
+    floor = np.sum(np.maximum(gate * x - y, 0))
+    bias = float(output_bias(TruncatedDistribution(), x, y, gate, 1)[0])
+    assert floor <= bias < risk - 0.02
