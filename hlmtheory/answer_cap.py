@@ -81,10 +81,11 @@ def suggested_cap(alpha: float, delta: float, num_prompts: int) -> float | None:
 
     .. math:: \kappa = \frac{n \alpha}{2 \ln(1/\delta)}
 
-    in tenths, at least 0.1, and none above 0.9. Without any loss the bet on n prompts grows to
-    about :math:`e^{n\alpha/\kappa}`, and must reach 1/delta: at twice this cap nothing could be
-    lost, at this one half of the growth can. A function of n, alpha and delta alone, it costs no
-    confidence; a rule of thumb, not an optimum. docs/theory.md, (50).
+    rounded to tenths, at least 0.1, and none above 0.9. Without any loss the bet on n prompts grows
+    to about :math:`e^{n\alpha/\kappa}`, and must reach 1/delta: at twice the cap nothing could be
+    lost, at the cap about half of the growth can, but for the rounding. Where 0.1 is more than
+    twice the formula, a small budget is not certified at all. A function of n, alpha and delta
+    alone, it costs no confidence; a rule of thumb, not an optimum. docs/theory.md, (50).
     """
     tenths = round(10 * num_prompts * alpha / (2 * math.log(1 / delta)))
     return None if tenths > 9 else max(tenths, 1) / 10

@@ -63,8 +63,9 @@ def users_from_which_asking_is_faster(
         1 if asking is faster however many they are; None if no number is enough, which is where
         nothing is skipped.
 
-    Assumption: the server takes one token at a time, first come, first served. One that batches B
-    tokens in the time of one counts B users as one.
+    Assumption: the server takes one token at a time, first come, first served, and where it writes,
+    all n answers are being written at once. One that batches B tokens in the time of one counts B
+    users as one.
     """
     check_positive(token_time_ms, "token_time_ms")
     check_positive(alone_ms, "alone_ms")

@@ -53,6 +53,17 @@ def test_right_betas_pass_and_wrong_ones_are_found() -> None:
         assert disagreement_log_e_value(values, tv) > np.log(1e6), name
 
 
+@pytest.mark.parametrize(("spread", "expected"), [(False, 0.70), (True, 0.98)])
+def test_how_often_a_mean_that_is_wrong_by_three_points_is_found(spread, expected) -> None:
+    """9,400 tokens, mean TV 0.27, beta of 0 and 1: docs/theory.md, (49)."""
+    rng, num, found = np.random.default_rng(2), 150, 0
+    for _ in range(num):
+        tv = rng.beta(0.4, 1.08, 9400) if spread else np.full(9400, 0.27)
+        beta = (rng.random(9400) < np.clip(tv + 0.03, 0, 1)).astype(float)
+        found += disagreement_log_e_value(beta, tv) >= np.log(1e6)
+    assert abs(found / num - expected) < 4 * np.sqrt(expected * (1 - expected) / num)
+
+
 def test_one_rate_by_hand_and_none_of_nothing() -> None:
     assert disagreement_log_e_value(np.array([]), np.array([])) == 0.0
     rates = np.concatenate([2.0 ** -np.arange(13), -(2.0 ** -np.arange(13))])

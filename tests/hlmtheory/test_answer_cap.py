@@ -65,6 +65,9 @@ def test_the_suggested_cap_can_certify_and_needs_no_look():
     assert suggested_cap(0.02, 0.05, 160) == 0.5
     assert suggested_cap(0.05, 0.05, 160) is None
     assert suggested_cap(0.001, 0.05, 160) == 0.1
+    # The least cap is 0.1: where the largest that could certify is below, it certifies nothing.
+    assert 160 * 0.001 / np.log(1 / 0.05) < 0.1
+    assert 160 * np.log1p(0.001 / (0.1 - 0.001)) < np.log(1 / 0.05)
 
 
 # --- on a gate -----------------------------------------------------------------------------------
