@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from calibrate.derive.certify import CAPPED_TESTS, TESTS, grid_losses, holds
 from calibrate.derive.operating_points import plain_gate
@@ -130,7 +130,7 @@ def plan_run(
             if metric == "rejection_risk" and certified == "answers":
                 continue
             error = ratio_of_sums(sums[:, place], plain.num_tokens).standard_error
-            num = _for_width(error, trace.num_prompts, wide, confidence)
+            num = prompts_for_width(error, trace.num_prompts, wide, confidence)
             intervals.append(
                 PlanInterval(
                     metric=metric,
@@ -246,7 +246,24 @@ def _without_loss(
     return MOST
 
 
-def _for_width(error: float, num_prompts: int, width: float, confidence: float) -> int:
-    """Prompts at which the interval is this wide, its spread that of the pilot."""
-    quantile = float(stats.norm.ppf(0.5 + confidence / 2))
-    return max(2, int(np.ceil(num_prompts * (2 * quantile * error / width) ** 2)))
+def prompts_for_width(error: float, num_prompts: int, width: float, confidence: float) -> int:
+    r"""Least n >= 2 at which the interval is no wider, its spread that of the pilot.
+
+    .. math:: 2\, t_{n-1}\, \mathrm{se} \sqrt{N/n} \le w
+
+    with se of the pilot's N prompts and Student's t as in the interval itself; the left side falls
+    with n. docs/theory.md, (53).
+    """
+
+    def wide(num: int) -> bool:
+        quantile = float(special.stdtrit(num - 1, 0.5 + confidence / 2))
+        return bool(2 * quantile * error * (num_prompts / num) ** 0.5 > width)
+
+    high = 2
+    while wide(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if wide(middle) else (low, middle)
+    return high

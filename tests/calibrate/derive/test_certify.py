@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 from toy_models import TableModel
 
 from calibrate.decode.engine import DecodingSettings, decode_together
@@ -22,6 +23,7 @@ from calibrate.derive.plan import (
     NUM_DRAWS,
     least_size,
     passing_share,
+    prompts_for_width,
     thresholds_that_decide,
 )
 from calibrate.derive.predict import drawn_tokens, policy_atoms, predicted_tokens
@@ -29,7 +31,7 @@ from calibrate.run.errors import UsageError
 from calibrate.run.prompts import TokenizedPrompt
 from calibrate.run.traces import read_trace, write_shard
 from hlmtheory.answer_cap import capped_skips
-from hlmtheory.clusters import sum_by_prompt
+from hlmtheory.clusters import RatioEstimate, sum_by_prompt
 from hlmtheory.guarantees import GridLosses, fixed_sequence_threshold
 from hlmtheory.policies import GatedPolicy, policy_from_settings
 from hlmtheory.risk import SkipRiskSums
@@ -248,3 +250,22 @@ def test_of_losses_that_rise_the_last_threshold_decides(rng):
     crossing = rising.copy()
     crossing[3, 2] = 99.0
     assert thresholds_that_decide(crossing) == [5, 2]
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.999])
+@pytest.mark.parametrize("width", [1.0, 0.5, 0.1, 0.02])
+def test_the_prompts_of_a_width_are_the_least_whose_interval_is_no_wider(width, confidence):
+    """By the interval itself, size by size; a normal quantile would take too few."""
+    error, num_prompts = 0.06, 25
+
+    def wide(num: int) -> float:
+        spread = error * np.sqrt(num_prompts / num)
+        low, high = RatioEstimate(0.3, float(spread), num).interval(confidence)
+        return high - low
+
+    found = prompts_for_width(error, num_prompts, width, confidence)
+    assert wide(found) <= width * (1 + 1e-12)
+    assert found == 2 or wide(found - 1) > width
+    normal = np.ceil(num_prompts * (2 * stats.norm.ppf(0.5 + confidence / 2) * error / width) ** 2)
+    assert found > normal or found == 2
+    assert prompts_for_width(0.0, num_prompts, width, confidence) == 2

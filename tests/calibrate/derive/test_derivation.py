@@ -271,7 +271,7 @@ def test_a_plan_is_of_the_runs_own_prompts_and_clock(run: Path) -> None:
         for plan in (found, plan_run(run, (0.05, 0.2), width=0.025))
     )
     for budget, num in wide.items():
-        assert narrow[budget] == pytest.approx(4 * num, abs=4)
+        assert 4 * num - 16 <= narrow[budget] <= 4 * num  # t falls with n, so less than four times
     about_answers = plan_run(run, (0.5,), certified="answers").rows
     assert {row.rule for row in about_answers} == {rule for rule, _ in rows if "@" not in rule}
     with pytest.raises(UsageError, match="score max_logit has no bounds"):
