@@ -57,7 +57,11 @@ class RatioEstimate:
     influence: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """Student-t interval with n - 1 degrees of freedom; None with fewer than two prompts."""
+        """Student-t interval with n - 1 degrees of freedom; None with fewer than two prompts.
+
+        It holds less often than it says with few prompts, uneven lengths or rare events; measured
+        in docs/theory.md, section 9, before (34).
+        """
         _check_confidence(confidence)
         if self.num_prompts < 2 or not np.isfinite(self.standard_error):
             return None

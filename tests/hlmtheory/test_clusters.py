@@ -19,6 +19,7 @@ from hlmtheory.clusters import (
     joint_error,
     mean_over_tokens,
     percentile_interval,
+    ratio_of_sums,
     resample_prompts,
     sum_by_prompt,
 )
@@ -138,6 +139,35 @@ def test_interval_covers_and_the_token_level_one_does_not(rng):
     assert clustered >= stats.binom.ppf(5e-4, num_runs, 0.94)
     assert clustered <= stats.binom.ppf(1 - 5e-4, num_runs, 0.95)
     assert naive < 0.6 * num_runs
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_prompts", "share"),
+    [("equal", 5, 0.934), ("equal", 160, 0.953), ("lognormal", 5, 0.862), ("lognormal", 40, 0.923),
+     ("rare", 5, 0.407), ("rare", 40, 0.891)],
+)  # fmt: skip
+def test_intervals_hold_as_often_as_the_theory_says(rng, kind, num_prompts, share):
+    """Section 9 of docs/theory.md, before (34): its own draws, 2,000 of them."""
+    size, num_runs = (2_000, num_prompts), 2_000
+    lengths = np.full(size, 64)
+    if kind == "lognormal":
+        lengths = np.clip(np.ceil(rng.lognormal(np.log(32), 1.0, size)), 1, 256).astype(int)
+    rates, truth = rng.beta(2, 6, size), 0.25
+    if kind == "rare":
+        rates, truth = np.where(rng.random(size) < 0.1, 0.2, 0.0), 0.02
+    sums = rng.binomial(lengths, rates)
+    intervals = np.array(
+        [ratio_of_sums(*one).interval() for one in zip(sums, lengths, strict=True)]
+    )
+    above, below = intervals[:, 1] < truth, intervals[:, 0] > truth
+    held = 1 - np.mean(above | below)
+    assert abs(held - share) < 4.5 * np.sqrt(share * (1 - share) * (1 / num_runs + 1 / 6_000))
+    assert above.sum() > below.sum()
+    if kind == "rare":
+        assert above.sum() > 10 * below.sum()
+        assert (
+            held < np.mean(sums.any(axis=1)) + 1e-9
+        )  # without an event the interval is a point, at 0
 
 
 def test_without_prompt_effects_both_standard_errors_agree(rng):
