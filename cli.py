@@ -60,7 +60,10 @@ DropOption = Annotated[
 ]
 PromptsOption = Annotated[
     str | None,
-    typer.Option(help="Prompts: .jsonl or .txt file, or hub dataset. Default: the shipped 320."),
+    typer.Option(
+        help="Prompts: .jsonl or .txt file, or hub dataset. Default: the run's own, or of a new "
+        "run the shipped 320."
+    ),
 ]
 BatchOption = Annotated[
     int | None,
@@ -259,7 +262,7 @@ def calibrate(
     dtype: DtypeOption = "auto",
     num_threads: ThreadsOption = None,
     trace: Annotated[
-        str, typer.Option(help="full, or minimal: faster, but gated policies cannot be derived.")
+        str, typer.Option(help="full, or minimal: faster, but nothing can be derived from it.")
     ] = "full",
     pilot: Annotated[
         int,

@@ -198,16 +198,23 @@ class LoadedRun:
         return tuple(point for point in self.feasible if self.measured(point)) or self.feasible
 
     def on_curve(self, point: OperatingPoint) -> bool:
-        """Whether the score alone decides at a point: it skips what its threshold says."""
+        """Whether the score alone decides at a point: it skips what its threshold says.
+
+        Predictions are moved to the policy's own contexts by a pilot, the curve is not: so to
+        within the prediction's interval.
+        """
         curves = None if self.derivation is None else self.derivation.thresholds
         threshold = point.uncertainty_threshold.value
-        rate = point.predicted["skip_rate"].value if "skip_rate" in point.predicted else None
-        if curves is None or curves.score != point.score or threshold is None or rate is None:
+        skipped = point.predicted.get("skip_rate")
+        if curves is None or curves.score != point.score or threshold is None:
+            return False
+        if skipped is None or skipped.value is None:
             return False
         grid, rates = np.array(curves.skip_rate.grid), np.array(curves.skip_rate.value, dtype=float)
         above = min(int(np.searchsorted(grid, threshold)), len(grid) - 1)
         below = max(int(np.searchsorted(grid, threshold, side="right")) - 1, 0)
-        return bool(rates[below] - 1e-6 <= rate <= rates[above] + 1e-6)
+        low, high = (skipped.value if end is None else end for end in (skipped.low, skipped.high))
+        return bool(rates[below] - 1e-6 <= high and low <= rates[above] + 1e-6)
 
     @property
     def cells(self) -> tuple[Cell, ...]:

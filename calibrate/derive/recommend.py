@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calibrate.run.figure import number_text, percent_text, share_text
 from calibrate.run.records import DerivationRecord, OperatingPoint
-from hlmtheory.policies import policy_class, policy_from_settings
+from hlmtheory.policies import policy_class, policy_from_settings, policy_names
 from hlmtheory.serving import server_ms_per_token, users_from_which_asking_is_faster
 
 KINDS = ("risk", "answer")
@@ -155,6 +155,15 @@ def threshold_text(point: OperatingPoint, interval: bool = False) -> str:
     return f"{point.score} <= {number_text(point.uncertainty_threshold, interval=interval)}"
 
 
+def _gate_text(point: OperatingPoint) -> str:
+    """What else decides, where it is not the score alone."""
+    known = point.policy in policy_names()  # somebody's own says what it says
+    beside = getattr(policy_class(point.policy), "also_skips", "") if known else ""
+    cap = point.settings.get("cap")
+    most = "" if cap is None else f", up to {share_text(cap)} of an answer,"
+    return (f" or {beside}" if beside else "") + most
+
+
 def recommendation_texts(derivation: DerivationRecord, one: Recommendation) -> list[str]:
     """The recommendation in a sentence, and what has to be said with it."""
     link = derivation.link["name"]
@@ -173,9 +182,10 @@ def recommendation_texts(derivation: DerivationRecord, one: Recommendation) -> l
             f"{what} on {link}: {point.policy}, the device alone: its law is "
             f"{percent_text(seen['tv_bias'])} % from the server's, so no server is needed; {price}"
         ]
+    where = threshold_text(point) + _gate_text(point)
     out = [
-        f"{what} on {link}: {point.key} keeps a draft where {threshold_text(point)} and so skips "
-        f"{percent_text(seen['skip_rate'])} % of the tokens: {price}, "
+        f"{what} on {link}: {point.key} keeps a draft where {where} and so "
+        f"skips {percent_text(seen['skip_rate'])} % of the tokens: {price}, "
         f"{number_text(seen['uplink_bits_per_token'], interval=False)} bit/token up, TV bias "
         f"{percent_text(seen['tv_bias'])} %"
     ]

@@ -133,7 +133,12 @@ def print_calibration(summary: CalibrationRecord, run: Path, verbose: bool = Fal
         f"{summary.pair.name}: {summary.num_prompts:,} prompts, {summary.num_tokens:,} tokens; "
         f"{summary.settings.sampling}; brackets: {share_text(summary.confidence)}, by prompt\n"
         f"one token of one user on this machine: {', '.join(times)}\n"
-        f"in {run}: traces, run.json, calibration.json; next: hlm derive {run}"
+        f"in {run}: traces, run.json, calibration.json; "
+        + (
+            "a minimal trace, which nothing can be derived from"
+            if summary.settings.trace == "minimal"
+            else f"next: hlm derive {run}"
+        )
     )
 
 

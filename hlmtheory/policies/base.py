@@ -492,6 +492,8 @@ class GatedPolicy(Policy):
 
     Attributes
     ----------
+    also_skips : str
+        Class attribute: which drafts it skips beside those at most the threshold, in words.
     threshold : float
         Values above the score's upper bound are read as that bound: everything is skipped.
     score : Score
@@ -501,6 +503,7 @@ class GatedPolicy(Policy):
     """
 
     gated: ClassVar[bool] = True
+    also_skips: ClassVar[str] = ""
 
     threshold: float = field(kw_only=True)
     score: Score = field(default_factory=ExactUncertainty, kw_only=True)

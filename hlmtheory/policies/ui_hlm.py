@@ -101,6 +101,7 @@ class ImportanceGated(GatedPolicy):
     marker: ClassVar[str] = "P"
     paper: ClassVar[str | None] = "UI-HLM"
     needs_attention: ClassVar[bool] = True
+    also_skips: ClassVar[str] = "the context is not important"
 
     importance: ImportanceSettings = field(default_factory=ImportanceSettings)
 

@@ -83,7 +83,7 @@ def figure(loaded: LoadedRun) -> Figure | None:
     draw_along(loaded, points, "tv_bias", right)
     right.set_xlabel("TV bias of a token (probability; log)")
     style.panel_letter(right, "b", f"at {longest:g} tokens, by budget")
-    style.outer_legend(right, loc="lower right", bbox_to_anchor=None, fontsize=7)
+    style.outer_legend(right, loc="best", bbox_to_anchor=None, fontsize=7)
     return style.finish(drawn, QUESTION, _caption(loaded, curves, points))
 
 

@@ -44,12 +44,13 @@ def answer(loaded: LoadedRun) -> str:
 
 
 def drawn_points(loaded: LoadedRun) -> list[OperatingPoint]:
-    """Feasible points of the policy with most of them on the curves: the score alone decides."""
+    """Feasible points of a policy whose score alone decides: that of the answer, if it is one."""
     found: dict[str, list[OperatingPoint]] = {}
     for point in loaded.feasible:
         if not point.variant and loaded.on_curve(point):
             found.setdefault(point.policy, []).append(point)
-    return max(found.values(), key=len, default=[])
+    headline = [found[one.policy] for one in loaded.gates[:1] if one.policy in found]
+    return headline[0] if headline else max(found.values(), key=len, default=[])
 
 
 def figure(loaded: LoadedRun) -> Figure | None:
@@ -153,6 +154,8 @@ def _caption(loaded: LoadedRun, points: list[OperatingPoint]) -> str:
         f"{loaded.derived_note}. Hollow: derived thresholds of {loaded.label(policy)}; the "
         "horizontal bar is the threshold's own interval, where its rule has one. "
     )
+    if loaded.derivation is not None and loaded.derivation.pilot is not None:
+        text += "They stand beside the curve by what a pilot learned of the policy's contexts. "
     if any(loaded.measured(point) for point in points):
         text += (
             "Full, beside it: measured when rerun at that threshold, with its interval. "
