@@ -328,7 +328,9 @@ def print_monitor(result: MonitorRecord) -> None:
         f"{result.expected_checked:,.0f} expected at the audit rate"
     )
     if not result.as_audited:
-        page.say("  that is more than chance allows: the audit rate is not what it is said to be")
+        page.say(
+            "  further from it than chance allows: the audit rate is not what it is said to be"
+        )
     if asked.unit == "answers" and result.open_answer:
         page.say("  the last answer counts once another has begun")
 

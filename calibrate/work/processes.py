@@ -111,13 +111,17 @@ class Processes(Crew):
         Where its device is "cuda", workers take one GPU after the other in turn.
     num_workers : int
     num_threads : int or None
-        Processor threads of each; the cores divided among them if None.
+        Processor threads of each; if None the cores divided among them, or fewer if the system was
+        told so (OMP_NUM_THREADS).
     """
 
     def __init__(self, source: PairSource, num_workers: int, num_threads: int | None) -> None:
         self._source = source.for_workers(num_workers)
         super().__init__(num_workers, num_workers, self._source.worker_bytes)
-        self._num_threads = num_threads or max(1, num_cores() // num_workers)
+        share, told = max(1, num_cores() // num_workers), os.environ.get("OMP_NUM_THREADS", "")
+        self._num_threads = num_threads or min(
+            share, int(told) or share if told.isdecimal() else share
+        )
         self._members: list[_Member] = []
 
     @property

@@ -162,7 +162,9 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch: Any) -> No
     Staff()
 
 
-def test_one_worker_is_this_process_and_several_share_its_cores(toy: Path, pair: Any) -> None:
+def test_one_worker_is_this_process_and_several_share_its_cores(
+    toy: Path, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = Models(slm=str(toy / "device"), llm=str(toy / "server"))
     assert isinstance(Staff().hire(models, pair, False), OwnProcess)
     crew = Staff(num_workers=2 * num_cores()).hire(models, pair, False)
@@ -172,6 +174,11 @@ def test_one_worker_is_this_process_and_several_share_its_cores(toy: Path, pair:
     crew = Staff(num_workers=2).hire(models, pair, False)
     assert isinstance(crew, Processes)
     assert crew._num_threads == 3
+    monkeypatch.setattr("calibrate.work.processes.num_cores", lambda: 48)
+    models.num_threads = None
+    for told, wanted in (("5", 5), ("", 24), ("0", 24), ("100", 24)):
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+        assert Staff(num_workers=2).hire(models, pair, False)._num_threads == wanted
     assert crew._members == []  # nobody is started before there is work
 
 
