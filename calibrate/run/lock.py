@@ -42,7 +42,8 @@ def locked(run: Path, make: bool = False) -> Iterator[None]:
     if made and not make:
         raise UsageError(f"RUN {run}: no such folder; `hlm calibrate` makes one")
     if not made and not _is_ours(run):
-        raise UsageError(f"RUN {run}: not empty, and not a run; name the folder of one")
+        way_out = "name another folder" if make else "name the folder of one"
+        raise UsageError(f"RUN {run}: not empty, and not a run; {way_out}")
     path = run / LOCK_NAME
     lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
