@@ -194,6 +194,12 @@ def recommendation_texts(derivation: DerivationRecord, one: Recommendation) -> l
             "  its bias is above its risk, for its verification adds to it; no policy that was "
             "asked for does without"
         )
+    risk, most = seen["rejection_risk"], (1 + NO_MORE) * one.budget
+    if one.kind == "risk" and derivation.pilot and risk.value is not None and risk.value > most:
+        out.append(
+            "  the budget is kept at the contexts of the server's answers; at its own, as the "
+            f"pilot found them, a risk of {percent_text(risk)} % is predicted"
+        )
     out += [f"  {text}" for text in (_certified_text(one), _worth_text(derivation, one)) if text]
     return out
 

@@ -14,7 +14,7 @@ from calibrate.derive.recommend import (
     recommendations,
     risk_texts,
 )
-from calibrate.run.records import DerivationRecord, DeriveRequest
+from calibrate.run.records import DerivationRecord, DeriveRequest, Figure, Pilot
 from hlmtheory.policies import policy_names
 
 
@@ -67,6 +67,29 @@ def test_bias_above_the_risk_is_told_where_nothing_else_was_asked_for(run: Path)
     assert one.point.policy == "coupled"  # the less biased of the two
     assert any("bias is above its risk" in text for text in said(derivation))
     assert not any("bias is above its risk" in text for text in said(derived(run, "u-hlm")))
+
+
+def test_a_risk_above_the_budget_on_its_own_road_is_told(run: Path) -> None:
+    derivation = derived(run, "u-hlm", risks=(0.05,))
+    pilot = Pilot(
+        policy="u-hlm", threshold=0.3, risk=0.02, prompt_ids=("a",), num_tokens=9, wall_s=1.0
+    )
+
+    def with_risk(risk: float) -> list[str]:
+        points = tuple(
+            point.model_copy(
+                update={
+                    "predicted": point.predicted
+                    | {"rejection_risk": Figure(value=risk, low=0.9 * risk, high=1.1 * risk)}
+                }
+            )
+            for point in derivation.operating_points
+            if point.feasible
+        )
+        return said(derivation.model_copy(update={"operating_points": points, "pilot": pilot}))
+
+    assert any("a risk of 6 [5.4, 6.6] % is predicted" in text for text in with_risk(0.06))
+    assert not any("is predicted" in text for text in [*with_risk(0.05), *said(derivation)])
 
 
 def test_the_device_alone_where_it_keeps_the_budget(run: Path) -> None:
