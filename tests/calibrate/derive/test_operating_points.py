@@ -245,7 +245,9 @@ def edited(run: Path, tmp_path: Path) -> Callable[..., Path]:
                 found[name] = changed
         found["row"] = trace.prompt_index
         folder = tmp_path / "edited"
-        write_shard(folder / "traces" / "a.parquet", found, trace.prompt_ids, {}, trace.axes)
+        write_shard(
+            folder / "traces" / "shard-00000.parquet", found, trace.prompt_ids, {}, trace.axes
+        )
         for kind in (RunRecord, CalibrationRecord):
             write_record(folder, read_record(run, kind))
         return folder
@@ -282,6 +284,6 @@ def test_the_axes_of_the_file_say_what_its_columns_mean(edited: Callable[..., Pa
     columns["tail_deviation"] = columns["tail_deviation"][:, : len(axes.truncation_sizes)]
     request = DeriveRequest(policies=("cu-hlm-offline",), risks=RISKS)
     before = points_of(derive_run(folder, request), "cu-hlm-offline")["risk-0.05"]
-    write_shard(folder / "traces" / "a.parquet", columns, trace.prompt_ids, {}, axes)
+    write_shard(folder / "traces" / "shard-00000.parquet", columns, trace.prompt_ids, {}, axes)
     after = points_of(derive_run(folder, request), "cu-hlm-offline")["risk-0.05"]
     assert after.settings["num_entries"] == 2 * before.settings["num_entries"]
