@@ -453,7 +453,7 @@ def _rerun(
             in_work = "the batch in work" if staff.num_workers == 1 else "every batch in work"
             with staff.hire(models, pair, attention) as crew, finishing(in_work):
                 decode_missing(plan, pair, told, crew)
-        tokenizer = pair_tokenizer(Models.of_run(plan.calibration).spec)
+        tokenizer = pair_tokenizer((models or Models.of_run(plan.calibration)).spec)
         return compare_reruns(plan, prompt_sizes(plan.prompts, tokenizer))
     except Interrupted as error:
         raise StoppedError(
