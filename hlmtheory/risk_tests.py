@@ -6,6 +6,7 @@ Beside the tests that hold at every number of prompts stands the asymptotic one,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -302,11 +303,16 @@ def prompts_needed(
         losses = np.full(num_prompts, alpha * filler)
         return bool(p_value(losses, alpha, delta, method) <= delta)
 
-    high = 1
-    while not certifies(high):
+    return least_number(certifies, 1)
+
+
+def least_number(passes: Callable[[int], bool], start: int) -> int:
+    """The least n >= start that passes, where all beyond one that passes do."""
+    high = start
+    while not passes(high):
         high *= 2
-    low = high // 2
+    low = max(high // 2, start - 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if certifies(middle) else (middle, high)
+        low, high = (low, middle) if passes(middle) else (middle, high)
     return high

@@ -221,7 +221,6 @@ def certificates(
     max_tokens : int
     """
     out = []
-    one_law = len(set(trace.categories)) < 2  # else each category has its number of prompts
     order = _by_hash(trace.prompt_ids)
     grids: dict[float | None, GridLosses] = {}
     for alpha in budgets:
@@ -232,19 +231,18 @@ def certificates(
                 grids[cap] = grid_losses(trace, capped, certified, max_tokens).in_order(order)
             share = 1 if cap is None else len(caps)
             for test in TESTS if cap is None else CAPPED_TESTS:
-                level = (1 - confidence) / share
-                out.append(
-                    _certificate(grids[cap], alpha, level, test, confidence, holds(test, one_law))
-                )
+                level, promised = (1 - confidence) / share, holds(test, trace.categories)
+                out.append(_certificate(grids[cap], alpha, level, test, confidence, promised))
     return tuple(out)
 
 
-def holds(test: TestMethod, one_law: bool) -> bool:
-    """Whether a test promises its confidence, of prompts that are draws of one law or of several.
+def holds(test: TestMethod, categories: Sequence[str]) -> bool:
+    """Whether a test promises its confidence, of prompts of these categories, or of none.
 
-    WSR learns as it goes, so prompts of fixed numbers a category are no draws to it; (51).
+    Categories have fixed numbers of prompts, which are no draws of one law: WSR, which learns as it
+    goes, needs them to be; (51).
     """
-    return test != "t" and (one_law or test != "wsr")
+    return test != "t" and (test != "wsr" or len(set(categories)) < 2)
 
 
 def _by_hash(prompt_ids: Sequence[str]) -> np.ndarray:

@@ -34,6 +34,7 @@ from hlmtheory.risk_tests import (
     MONOTONE,
     conformal_bound,
     conformal_prompts_needed,
+    least_number,
     p_value_of_counts,
     prompts_needed,
     wsr_p_value,
@@ -97,7 +98,6 @@ def plan_run(
     plain, risks, filler = grid(None).sums, grid(None).risks(), grid(None).filler
     rates = plain.skipped.sum(axis=0) / plain.num_tokens.sum()
     ms_per_prompt = 1e3 * info.wall_s / info.num_prompts
-    one_law = len(set(trace.categories)) < 2
     rows, intervals = [], []
     delta = 1 - confidence
     for alpha in budgets:
@@ -115,7 +115,7 @@ def plan_run(
                     budget=alpha,
                     rule=name,
                     test=test,
-                    guaranteed=test is not None and holds(test, one_law),
+                    guaranteed=test is not None and holds(test, trace.categories),
                     cap=cap,
                     goal_skip_rate=goal,
                     without_loss=_without_loss(alpha, delta, test, capped, filler),
@@ -255,15 +255,8 @@ def prompts_for_width(error: float, num_prompts: int, width: float, confidence: 
     with n. docs/theory.md, (53).
     """
 
-    def wide(num: int) -> bool:
+    def narrow(num: int) -> bool:
         quantile = float(special.stdtrit(num - 1, 0.5 + confidence / 2))
-        return bool(2 * quantile * error * (num_prompts / num) ** 0.5 > width)
+        return bool(2 * quantile * error * (num_prompts / num) ** 0.5 <= width)
 
-    high = 2
-    while wide(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if wide(middle) else (low, middle)
-    return high
+    return least_number(narrow, 2)
