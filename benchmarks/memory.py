@@ -14,8 +14,6 @@ import json
 import resource
 import sys
 
-import torch
-
 from benchmarks.workload import load_workload
 from calibrate.decode.engine import decode
 from calibrate.decode.models import transformer_models
@@ -42,7 +40,7 @@ def main() -> None:
         for model in models
         for parameter in model.parameters()
     } | {
-        id(layer): layer.in_features * layer.out_features * torch.bfloat16.itemsize
+        id(layer): layer.nbytes
         for model in models
         for layer in model.modules()
         if isinstance(layer, PrepackedLinear)

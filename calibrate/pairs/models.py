@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrate.pairs.registry import REGISTRY, PairSpec, cached, load_pair, pull, resolve_pair
-from calibrate.run.machine import num_cores
+from calibrate.run.machine import num_cores, threads_told
 from calibrate.run.options import check_decoding
 from calibrate.run.records import GivenModels
 from calibrate.run.watch import Watch
@@ -116,7 +115,7 @@ def use_threads(num_threads: int | None) -> None:
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    elif "OMP_NUM_THREADS" not in os.environ and num_cores() < torch.get_num_threads():
+    elif threads_told() is None and num_cores() < torch.get_num_threads():
         torch.set_num_threads(num_cores())
 
 

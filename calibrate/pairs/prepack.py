@@ -34,6 +34,11 @@ class PrepackedLinear(nn.Module):  # type: ignore[misc, unused-ignore]
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     @property
+    def nbytes(self) -> int:
+        """Memory that the weight takes."""
+        return int(self.in_features * self.out_features * self._packed.dtype.itemsize)
+
+    @property
     def weight(self) -> torch.Tensor:
         """A copy of the weight (out, in), row by row, for models that look at it."""
         return torch.as_tensor(self._packed.to_dense())
@@ -95,7 +100,7 @@ def prepacked_bytes(models: Sequence[Any]) -> int:
     """Memory that the prepacked layers of models take."""
     layers = {layer for model in models for layer in model.modules()}
     found = (layer for layer in layers if isinstance(layer, PrepackedLinear))
-    return sum(2 * layer.in_features * layer.out_features for layer in found)
+    return sum(layer.nbytes for layer in found)
 
 
 def room_for(num_bytes: int, num_processes: int = 1) -> bool:

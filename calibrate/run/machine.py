@@ -34,6 +34,12 @@ def num_cores() -> int:
     return max(1, min(cores))
 
 
+def threads_told() -> int | None:
+    """Processor threads that the system was told (OMP_NUM_THREADS), if it was."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) or None if told.isdecimal() else None
+
+
 def available_memory() -> int:
     """Bytes that this process can still take; file pages that can be read again count as free."""
     free = [int(psutil.virtual_memory().available)]

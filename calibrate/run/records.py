@@ -653,8 +653,8 @@ class DerivationRecord(StageRecord):
     profile: dict[str, Any]
     accounting: Literal["paper", "full"]
     num_prompt_tokens: float
-    """Of a prompt, in the mean, which the server reads once an answer and `full` accounting bills;
-    0 where the trace does not say."""
+    """Of a prompt, in the mean; each is read once an answer, and `full` accounting bills it at its
+    own length. 0 where the trace does not say."""
     policies: tuple[PolicyInfo, ...]
     operating_points: tuple[OperatingPoint, ...]
     optima: tuple[Optimum, ...]

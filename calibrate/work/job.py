@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 LIBRARY_BYTES = 2**29
+"""Of a process that has imported torch and transformers: about 0.4 GB were seen."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from calibrate.run.errors import UserError
 from calibrate.run.folder import clear_unfinished_file
-from calibrate.run.machine import num_cores
+from calibrate.run.machine import num_cores, threads_told
 from calibrate.work.crew import MAX_TRIES, Crew, Told, given_up
 from calibrate.work.job import Job, PairSource, Written
 from calibrate.work.worker import load_worker
@@ -118,10 +118,8 @@ class Processes(Crew):
     def __init__(self, source: PairSource, num_workers: int, num_threads: int | None) -> None:
         self._source = source.for_workers(num_workers)
         super().__init__(num_workers, num_workers, self._source.worker_bytes)
-        share, told = max(1, num_cores() // num_workers), os.environ.get("OMP_NUM_THREADS", "")
-        self._num_threads = num_threads or min(
-            share, int(told) or share if told.isdecimal() else share
-        )
+        share = max(1, num_cores() // num_workers)
+        self._num_threads = num_threads or min(share, threads_told() or share)
         self._members: list[_Member] = []
 
     @property
