@@ -22,6 +22,7 @@ from calibrate.derive.presets import LINK_MODELS, link_to_dict
 from calibrate.run.errors import UserError
 from calibrate.run.figure import NBSP, excludes_zero
 from calibrate.run.records import Curve, Figure, LinkSweep
+from calibrate.run.resources import data_path
 from hlmtheory.link import (
     AwgnLink,
     ErgodicRayleighLink,
@@ -310,6 +311,15 @@ def test_threshold_figure_takes_points_that_lie_on_the_curves(loaded: LoadedRun)
     assert not any(loaded.on_curve(point) for point in other)
     ungated = next(point for point in loaded.feasible if point.rule == "none")
     assert not loaded.on_curve(ungated)
+
+
+def test_points_that_a_pilot_moved_off_the_curve_are_drawn_with_their_reruns() -> None:
+    """The shipped run: the points that the figure's answer speaks of were lost to the pilot."""
+    shipped = load_run(data_path("results", "qwen2.5-coder"))
+    points = {point.rule: point for point in thresholds.drawn_points(shipped)}
+    assert {point.policy for point in points.values()} == {shipped.gates[0].policy}
+    for rule in ("risk-0.01", "risk-0.02", "risk-0.05"):
+        assert shipped.measured(points[rule])
 
 
 def test_infeasible_points_are_named_but_not_drawn(
